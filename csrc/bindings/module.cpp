@@ -1,0 +1,106 @@
+// The Python module: names, defaults, docstrings and error types. No logic.
+#include <pybind11/stl.h>
+#include <sparse_transcoder/engine.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace py = pybind11;
+using namespace sparse_transcoder;
+
+namespace {
+
+// A user's mistake becomes Python's own exception with the message alone; anything else is a RuntimeError.
+void translate(std::exception_ptr exception) {
+  try {
+    if (exception) std::rethrow_exception(exception);
+  } catch (const FileNotFound& e) {
+    PyErr_SetString(PyExc_FileNotFoundError, e.what_without_backtrace());
+  } catch (const c10::ValueError& e) {
+    PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+  } catch (const c10::TypeError& e) {
+    PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
+  } catch (const c10::IndexError& e) {
+    PyErr_SetString(PyExc_KeyError, e.what_without_backtrace());
+  } catch (const c10::OutOfMemoryError& e) {
+    py::set_error(py::module_::import("torch").attr("OutOfMemoryError"), e.what_without_backtrace());
+  } catch (const c10::Error& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ engine of sparse_transcoder.";
+  py::register_local_exception_translator(&translate);
+  using OptionalTensor = std::optional<at::Tensor>;
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<LayerWeights>(m, "LayerWeights", "One layer's declared weights; see sparse_transcoder.TranscoderWeights.")
+      .def(py::init([](at::Tensor W_enc, at::Tensor b_enc, OptionalTensor W_dec, OptionalTensor b_dec, OptionalTensor threshold,
+                       std::optional<int64_t> k, OptionalTensor W_skip, OptionalTensor input_bias, OptionalTensor ln_weight,
+                       OptionalTensor ln_bias, std::string hook_in, std::string hook_out, std::string source) {
+             const at::Tensor none;
+             return LayerWeights{W_enc,
+                                 b_enc,
+                                 W_dec.value_or(none),
+                                 b_dec.value_or(none),
+                                 threshold.value_or(none),
+                                 k,
+                                 W_skip.value_or(none),
+                                 input_bias.value_or(none),
+                                 ln_weight.value_or(none),
+                                 ln_bias.value_or(none),
+                                 hook_in,
+                                 hook_out,
+                                 source};
+           }),
+           py::kw_only(), py::arg("W_enc"), py::arg("b_enc"), py::arg("W_dec"), py::arg("b_dec"), py::arg("threshold"),
+           py::arg("k"), py::arg("W_skip"), py::arg("input_bias"), py::arg("ln_weight"), py::arg("ln_bias"), py::arg("hook_in"),
+           py::arg("hook_out"), py::arg("source"))
+      .def_readonly("W_enc", &LayerWeights::W_enc)
+      .def_readonly("b_enc", &LayerWeights::b_enc)
+      .def_readonly("W_dec", &LayerWeights::W_dec)
+      .def_readonly("b_dec", &LayerWeights::b_dec)
+      .def_readonly("threshold", &LayerWeights::threshold)
+      .def_readonly("k", &LayerWeights::k)
+      .def_readonly("W_skip", &LayerWeights::W_skip)
+      .def_readonly("input_bias", &LayerWeights::input_bias)
+      .def_readonly("ln_weight", &LayerWeights::ln_weight)
+      .def_readonly("ln_bias", &LayerWeights::ln_bias)
+      .def_readonly("hook_in", &LayerWeights::hook_in)
+      .def_readonly("hook_out", &LayerWeights::hook_out)
+      .def_readonly("source", &LayerWeights::source);
+
+  m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"), release_gil(),
+        "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.");
+
+  py::enum_<Screening>(m, "Screening", "Which approximate arithmetic finds the candidates.")
+      .value("auto", Screening::automatic)
+      .value("off", Screening::off);
+
+  py::class_<Features>(m, "Features", "Top-k activations, their feature indices, and the fraction active.")
+      .def_readonly("activations", &Features::activations)
+      .def_readonly("indices", &Features::indices)
+      .def_readonly("sparsity", &Features::sparsity);
+
+  py::class_<Memory>(m, "Memory", "Bytes an engine holds.")
+      .def_readonly("weight_bytes", &Memory::weight_bytes)
+      .def_readonly("gate_bytes", &Memory::gate_bytes)
+      .def_readonly("screening_bytes", &Memory::screening_bytes)
+      .def_readonly("workspace_bytes", &Memory::workspace_bytes);
+
+  py::class_<Engine>(m, "Engine", "The C++ engine; see sparse_transcoder.SparseTranscoderEncoder.")
+      .def(py::init([](std::map<int64_t, LayerWeights> weights, int64_t top_k, float activation_threshold, int64_t chunk_size,
+                       int64_t lanes, Screening screening) {
+             return Engine(std::move(weights), {top_k, activation_threshold, chunk_size, lanes, screening});
+           }),
+           py::arg("weights"), py::kw_only(), py::arg("top_k"), py::arg("activation_threshold"), py::arg("chunk_size"),
+           py::arg("lanes"), py::arg("screening"), release_gil())
+      .def("encode", py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode, py::const_), py::arg("layer"),
+           py::arg("hidden"), release_gil(), "Encodes one layer's hidden states.")
+      .def("encode_all", py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_), py::arg("hidden"),
+           release_gil(), "Encodes the hidden states of many layers at once.")
+      .def_property_readonly("layers", &Engine::layers)
+      .def("memory", &Engine::memory, "Bytes held beside the caller's weights.");
+}

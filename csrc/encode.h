@@ -1,0 +1,25 @@
+// The encode path: what one call asks for, and one implementation a device.
+#pragma once
+
+#include <vector>
+
+#include "lanes.h"
+#include "layer.h"
+#include "workspace.h"
+
+namespace sparse_transcoder {
+
+// One layer's rows and where their results go. hidden is [B, T, H], any strides; outputs are contiguous over the B * T rows.
+struct Request {
+  const Layer* layer;
+  at::Tensor hidden;
+  Features out;
+
+  int64_t rows() const { return hidden.size(0) * hidden.size(1); }
+};
+
+// Rows a CPU call works on at a time, and its buffers.
+Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options);
+void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace, Lanes& workers);
+
+}  // namespace sparse_transcoder

@@ -1,0 +1,275 @@
+// The CPU encode path. A call is a sequence of waves; a wave holds as many rows, of one layer or of many, as the workspace has
+// slots:
+//
+//   prepare   rows become float32, normed, with their error margin
+//   scan      each lane streams over its features: screen a panel, gate the scores, compute the survivors exactly, keep the k
+//   best finish    each row's lists are merged, sorted and written
+//
+// Whether a feature is active, and its value, are decided by the exact dot product alone; the screen only decides which of them
+// are worth computing, and never rules out one that could count. So no result depends on chunks, panels, lanes or threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "encode.h"
+#include "lanes.h"
+
+namespace sparse_transcoder {
+namespace {
+
+using kernels::TopList;
+
+constexpr int64_t panel_size = 512;       // a panel's scores and weights stay in the caches
+constexpr int64_t rows_per_unit = 16;     // of prepare and finish
+constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
+
+// Rows [first_row, first_row + rows) of one request, in slots [slot, slot + rows).
+struct Job {
+  const Request* request;
+  int64_t first_row, rows, slot, groups;
+
+  const Layer& layer() const { return *request->layer; }
+};
+
+struct Unit {
+  const Job* job;
+  int64_t first, last;  // rows of the job, or features
+  int64_t group;
+};
+
+float* hidden_row(const Workspace& w, const Job& job, int64_t row) {
+  return w.hidden + (job.slot * w.plan.hidden_size) + row * job.layer().hidden_size;
+}
+
+TopList& list_of(const Workspace& w, const Job& job, int64_t row, int64_t group) {
+  return w.lists[(job.slot + row) * w.plan.lanes + group];
+}
+
+// x = norm(h) in float32, from any dtype and stride.
+void load_row(const Layer& layer, const at::Tensor& hidden, int64_t row, float* x) {
+  const int64_t size = layer.hidden_size, stride = hidden.stride(2);
+  const int64_t offset = row / hidden.size(1) * hidden.stride(0) + row % hidden.size(1) * hidden.stride(1);
+  const auto dtype = kernel_dtype(hidden.scalar_type());
+  const auto* source = static_cast<const char*>(hidden.const_data_ptr()) + offset * hidden.element_size();
+  const auto widen = kernels::cpu_kernels().widen[static_cast<int>(dtype)];
+  if (stride == 1)
+    widen(source, x, size);
+  else
+    for (int64_t i = 0; i < size; ++i) widen(source + i * stride * hidden.element_size(), x + i, 1);
+
+  if (layer.input_bias.defined()) {
+    const float* bias = layer.input_bias.const_data_ptr<float>();
+    for (int64_t i = 0; i < size; ++i) x[i] -= bias[i];
+  }
+  if (layer.ln_weight.defined()) {
+    const float* weight = layer.ln_weight.const_data_ptr<float>();
+    const float* bias = layer.ln_bias.const_data_ptr<float>();
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < size; ++i) sum += x[i];
+    const double mean = sum / size;
+    for (int64_t i = 0; i < size; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const double scale = 1 / std::sqrt(squares / size + 1e-5);
+    for (int64_t i = 0; i < size; ++i) x[i] = static_cast<float>((x[i] - mean) * scale * weight[i] + bias[i]);
+  }
+}
+
+// Bound on |float32 product - exact| per unit of ||w||: gamma_H ||x||, whatever the order of its additions (Higham, Accuracy and
+// Stability of Numerical Algorithms, 3.1, with Cauchy-Schwarz). NaN for a row that is not finite; infinite, so that nothing is
+// ruled out, for one so large that the product could overflow.
+float product_margin(const Layer& layer, double squared_norm) {
+  if (!std::isfinite(squared_norm)) return std::numeric_limits<float>::quiet_NaN();
+  const double roundoff = (layer.hidden_size + 8) * 0x1p-24;
+  if (roundoff > 0.5) return std::numeric_limits<float>::infinity();
+  const double norm = std::max<double>(std::sqrt(squared_norm) * (1 + 0x1p-20), std::numeric_limits<float>::min());
+  if (norm * layer.largest_norm > 1e37) return std::numeric_limits<float>::infinity();
+  return static_cast<float>(roundoff / (1 - roundoff) * norm * (1 + 0x1p-20));
+}
+
+void prepare(const Workspace& w, const Unit& unit) {
+  const Job& job = *unit.job;
+  const Layer& layer = job.layer();
+  const auto dot = kernels::cpu_kernels().dot[static_cast<int>(kernels::Dtype::float32)];
+  for (int64_t row = unit.first; row < unit.last; ++row) {
+    float* x = hidden_row(w, job, row);
+    load_row(layer, job.request->hidden, job.first_row + row, x);
+    w.margin[job.slot + row] = product_margin(layer, dot(x, x, layer.hidden_size));
+    for (int64_t group = 0; group < job.groups; ++group) {
+      TopList& list = list_of(w, job, row, group);
+      list = {w.keys + (&list - w.lists) * w.plan.capacity, 0, 0, 0};
+    }
+  }
+}
+
+struct ExactDot {
+  const Layer& layer;
+  double (*dot)(const float*, const void*, int64_t);
+  const char* weights;
+  int64_t row_bytes;
+  kernels::Gate gate;
+
+  explicit ExactDot(const Layer& layer)
+      : layer(layer),
+        dot(kernels::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
+        weights(static_cast<const char*>(layer.W_enc.const_data_ptr())),
+        row_bytes(layer.hidden_size * layer.W_enc.element_size()),
+        gate(layer.gate_at(0)) {}
+
+  // Computes the feature's activation; a kept one goes to the list. Returns whether it is active.
+  bool consider(int64_t feature, const float* x, TopList& list, int64_t capacity) const {
+    const auto value = static_cast<float>(dot(x, weights + feature * row_bytes, layer.hidden_size) + gate.bias[feature]);
+    if (!(value >= gate.gate[feature])) return false;
+    list.push(kernels::make_key(value, feature), layer.selected, capacity);
+    return true;
+  }
+};
+
+// The smallest screened score, without its bias, that can still reach the k-th best of the list: the same slack as Layer's.
+float screen_bound(const Layer& layer, const TopList& list) {
+  if (list.least == 0) return -std::numeric_limits<float>::infinity();
+  const double value = kernels::key_value(list.least);
+  return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - layer.hidden_size * 0x1p-125);
+}
+
+void scan(const Workspace& w, const Unit& unit, int64_t lane) {
+  const Job& job = *unit.job;
+  const Layer& layer = job.layer();
+  const ExactDot exact(layer);
+  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
+  float* scores = w.scores + lane * w.plan.rows * w.plan.panel;
+  uint32_t* candidates = w.candidates + lane * w.plan.panel;
+  const auto product = kernel.product[static_cast<int>(layer.dtype)];
+  for (int64_t first = unit.first; first < unit.last; first += w.plan.panel) {
+    const int64_t count = std::min(w.plan.panel, unit.last - first);
+    product(hidden_row(w, job, 0), job.rows, exact.weights + first * exact.row_bytes, count, layer.hidden_size, scores);
+    const kernels::Gate gate = layer.gate_at(first);
+    for (int64_t row = 0; row < job.rows; ++row) {
+      const float margin = w.margin[job.slot + row];
+      if (std::isnan(margin)) continue;
+      const float* x = hidden_row(w, job, row);
+      TopList& list = list_of(w, job, row, unit.group);
+      const int64_t found =
+          kernel.candidates(scores + row * count, gate, count, margin, screen_bound(layer, list), candidates, &list.certain);
+      for (int64_t i = 0; i < found; ++i) {
+        const bool active = exact.consider(first + (candidates[i] >> 1), x, list, w.plan.capacity);
+        list.certain += active & candidates[i] & 1;
+      }
+    }
+  }
+}
+
+// Writes one row: the winners, then the lowest features that are not among them with activation 0.
+void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merged) {
+  const Layer& layer = job.layer();
+  const Features& out = job.request->out;
+  const int64_t output_row = job.first_row + row;
+  float* activations = out.activations.mutable_data_ptr<float>() + output_row * layer.top_k;
+  int64_t* indices = out.indices.mutable_data_ptr<int64_t>() + output_row * layer.top_k;
+  float* sparsity = out.sparsity.mutable_data_ptr<float>() + output_row;
+
+  if (std::isnan(w.margin[job.slot + row])) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    std::fill(activations, activations + layer.top_k, nan);
+    for (int64_t i = 0; i < layer.top_k; ++i) indices[i] = i;
+    *sparsity = nan;
+    return;
+  }
+  TopList all = {merged, 0, 0, 0};
+  for (int64_t group = 0; group < job.groups; ++group) {
+    TopList& list = list_of(w, job, row, group);
+    list.cut(layer.selected);
+    std::copy(list.keys, list.keys + list.size, all.keys + all.size);
+    all.size += list.size;
+    all.certain += list.certain;
+  }
+  all.cut(layer.selected);
+  std::sort(all.keys, all.keys + all.size, std::greater<>());
+  for (int64_t i = 0; i < all.size; ++i) {
+    activations[i] = kernels::key_value(all.keys[i]);
+    indices[i] = kernels::key_feature(all.keys[i]);
+  }
+  *sparsity = static_cast<float>(static_cast<double>(std::min(all.certain, layer.most_active)) / layer.features);
+
+  if (all.size == layer.top_k) return;
+  auto* taken = reinterpret_cast<int64_t*>(merged);  // the keys are written out: their slots sort the winners' indices
+  std::copy(indices, indices + all.size, taken);
+  std::sort(taken, taken + all.size);
+  for (int64_t slot = all.size, feature = 0, next = 0; slot < layer.top_k; ++feature) {
+    if (next < all.size && taken[next] == feature) {
+      ++next;
+      continue;
+    }
+    activations[slot] = 0;
+    indices[slot++] = feature;
+  }
+}
+
+void run_wave(std::vector<Job>& wave, const Workspace& w, Lanes& workers) {
+  const int64_t lanes = at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads());
+  std::vector<Unit> units;
+  // Enough units to keep every lane busy; few groups make fewer lists to fill and merge.
+  const int64_t groups = std::min<int64_t>(lanes, (4 * lanes + wave.size() - 1) / wave.size());
+  for (Job& job : wave) job.groups = groups;
+  const auto run_stage = [&](auto split, auto body) {
+    units.clear();
+    for (const Job& job : wave) split(job);
+    workers.run(lanes, units.size(), [&](int64_t lane, int64_t i) { body(lane, units[i]); });
+  };
+  const auto by_rows = [&](const Job& job) {
+    for (int64_t row = 0; row < job.rows; row += rows_per_unit)
+      units.push_back({&job, row, std::min(row + rows_per_unit, job.rows), 0});
+  };
+  const auto by_features = [&](const Job& job) {
+    const int64_t share = (job.layer().features + groups * 16 - 1) / (groups * 16) * 16;
+    for (int64_t group = 0; group < groups; ++group)
+      units.push_back({&job, group * share, std::min((group + 1) * share, job.layer().features), group});
+  };
+  run_stage(by_rows, [&](int64_t, const Unit& unit) { prepare(w, unit); });
+  run_stage(by_features, [&](int64_t lane, const Unit& unit) { scan(w, unit, lane); });
+  run_stage(by_rows, [&](int64_t lane, const Unit& unit) {
+    for (int64_t row = unit.first; row < unit.last; ++row)
+      finish_row(w, *unit.job, row, w.merged + lane * w.plan.lanes * w.plan.capacity);
+  });
+}
+
+}  // namespace
+
+Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
+  Plan plan = {};
+  plan.lanes = options.lanes > 0 ? options.lanes : at::get_num_threads();
+  for (const Layer* layer : layers) {
+    plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
+    plan.top_k = std::max(plan.top_k, layer->selected);
+    plan.capacity = std::max(plan.capacity, kernels::list_capacity(layer->selected, layer->features));
+    plan.panel = std::max(plan.panel, std::min(panel_size, layer->features));
+  }
+  const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t));
+  plan.rows = std::clamp<int64_t>(list_bytes / std::max<int64_t>(1, row_bytes), 1, options.chunk_size);
+  return plan;
+}
+
+void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace, Lanes& workers) {
+  std::vector<Job> wave;
+  const int64_t slots = workspace.plan.rows;
+  int64_t used = 0;
+  for (const Request& request : requests) {
+    const int64_t rows = request.rows();
+    const int64_t chunks = (rows + slots - 1) / slots;
+    for (int64_t chunk = 0, first = 0; chunk < chunks; ++chunk) {
+      const int64_t count = (rows - first) / (chunks - chunk);
+      if (used + count > slots) {
+        run_wave(wave, workspace, workers);
+        wave.clear();
+        used = 0;
+      }
+      wave.push_back({&request, first, count, used, 0});
+      used += count;
+      first += count;
+    }
+  }
+  if (!wave.empty()) run_wave(wave, workspace, workers);
+}
+
+}  // namespace sparse_transcoder

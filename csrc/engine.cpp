@@ -1,0 +1,129 @@
+// Engine: checks what callers pass, allocates their outputs, borrows workspaces and hands the work to the device's encode path.
+#include <ATen/ATen.h>
+#include <sparse_transcoder/engine.h>
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+#include "encode.h"
+
+namespace sparse_transcoder {
+namespace {
+
+void check_options(const Options& options) {
+  TORCH_CHECK_VALUE(options.top_k >= 0, "top_k must be at least 1, or 0 for each layer's own k, got ", options.top_k);
+  TORCH_CHECK_VALUE(options.chunk_size >= 1, "chunk_size must be at least 1, got ", options.chunk_size);
+  TORCH_CHECK_VALUE(options.lanes >= 0, "lanes must be at least 1, or 0 to choose, got ", options.lanes);
+  TORCH_CHECK_VALUE(!std::isnan(options.activation_threshold), "activation_threshold must be a number, got NaN");
+}
+
+void check_hidden(const Layer& layer, const at::Tensor& hidden) {
+  const std::string who = "layer " + std::to_string(layer.id);
+  TORCH_CHECK_TYPE(hidden.defined(), who, ": hidden must be a tensor, got none");
+  const auto dtype = hidden.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, who,
+                   ": hidden must be float32, bfloat16 or float16, got ", toString(dtype));
+  TORCH_CHECK_VALUE(hidden.layout() == at::kStrided, who, ": hidden must be dense, got ", hidden.layout());
+  TORCH_CHECK_VALUE(hidden.dim() == 2 || hidden.dim() == 3, who, ": hidden must be [B, T, H] or [T, H], got ", hidden.sizes());
+  TORCH_CHECK_VALUE(hidden.size(-1) == layer.hidden_size, who, ": hidden must be [.., ", layer.hidden_size, "], got ",
+                    hidden.sizes());
+  TORCH_CHECK_VALUE(hidden.device() == layer.W_enc.device(), who, ": hidden must be on ", layer.W_enc.device(),
+                    " like the weights, got ", hidden.device());
+}
+
+// Outputs shaped like hidden, [.., K], [.., K] and [..].
+Features allocate(const Layer& layer, const at::Tensor& hidden) {
+  std::vector<int64_t> rows(hidden.sizes().begin(), hidden.sizes().end() - 1), slots = rows;
+  slots.push_back(layer.top_k);
+  const auto options = hidden.options().requires_grad(false);
+  try {
+    return {at::empty(slots, options.dtype(at::kFloat)), at::empty(slots, options.dtype(at::kLong)),
+            at::empty(rows, options.dtype(at::kFloat))};
+  } catch (const c10::Error&) {
+    const int64_t bytes = hidden.numel() / layer.hidden_size * (12 * layer.top_k + 4);
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id, ": out of memory: the result needs ", bytes,
+                     " bytes; a lower top_k needs less, got top_k ", layer.top_k);
+  }
+}
+
+std::string join(const std::map<int64_t, Layer>& layers) {
+  std::ostringstream names;
+  for (const auto& [id, layer] : layers) names << (id == layers.begin()->first ? "" : ", ") << id;
+  return names.str();
+}
+
+}  // namespace
+
+struct Engine::State {
+  std::map<int64_t, Layer> layers;
+  Options options;
+  std::unique_ptr<Pool<Workspace>> cpu_pool;  // these two only where a layer is on the CPU
+  std::unique_ptr<Lanes> cpu_lanes;
+
+  const Layer& layer(int64_t id) const {
+    const auto found = layers.find(id);
+    TORCH_CHECK_INDEX(found != layers.end(), "layer ", id, ": there is no transcoder for it, only for layers ", join(layers));
+    return found->second;
+  }
+};
+
+Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options) : state_(std::make_unique<State>()) {
+  check_options(options);
+  TORCH_CHECK_VALUE(!weights.empty(), "transcoders must hold at least one layer, got none");
+  state_->options = options;
+  std::vector<const Layer*> on_cpu;
+  for (auto& [id, declared] : weights) {
+    const Layer& layer = state_->layers.try_emplace(id, id, std::move(declared), options).first->second;
+    if (layer.W_enc.is_cpu()) on_cpu.push_back(&layer);
+  }
+  if (!on_cpu.empty()) {
+    const Plan plan = plan_cpu(on_cpu, options);
+    state_->cpu_pool = std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
+    state_->cpu_lanes = std::make_unique<Lanes>(plan.lanes - 1);
+  }
+}
+
+Engine::Engine(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+Features Engine::encode(int64_t layer, const at::Tensor& hidden) const { return encode({{layer, hidden}}).at(layer); }
+
+std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
+  for (const auto& [id, rows] : hidden) check_hidden(state_->layer(id), rows);
+  std::map<int64_t, Features> results;
+  std::vector<Request> on_cpu;
+  for (const auto& [id, rows] : hidden) {
+    const Layer& layer = state_->layer(id);
+    const Features& out = results[id] = allocate(layer, rows);
+    const at::Tensor batched = rows.dim() == 2 ? rows.detach().unsqueeze(0) : rows.detach();
+    if (batched.numel() > 0) on_cpu.push_back({&layer, batched, out});
+  }
+  // Largest first, so that no lane is left alone with a large layer at the end.
+  std::stable_sort(on_cpu.begin(), on_cpu.end(),
+                   [](const Request& a, const Request& b) { return a.layer->W_enc.numel() > b.layer->W_enc.numel(); });
+  if (!on_cpu.empty()) encode_cpu(on_cpu, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
+  return results;
+}
+
+std::vector<int64_t> Engine::layers() const {
+  std::vector<int64_t> ids;
+  for (const auto& [id, layer] : state_->layers) ids.push_back(id);
+  return ids;
+}
+
+const LayerWeights& Engine::weights(int64_t layer) const { return state_->layer(layer).weights; }
+
+const Options& Engine::options() const { return state_->options; }
+
+Memory Engine::memory() const {
+  Memory memory = {};
+  for (const auto& [id, layer] : state_->layers) {
+    memory.weight_bytes += layer.weight_bytes();
+    memory.gate_bytes += layer.gate_bytes();
+  }
+  if (state_->cpu_pool) memory.workspace_bytes += state_->cpu_pool->bytes();
+  return memory;
+}
+
+}  // namespace sparse_transcoder

@@ -1,0 +1,71 @@
+// Streaming transcoder encoder: hidden states in, the top-k active features out. The dense [rows, features] matrix is
+// never formed.
+//
+//   Engine engine(load_weights("transcoders/"), {.top_k = 50});
+//   Features f = engine.encode(12, hidden);   // hidden [B, T, H] or [T, H]
+//
+// An Engine is immutable: every method is const and may be called from many threads at once. Weights are shared between
+// callers; workspaces are borrowed from a pool for the length of a call. Results are exact (float64 accumulation of the stored
+// weights) and the same bit for bit whatever the chunk size, the batch, the layers beside it, or the number of threads.
+// A user's mistake throws c10::ValueError, c10::TypeError, c10::IndexError (unknown layer) or FileNotFound.
+#pragma once
+
+#include <sparse_transcoder/weights.h>
+
+#include <memory>
+
+namespace sparse_transcoder {
+
+// Which approximate arithmetic finds the candidates; it never changes a result.
+enum class Screening {
+  automatic,  // the fastest that this machine has
+  off,        // float32 product of the stored weights: no copy of them is made
+
+};
+
+struct Options {
+  static constexpr int64_t layer_k = 0;  // as top_k: each layer's own k, from its checkpoint
+  int64_t top_k = 20;                    // features returned per row
+  float activation_threshold = 1.0f;     // tau: a feature is kept when its activation is positive and at least this
+  int64_t chunk_size = 512;              // rows worked on at a time: bounds the workspace, not the result
+  int64_t lanes = 0;                     // CPU: workers of one call; CUDA: streams. 0: torch's thread count; 4 streams
+  Screening screening = Screening::automatic;
+};
+
+// The result for hidden [B, T, H]; without B for hidden [T, H]. K = min(top_k, F).
+struct Features {
+  at::Tensor activations;  // [B, T, K] float32, descending; 0 in slots that no feature fills
+  at::Tensor indices;      // [B, T, K] int64, distinct; ties: lower index first
+  at::Tensor sparsity;     // [B, T] float32, fraction of the F features that are active
+};
+
+// Bytes held by an Engine, beside the weights its caller gave it.
+struct Memory {
+  int64_t weight_bytes;     // the weights themselves, shared with the caller
+  int64_t gate_bytes;       // per-feature vectors: norms, gates
+  int64_t screening_bytes;  // low-precision copies; 0 with Screening::off
+  int64_t workspace_bytes;  // all pooled workspaces; grows only when calls overlap
+};
+
+class Engine {
+ public:
+  explicit Engine(std::map<int64_t, LayerWeights> weights, Options options = {});
+  Engine(Engine&&) noexcept;
+  ~Engine();
+
+  // One layer. hidden [B, T, H] or [T, H]: float32, bfloat16 or float16, any strides, on the weights' device.
+  Features encode(int64_t layer, const at::Tensor& hidden) const;
+  // Many layers at once, concurrently. Every key must be one of layers().
+  std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden) const;
+
+  std::vector<int64_t> layers() const;
+  const LayerWeights& weights(int64_t layer) const;
+  const Options& options() const;
+  Memory memory() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace sparse_transcoder

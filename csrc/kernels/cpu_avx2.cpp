@@ -1,0 +1,140 @@
+// AVX2, FMA and F16C: x86-64 since 2013. Compiled with those flags, called only where the machine has them.
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "cpu.h"
+#include "element.h"
+
+namespace sparse_transcoder::kernels {
+namespace {
+
+__m256 load8(const float* w, F32) { return _mm256_loadu_ps(w); }
+__m256 load8(const uint16_t* w, BF16) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+__m256 load8(const uint16_t* w, F16) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
+
+__m256d low_half(__m256 v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
+__m256d high_half(__m256 v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }
+
+template <typename Element>
+double dot(const float* x, const void* weights, int64_t size) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  __m256d sum[8];
+  for (auto& s : sum) s = _mm256_setzero_pd();
+  int64_t i = 0;
+  for (; i + 32 <= size; i += 32)
+    for (int part = 0; part < 4; ++part) {
+      const __m256 xv = _mm256_loadu_ps(x + i + 8 * part);
+      const __m256 wv = load8(w + i + 8 * part, Element());
+      sum[2 * part] = _mm256_fmadd_pd(low_half(xv), low_half(wv), sum[2 * part]);
+      sum[2 * part + 1] = _mm256_fmadd_pd(high_half(xv), high_half(wv), sum[2 * part + 1]);
+    }
+  double sums[32];
+  for (int part = 0; part < 8; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
+  for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
+  return fold(sums);
+}
+
+// A block of `rows` x `features` dot products: both operands are read along their rows, so nothing is packed.
+template <typename Element, int rows, int features>
+void product_block(const float* x, const typename Element::type* w, int64_t size, float* scores, int64_t stride) {
+  __m256 sum[rows][features];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int f = 0; f < features; ++f) sum[r][f] = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    __m256 wv[features];
+#pragma GCC unroll 4
+    for (int f = 0; f < features; ++f) wv[f] = load8(w + f * size + i, Element());
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const __m256 xv = _mm256_loadu_ps(x + r * size + i);
+#pragma GCC unroll 4
+      for (int f = 0; f < features; ++f) sum[r][f] = _mm256_fmadd_ps(xv, wv[f], sum[r][f]);
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int f = 0; f < features; ++f) {
+      __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum[r][f]), _mm256_extractf128_ps(sum[r][f], 1));
+      half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+      float total = _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+      for (int64_t j = i; j < size; ++j) total += x[r * size + j] * Element::widen(w[f * size + j]);
+      scores[r * stride + f] = total;
+    }
+}
+
+// Twelve sums, three weights and one input fill the sixteen registers.
+template <typename Element, int rows>
+void product_rows(const float* x, const typename Element::type* w, int64_t count, int64_t size, float* scores, int64_t stride) {
+  int64_t f = 0;
+  for (; f + 3 <= count; f += 3) product_block<Element, rows, 3>(x, w + f * size, size, scores + f, stride);
+  for (; f < count; ++f) product_block<Element, rows, 1>(x, w + f * size, size, scores + f, stride);
+}
+
+template <typename Element>
+void product(const float* x, int64_t rows, const void* weights, int64_t count, int64_t size, float* scores) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  // Rows that stay in L2 while the weights pass; three features at a time stay in L1 while the rows pass.
+  const int64_t block = std::max<int64_t>(4, (128 << 10) / (4 * size) / 4 * 4);
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t last = std::min(first + block, rows);
+    for (int64_t f = 0; f < count; f += 3) {
+      const int64_t group = std::min<int64_t>(3, count - f);
+      int64_t r = first;
+      for (; r + 4 <= last; r += 4)
+        product_rows<Element, 4>(x + r * size, w + f * size, group, size, scores + r * count + f, count);
+      for (; r < last; ++r) product_rows<Element, 1>(x + r * size, w + f * size, group, size, scores + r * count + f, count);
+    }
+  }
+}
+
+int64_t candidates(const float* scores, const Gate& gate, int64_t count, float margin, float bound, uint32_t* out,
+                   int64_t* certain) {
+  const __m256 margins = _mm256_set1_ps(margin);
+  const __m256 bounds = _mm256_set1_ps(bound);
+  int64_t found = 0, sure_count = 0, i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 score = _mm256_loadu_ps(scores + i);
+    const __m256 slack = _mm256_mul_ps(margins, _mm256_loadu_ps(gate.norm + i));
+    const __m256 upper = _mm256_add_ps(score, slack);
+    const int may = _mm256_movemask_ps(_mm256_cmp_ps(upper, _mm256_loadu_ps(gate.low + i), _CMP_NLT_UQ));
+    if (may == 0) continue;
+    const __m256 lower = _mm256_sub_ps(score, slack);
+    const int sure = _mm256_movemask_ps(_mm256_cmp_ps(lower, _mm256_loadu_ps(gate.high + i), _CMP_GE_OQ));
+    const __m256 needed = _mm256_sub_ps(bounds, _mm256_loadu_ps(gate.bias + i));
+    const int top = _mm256_movemask_ps(_mm256_cmp_ps(upper, needed, _CMP_NLT_UQ));
+    sure_count += __builtin_popcount(sure);
+    for (int mask = may & (top | ~sure); mask != 0; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      out[found++] = static_cast<uint32_t>(i + lane) << 1 | (~sure >> lane & 1);
+    }
+  }
+  *certain += sure_count;
+  const Gate rest = {gate.norm + i, gate.bias + i, gate.gate + i, gate.low + i, gate.high + i};
+  const int64_t more = portable_kernels.candidates(scores + i, rest, count - i, margin, bound, out + found, certain);
+  for (int64_t j = found; j < found + more; ++j) out[j] += static_cast<uint32_t>(i) << 1;
+  return found + more;
+}
+
+template <typename Element>
+void widen(const void* weights, float* out, int64_t size) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) _mm256_storeu_ps(out + i, load8(w + i, Element()));
+  for (; i < size; ++i) out[i] = Element::widen(w[i]);
+}
+
+}  // namespace
+
+const CpuKernels avx2_kernels = {"avx2",
+                                 {dot<F32>, dot<BF16>, dot<F16>},
+                                 {product<F32>, product<BF16>, product<F16>},
+                                 candidates,
+                                 {widen<F32>, widen<BF16>, widen<F16>}};
+
+}  // namespace sparse_transcoder::kernels

@@ -1,0 +1,38 @@
+// One layer made ready to encode: checked weights and the per-feature vectors that every screen needs.
+#pragma once
+
+#include <sparse_transcoder/engine.h>
+
+#include "kernels/cpu.h"
+
+namespace sparse_transcoder {
+
+struct Layer {
+  Layer(int64_t id, LayerWeights declared, const Options& options);
+
+  int64_t id;
+  LayerWeights weights;
+  int64_t features, hidden_size;
+  int64_t top_k;                              // slots in the output
+  int64_t selected;                           // features that may fill them: top_k, or the coder's own k where that is smaller
+  int64_t most_active;                        // features that can be active in a row: the coder's k, or all
+  kernels::Dtype dtype;                       // of W_enc
+  at::Tensor W_enc;                           // [F, H] contiguous
+  at::Tensor norm, bias, gate, low, high;     // [F] float32, see kernels::Gate
+  at::Tensor input_bias, ln_weight, ln_bias;  // [H] float32, or undefined
+  float largest_norm, largest_bias;
+
+  int64_t weight_bytes() const;
+  int64_t gate_bytes() const;
+  kernels::Gate gate_at(int64_t feature) const;
+};
+
+kernels::Dtype kernel_dtype(at::ScalarType type);
+
+// Shapes, types, devices and finite vectors of what a layer declares; c10::ValueError or TypeError where something is wrong.
+void check_weights(int64_t id, const LayerWeights& weights);
+
+// "layer 41" or "layer 41 (path)": how errors name a layer.
+std::string describe(int64_t id, const LayerWeights& weights);
+
+}  // namespace sparse_transcoder

@@ -1,0 +1,184 @@
+// Loads a circuit-tracer transcoder set: layer_{i}.safetensors + config.yaml.
+#include <ATen/ATen.h>
+#include <sparse_transcoder/weights.h>
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <fstream>
+#include <set>
+
+#include "layer.h"
+#include "safetensors.h"
+
+namespace sparse_transcoder {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int64_t scanned_bytes = int64_t{1} << 30;  // matrices checked for NaN at load; the Engine checks every encoder
+
+[[noreturn]] void not_found(const std::string& message) { throw FileNotFound({__func__, __FILE__, __LINE__}, message); }
+
+// What config.yaml declares: `key: value` lines and one list, `transcoders:`. Keys that are not ours are ignored.
+struct Config {
+  std::map<std::string, std::string> values;
+  std::vector<std::string> transcoders;
+
+  std::string get(const std::string& key) const {
+    const auto found = values.find(key);
+    return found == values.end() ? "" : found->second;
+  }
+};
+
+// A YAML scalar without its blanks, comment and quotes.
+std::string scalar(std::string text, const std::string& where) {
+  const char* blanks = " \t\r";
+  text.erase(0, text.find_first_not_of(blanks));
+  if (!text.empty() && (text[0] == '"' || text[0] == '\'')) {
+    const auto end = text.find(text[0], 1);
+    TORCH_CHECK_VALUE(end != std::string::npos, where, ": a quoted value must end on its line");
+    return text.substr(1, end - 1);
+  }
+  if (!text.empty() && text[0] == '#') return "";
+  text.erase(std::min(text.find(" #"), text.size()));
+  text.erase(text.find_last_not_of(blanks) + 1);
+  return text == "null" || text == "~" ? "" : text;
+}
+
+Config read_config(const fs::path& path) {
+  Config config;
+  std::ifstream file(path);
+  if (!file) not_found(path.string() + ": cannot be opened");
+  std::string line, key;
+  for (int number = 1; std::getline(file, line); ++number) {
+    const std::string where = path.string() + ": line " + std::to_string(number);
+    TORCH_CHECK_VALUE(line.find('\0') == std::string::npos && line.size() < 10000, where, ": must be text");
+    const auto first = line.find_first_not_of(" \t\r");
+    if (first == std::string::npos || line[first] == '#' || line.compare(0, 3, "---") == 0) continue;
+    if (line[first] == '-' && key == "transcoders") {
+      config.transcoders.push_back(scalar(line.substr(first + 1), where));
+    } else if (first == 0) {
+      const auto colon = line.find(':');
+      TORCH_CHECK_VALUE(colon != std::string::npos, where, ": must be `key: value`, got no colon");
+      key = line.substr(0, colon);
+      config.values[key] = scalar(line.substr(colon + 1), where);
+    }
+  }
+  return config;
+}
+
+std::optional<int64_t> parse_integer(const std::string& text) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size() ? std::optional(value) : std::nullopt;
+}
+
+// The layer number in a file name like layer_12.safetensors.
+std::optional<int64_t> layer_number(const fs::path& path) {
+  const std::string name = path.filename().string(), prefix = "layer_", suffix = ".safetensors";
+  if (name.size() <= prefix.size() + suffix.size() || name.rfind(prefix, 0) != 0 || path.extension() != suffix) return {};
+  const auto number = parse_integer(name.substr(prefix.size(), name.size() - prefix.size() - suffix.size()));
+  return number && *number >= 0 ? number : std::nullopt;
+}
+
+// Layer -> file: what config.yaml lists, in order, or every layer_{i}.safetensors.
+std::map<int64_t, fs::path> layer_files(const fs::path& dir, const Config& config) {
+  std::map<int64_t, fs::path> files;
+  for (const std::string& entry : config.transcoders) {
+    const fs::path relative(entry);
+    const bool inside = !entry.empty() && relative.is_relative() && entry.find("://") == std::string::npos &&
+                        std::find(relative.begin(), relative.end(), "..") == relative.end();
+    TORCH_CHECK_VALUE(inside, (dir / "config.yaml").string(), ": transcoders must be files inside this folder, got \"", entry,
+                      '"');
+    files.emplace(files.size(), dir / relative);
+  }
+  if (!config.transcoders.empty()) return files;
+  for (const auto& entry : fs::directory_iterator(dir))
+    if (const auto number = layer_number(entry.path()))
+      TORCH_CHECK_VALUE(files.emplace(*number, entry.path()).second, entry.path().string(), ": layer ", *number,
+                        " is there twice");
+  return files;
+}
+
+LayerWeights read_layer(int64_t id, const fs::path& path, const Config& config, int64_t& scan_budget) {
+  auto tensors = read_safetensors(path.string());
+  const auto take = [&tensors](const char* name) {
+    const auto node = tensors.extract(name);
+    return node.empty() ? at::Tensor() : node.mapped();
+  };
+  LayerWeights w;
+  w.source = path.string();
+  const std::string who = describe(id, w);
+  w.W_enc = take("W_enc");
+  w.b_enc = take("b_enc");
+  w.b_dec = take("b_dec");
+  w.W_skip = take("W_skip");
+  w.threshold = take("activation_function.threshold");
+  if (const at::Tensor W_dec = take("W_dec"); W_dec.defined()) {
+    TORCH_CHECK_VALUE(W_dec.dim() == 2, who, ": W_dec must be [F, H], got ", W_dec.sizes());
+    w.W_dec = W_dec.t();
+  }
+  if (const at::Tensor k = take("k"); k.defined()) {
+    TORCH_CHECK_VALUE(k.numel() == 1 && at::isIntegralType(k.scalar_type(), false), who, ": k must be one integer, got ",
+                      toString(k.scalar_type()), " ", k.sizes());
+    w.k = k.item<int64_t>();
+  }
+  TORCH_CHECK_VALUE(tensors.empty(), who, ": tensor \"", tensors.begin()->first, "\" is not part of this layout");
+  const std::string activation = config.get("activation");
+  if (activation == "topk" && !w.k) {
+    w.k = parse_integer(config.get("k"));
+    TORCH_CHECK_VALUE(w.k, who, ": activation topk needs an integer k in config.yaml, got \"", config.get("k"), '"');
+  }
+  TORCH_CHECK_VALUE(activation != "jumprelu" || w.threshold.defined(), who,
+                    ": activation jumprelu needs activation_function.threshold, got none");
+  w.hook_in = config.get("feature_input_hook");
+  w.hook_out = config.get("feature_output_hook");
+
+  check_weights(id, w);
+  for (const auto& [matrix, name] : {std::pair(&w.W_enc, "W_enc"), {&w.W_dec, "W_dec"}, {&w.W_skip, "W_skip"}}) {
+    if (!matrix->defined()) continue;
+    scan_budget -= matrix->nbytes();
+    if (scan_budget < 0) break;
+    TORCH_CHECK_VALUE(std::isfinite(at::sum(*matrix, at::kDouble).item<double>()), who, ": ", name,
+                      " must be finite, got NaN or Inf");
+  }
+  return w;
+}
+
+void move_to(LayerWeights& w, at::Device device) {
+  for (at::Tensor* tensor : {&w.W_enc, &w.b_enc, &w.W_dec, &w.b_dec, &w.threshold, &w.W_skip})
+    if (tensor->defined()) *tensor = tensor->to(device);
+}
+
+}  // namespace
+
+std::map<int64_t, LayerWeights> load_weights(const std::string& dir, std::vector<int64_t> layers, at::Device device) {
+  std::error_code error;
+  if (!fs::is_directory(dir, error)) not_found(dir + ": there is no such folder");
+  const fs::path config_path = fs::path(dir) / "config.yaml";
+  const Config config = fs::exists(config_path, error) ? read_config(config_path) : Config();
+  const std::string kind = config.get("model_kind"), activation = config.get("activation");
+  TORCH_CHECK_VALUE(kind.empty() || kind == "transcoder_set", config_path.string(), ": model_kind must be transcoder_set, got ",
+                    kind);
+  const std::set<std::string> known = {"", "relu", "jumprelu", "topk"};
+  TORCH_CHECK_VALUE(known.count(activation), config_path.string(), ": activation must be relu, jumprelu or topk, got ",
+                    activation);
+
+  const auto files = layer_files(dir, config);
+  if (files.empty()) not_found(dir + ": there is no layer_{i}.safetensors in this folder");
+  if (layers.empty())
+    for (const auto& [id, path] : files) layers.push_back(id);
+  std::map<int64_t, LayerWeights> weights;
+  int64_t scan_budget = scanned_bytes;
+  for (const int64_t id : layers) {
+    const auto file = files.find(id);
+    if (file == files.end()) not_found(dir + ": there is no file for layer " + std::to_string(id));
+    if (weights.count(id)) continue;
+    LayerWeights& w = weights[id] = read_layer(id, file->second, config, scan_budget);
+    if (!device.is_cpu()) move_to(w, device);
+  }
+  return weights;
+}
+
+}  // namespace sparse_transcoder

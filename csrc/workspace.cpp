@@ -1,0 +1,52 @@
+#include "workspace.h"
+
+#include <ATen/ATen.h>
+
+namespace sparse_transcoder {
+namespace {
+
+// Hands out aligned slices: a first pass with no storage measures, a second assigns.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+
+  template <typename T>
+  void take(T*& slice, int64_t count) {
+    slice = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+int64_t carve(Workspace& w, const Plan& plan, char* base) {
+  Carver carver(base);
+  carver.take(w.hidden, plan.rows * plan.hidden_size);
+  carver.take(w.margin, plan.rows);
+  carver.take(w.lists, plan.rows * plan.lanes);
+  carver.take(w.keys, plan.rows * plan.lanes * plan.capacity);
+  carver.take(w.scores, plan.lanes * plan.rows * plan.panel);
+  carver.take(w.candidates, plan.lanes * plan.panel);
+  carver.take(w.merged, plan.lanes * plan.lanes * plan.capacity);
+  return carver.used();
+}
+
+}  // namespace
+
+Workspace::Workspace(const Plan& plan) : plan(plan) {
+  bytes = carve(*this, plan, nullptr);
+  try {
+    storage_ = at::empty({bytes + 64}, at::kByte);
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "out of memory: the workspace needs ", bytes,
+                     " bytes; a lower chunk_size needs less, got chunk_size ", plan.rows);
+  }
+  auto address = reinterpret_cast<uintptr_t>(storage_.mutable_data_ptr());
+  carve(*this, plan, reinterpret_cast<char*>((address + 63) / 64 * 64));
+}
+
+}  // namespace sparse_transcoder

@@ -1,0 +1,30 @@
+"""Exact, streaming transcoder encoder: hidden states to sparse features, without the dense [tokens, features] matrix."""
+
+from pathlib import Path
+
+import torch as _torch
+
+from ._torch_version import TORCH_VERSION as _built
+
+if _torch.__version__.split(".")[:2] != _built.split("."):
+    raise ImportError(
+        f"sparse_transcoder was built against torch {_built} and cannot be used with torch {_torch.__version__}: "
+        "install it again in this environment with pip install --no-build-isolation"
+    )
+
+from . import _C, reference  # noqa: E402
+from .encoder import SparseTranscoderEncoder, encode_single_layer  # noqa: E402
+from .weights import TranscoderWeights, load_transcoders  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "SparseTranscoderEncoder",
+    "TranscoderWeights",
+    "cmake_prefix_path",
+    "encode_single_layer",
+    "load_transcoders",
+    "reference",
+]
+
+cmake_prefix_path = str(Path(_C.__file__).resolve().parent)
+"""Folder for CMAKE_PREFIX_PATH, so that ``find_package(sparse_transcoder CONFIG)`` finds the C++ library."""

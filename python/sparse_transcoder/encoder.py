@@ -1,0 +1,249 @@
+"""Encode hidden states with the C++ engine."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from . import _C
+from .weights import TranscoderWeights, _to_native
+
+
+class LayerFeatures(TypedDict):
+    """One layer's result for hidden [B, T, H]; without B for hidden [T, H]. K = min(top_k, F)."""
+
+    layer: int
+    activations: torch.Tensor
+    """[B, T, K] float32, descending; 0 in slots that no feature fills."""
+    indices: torch.Tensor
+    """[B, T, K] int64, distinct in a row; ties: lower index first; unfilled slots hold the lowest features that are not kept."""
+    sparsity: torch.Tensor
+    """[B, T] float32, fraction of the F features that are kept, not capped by K."""
+
+
+class SparseTranscoderEncoder:
+    """Exact top-k features of many layers, without ever forming the dense [tokens, features] matrix.
+
+    For each row h: ``pre = norm(h) @ W_enc.T + b_enc``; a feature is kept when its activation (relu, jumprelu or top-k, as the
+    weights declare) is positive and at least ``activation_threshold``; the ``top_k`` largest are returned, ties in favour of the
+    lower feature. Results are the same bit for bit whatever the chunk size, the batch, the layers beside it, or the threads.
+    A row with NaN or Inf gives NaN activations and NaN sparsity in that row alone.
+
+    Methods may be called from many threads at once; the interpreter lock is released during the work.
+
+    Args:
+        transcoders: {layer: weights}.
+        top_k: features returned per row. None takes each layer's own k from its checkpoint.
+        activation_threshold: the least activation that is kept, inclusive.
+        use_compile: replay captured work for shapes seen before, where the device can; no effect on results.
+        chunk_size: rows worked on at a time: bounds the workspace, not the result.
+        screening: "auto" screens candidates with the fastest arithmetic; "off" keeps no copy of the weights. No effect on results.
+
+    Raises:
+        ValueError: an option or a tensor's shape, device or value is wrong; TypeError: a tensor's dtype or an argument's type is.
+    """
+
+    def __init__(
+        self,
+        transcoders: Mapping[int, TranscoderWeights],
+        top_k: int | None = 20,
+        activation_threshold: float = 1.0,
+        use_compile: bool = True,
+        chunk_size: int = 512,
+        *,
+        screening: str = "auto",
+    ) -> None:
+        if not isinstance(transcoders, Mapping):
+            raise TypeError(f"transcoders must map layers to TranscoderWeights, got {type(transcoders).__name__}")
+        for layer, weights in transcoders.items():
+            if not isinstance(weights, TranscoderWeights):
+                raise TypeError(f"layer {layer}: transcoders must hold TranscoderWeights, got {type(weights).__name__}")
+        self.top_k = None if top_k is None else _positive("top_k", top_k)
+        self.activation_threshold = _number("activation_threshold", activation_threshold)
+        self.use_compile = bool(use_compile)
+        self.chunk_size = _positive("chunk_size", chunk_size)
+        if screening not in _C.Screening.__members__:
+            raise ValueError(f"screening must be one of {', '.join(_C.Screening.__members__)}, got {screening!r}")
+        self.screening = screening
+        self._engine = _C.Engine(
+            {_integer("layer", layer): _to_native(weights) for layer, weights in transcoders.items()},
+            top_k=self.top_k or 0,
+            activation_threshold=self.activation_threshold,
+            chunk_size=self.chunk_size,
+            lanes=0,
+            screening=_C.Screening.__members__[screening],
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have a transcoder, ascending."""
+        return self._engine.layers
+
+    def encode_layer(self, layer_idx: int, hidden: torch.Tensor) -> LayerFeatures:
+        """Encode one layer's hidden states.
+
+        Args:
+            layer_idx: one of ``layers``.
+            hidden: [B, T, H] or [T, H], float32, bfloat16 or float16, any strides, on the weights' device.
+
+        Raises:
+            KeyError: there is no transcoder for the layer. ValueError: hidden has a wrong shape or device.
+            TypeError: hidden is no tensor, or of another dtype.
+
+        Example:
+            >>> encoder.encode_layer(12, hidden)["indices"]  # [B, T, top_k]
+        """
+        layer = _integer("layer_idx", layer_idx)
+        return _result(layer, self._engine.encode(layer, _tensor(layer, hidden)))
+
+    def encode_chunked(self, layer_idx: int, hidden: torch.Tensor) -> LayerFeatures:
+        """The same as :meth:`encode_layer`, which works in chunks by itself; kept for callers of the reference project."""
+        return self.encode_layer(layer_idx, hidden)
+
+    def encode_all_layers(self, hidden_states: Mapping[int, torch.Tensor]) -> dict[int, LayerFeatures]:
+        """Encode the hidden states of many layers at once, concurrently: {layer: result}.
+
+        Layers that have no transcoder are named in one warning and left out. Arguments and errors as in :meth:`encode_layer`.
+        """
+        if not isinstance(hidden_states, Mapping):
+            raise TypeError(f"hidden_states must map layers to tensors, got {type(hidden_states).__name__}")
+        hidden = {_integer("layer", layer): rows for layer, rows in hidden_states.items()}
+        known = set(self.layers)
+        unknown = [layer for layer in hidden if layer not in known]
+        if unknown:
+            warnings.warn(f"no transcoder for layers {', '.join(map(str, unknown))}: not encoded", stacklevel=2)
+        encoded = self._engine.encode_all({layer: _tensor(layer, hidden[layer]) for layer in hidden if layer in known})
+        return {layer: _result(layer, encoded[layer]) for layer in hidden if layer in known}
+
+    def extract_attribution_features(
+        self, hidden_states: Mapping[int, torch.Tensor], top_k_global: int = 100
+    ) -> list[dict[str, Any]]:
+        """The strongest features over all layers, batch rows and positions, as attribution graph nodes.
+
+        They are drawn from each position's ``top_k``, strongest first; ties: layer, batch row, position, feature ascending.
+
+        Args:
+            hidden_states: {layer: [B, T, H] or [T, H]}.
+            top_k_global: how many nodes at most.
+
+        Returns:
+            A dict per node: ``node_id`` ("{layer}_{feature}_{ctx_idx}", with "{batch}" after the layer when B > 1), ``feature``,
+            ``layer`` (str), ``batch_idx``, ``ctx_idx``, ``feature_type``, ``influence`` and ``activation`` (both the activation).
+        """
+        limit = _positive("top_k_global", top_k_global)
+        encoded = self.encode_all_layers(hidden_states)
+        # Each layer's strongest, in the order of the tie rule: rows ascending, and features ascending among equals in a row.
+        found: list[tuple[float, int, int, int, int, bool]] = []
+        for layer in sorted(encoded):
+            activations = encoded[layer]["activations"]
+            batched = activations if activations.ndim == 3 else activations[None]
+            flat = batched.flatten()
+            slots = torch.nonzero(flat > 0).flatten()
+            if slots.numel() > limit:
+                least = torch.topk(flat[slots], limit).values[-1]
+                slots = slots[flat[slots] >= least]
+            indices = encoded[layer]["indices"].flatten()
+            positions, per_row = batched.shape[1], batched.shape[2]
+            for slot, value, feature in zip(slots.tolist(), flat[slots].tolist(), indices[slots].tolist(), strict=True):
+                batch, position = divmod(slot // per_row, positions)
+                found.append((value, layer, batch, position, feature, batched.shape[0] > 1))
+        found.sort(key=lambda node: -node[0])
+        return [
+            {
+                "node_id": f"{layer}_{batch}_{feature}_{position}" if many else f"{layer}_{feature}_{position}",
+                "feature": feature,
+                "layer": str(layer),
+                "batch_idx": batch,
+                "ctx_idx": position,
+                "feature_type": "cross layer transcoder",
+                "influence": value,
+                "activation": value,
+            }
+            for value, layer, batch, position, feature, many in found[:limit]
+        ]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of all workspaces; they do not grow with the number of tokens, only when calls overlap."""
+        return self._engine.memory().workspace_bytes
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: ``weight_bytes`` (shared with the caller), ``gate_bytes`` (per-feature vectors), ``screening_bytes``
+        (low-precision copies) and ``workspace_bytes``."""
+        memory = self._engine.memory()
+        return {name: getattr(memory, name) for name in dir(memory) if name.endswith("_bytes")}
+
+    @staticmethod
+    def encode_single_layer(
+        hidden: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, top_k: int, threshold: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See :func:`encode_single_layer`."""
+        return encode_single_layer(hidden, W_enc, b_enc, top_k, threshold)
+
+
+def encode_single_layer(
+    hidden: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, top_k: int, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Encode once with bare weights: relu(hidden @ W_enc.T + b_enc), kept at ``threshold``, top k.
+
+    Each call makes the weights ready anew; for more than one call build a :class:`SparseTranscoderEncoder`.
+
+    Args:
+        hidden: [B, T, H] or [T, H].
+        W_enc: [F, H].
+        b_enc: [F].
+        top_k: features returned per row.
+        threshold: the least activation that is kept, inclusive.
+
+    Returns:
+        activations [B, T, K], indices [B, T, K], sparsity [B, T]; K = min(top_k, F).
+    """
+    encoder = SparseTranscoderEncoder(
+        {0: TranscoderWeights(W_enc, b_enc)}, _positive("top_k", top_k), threshold, screening="off"
+    )
+    result = encoder.encode_layer(0, hidden)
+    return result["activations"], result["indices"], result["sparsity"]
+
+
+def _result(layer: int, features: _C.Features) -> LayerFeatures:
+    return {
+        "layer": layer,
+        "activations": features.activations,
+        "indices": features.indices,
+        "sparsity": features.sparsity,
+    }
+
+
+def _tensor(layer: int, hidden: Any) -> torch.Tensor:
+    if not isinstance(hidden, torch.Tensor):
+        raise TypeError(f"layer {layer}: hidden must be a torch.Tensor, got {type(hidden).__name__}")
+    return hidden
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+def _positive(name: str, value: Any) -> int:
+    number = _integer(name, value)
+    if not 1 <= number < 2**63:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, got NaN")
+    return number
