@@ -60,6 +60,8 @@ struct Engine::State {
   Options options;
   std::unique_ptr<Pool<Workspace>> cpu_pool;  // these two only where a layer is on the CPU
   std::unique_ptr<Lanes> cpu_lanes;
+  std::map<at::DeviceIndex, std::unique_ptr<Pool<CudaLane>>> cuda_pools;
+  int64_t cuda_lanes = 0;
 
   const Layer& layer(int64_t id) const {
     const auto found = layers.find(id);
@@ -73,14 +75,22 @@ Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options) : state
   TORCH_CHECK_VALUE(!weights.empty(), "transcoders must hold at least one layer, got none");
   state_->options = options;
   std::vector<const Layer*> on_cpu;
+  std::map<at::DeviceIndex, std::vector<const Layer*>> on_cuda;
   for (auto& [id, declared] : weights) {
     const Layer& layer = state_->layers.try_emplace(id, id, std::move(declared), options).first->second;
-    if (layer.W_enc.is_cpu()) on_cpu.push_back(&layer);
+    (layer.W_enc.is_cpu() ? on_cpu : on_cuda[layer.W_enc.get_device()]).push_back(&layer);
   }
   if (!on_cpu.empty()) {
     const Plan plan = plan_cpu(on_cpu, options);
     state_->cpu_pool = std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
     state_->cpu_lanes = std::make_unique<Lanes>(plan.lanes - 1);
+  }
+  for (const auto& [index, layers] : on_cuda) {
+    const CudaPlan plan = plan_cuda(layers, options);
+    const at::Device device(at::kCUDA, index);
+    state_->cuda_lanes = plan.lanes;
+    state_->cuda_pools[index] =
+        std::make_unique<Pool<CudaLane>>([plan, device] { return std::make_unique<CudaLane>(plan, device); });
   }
 }
 
@@ -92,16 +102,22 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const { return 
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
   for (const auto& [id, rows] : hidden) check_hidden(state_->layer(id), rows);
   std::map<int64_t, Features> results;
-  std::vector<Request> on_cpu;
+  std::vector<Request> requests;
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
     const Features& out = results[id] = allocate(layer, rows);
     const at::Tensor batched = rows.dim() == 2 ? rows.detach().unsqueeze(0) : rows.detach();
-    if (batched.numel() > 0) on_cpu.push_back({&layer, batched, out});
+    if (batched.numel() > 0) requests.push_back({&layer, batched, out});
   }
   // Largest first, so that no lane is left alone with a large layer at the end.
-  std::stable_sort(on_cpu.begin(), on_cpu.end(),
+  std::stable_sort(requests.begin(), requests.end(),
                    [](const Request& a, const Request& b) { return a.layer->W_enc.numel() > b.layer->W_enc.numel(); });
+  std::vector<Request> on_cpu;
+  std::map<at::DeviceIndex, std::vector<Request>> on_cuda;
+  for (const Request& request : requests)
+    (request.hidden.is_cpu() ? on_cpu : on_cuda[request.hidden.get_device()]).push_back(request);
+  // CUDA first: it runs on while the CPU's layers are encoded.
+  for (const auto& [index, on_device] : on_cuda) encode_cuda(on_device, state_->cuda_lanes, *state_->cuda_pools.at(index));
   if (!on_cpu.empty()) encode_cpu(on_cpu, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
   return results;
 }
@@ -123,6 +139,7 @@ Memory Engine::memory() const {
     memory.gate_bytes += layer.gate_bytes();
   }
   if (state_->cpu_pool) memory.workspace_bytes += state_->cpu_pool->bytes();
+  for (const auto& [index, pool] : state_->cuda_pools) memory.workspace_bytes += pool->bytes();
   return memory;
 }
 

@@ -12,9 +12,9 @@ if _torch.__version__.split(".")[:2] != _built.split("."):
         "install it again in this environment with pip install --no-build-isolation"
     )
 
-from . import _C, reference  # noqa: E402
-from .encoder import SparseTranscoderEncoder, encode_single_layer  # noqa: E402
-from .weights import TranscoderWeights, load_transcoders  # noqa: E402
+from . import _C, reference
+from .encoder import SparseTranscoderEncoder, encode_single_layer
+from .weights import TranscoderWeights, load_transcoders
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,0 +1,154 @@
+"""
+C++ engine of sparse_transcoder.
+"""
+from __future__ import annotations
+import collections.abc
+import torch
+import typing
+__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'load_weights']
+class LayerWeights:
+    """
+    One layer's declared weights; see sparse_transcoder.TranscoderWeights.
+    """
+    def __init__(self, *, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor | None, b_dec: torch.Tensor | None, threshold: torch.Tensor | None, k: typing.SupportsInt | typing.SupportsIndex | None, W_skip: torch.Tensor | None, input_bias: torch.Tensor | None, ln_weight: torch.Tensor | None, ln_bias: torch.Tensor | None, hook_in: str, hook_out: str, source: str) -> None:
+        ...
+    @property
+    def W_dec(self) -> torch.Tensor:
+        ...
+    @property
+    def W_enc(self) -> torch.Tensor:
+        ...
+    @property
+    def W_skip(self) -> torch.Tensor:
+        ...
+    @property
+    def b_dec(self) -> torch.Tensor:
+        ...
+    @property
+    def b_enc(self) -> torch.Tensor:
+        ...
+    @property
+    def hook_in(self) -> str:
+        ...
+    @property
+    def hook_out(self) -> str:
+        ...
+    @property
+    def input_bias(self) -> torch.Tensor:
+        ...
+    @property
+    def k(self) -> int | None:
+        ...
+    @property
+    def ln_bias(self) -> torch.Tensor:
+        ...
+    @property
+    def ln_weight(self) -> torch.Tensor:
+        ...
+    @property
+    def source(self) -> str:
+        ...
+    @property
+    def threshold(self) -> torch.Tensor:
+        ...
+class Screening:
+    """
+    Which approximate arithmetic finds the candidates.
+
+    Members:
+
+      auto
+
+      off
+    """
+    __members__: typing.ClassVar[dict[str, Screening]]
+    auto: typing.ClassVar[Screening]
+    off: typing.ClassVar[Screening]
+    @typing.overload
+    def __eq__(self, other: Screening) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: Screening) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
+        ...
+class Features:
+    """
+    Top-k activations, their feature indices, and the fraction active.
+    """
+    @property
+    def activations(self) -> torch.Tensor:
+        ...
+    @property
+    def indices(self) -> torch.Tensor:
+        ...
+    @property
+    def sparsity(self) -> torch.Tensor:
+        ...
+class Memory:
+    """
+    Bytes an engine holds.
+    """
+    @property
+    def gate_bytes(self) -> int:
+        ...
+    @property
+    def screening_bytes(self) -> int:
+        ...
+    @property
+    def weight_bytes(self) -> int:
+        ...
+    @property
+    def workspace_bytes(self) -> int:
+        ...
+class Engine:
+    """
+    The C++ engine; see sparse_transcoder.SparseTranscoderEncoder.
+    """
+    def __init__(self, weights: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, LayerWeights], *, top_k: typing.SupportsInt | typing.SupportsIndex, activation_threshold: typing.SupportsFloat | typing.SupportsIndex, chunk_size: typing.SupportsInt | typing.SupportsIndex, lanes: typing.SupportsInt | typing.SupportsIndex, screening: Screening) -> None:
+        ...
+    def encode(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> Features:
+        """
+        Encodes one layer's hidden states.
+        """
+    def encode_all(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, Features]:
+        """
+        Encodes the hidden states of many layers at once.
+        """
+    def memory(self) -> Memory:
+        """
+        Bytes held beside the caller's weights.
+        """
+    @property
+    def layers(self) -> list[int]:
+        ...
+def load_weights(dir: str, layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], device: torch.device) -> dict[int, LayerWeights]:
+    """
+    Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.
+    """
