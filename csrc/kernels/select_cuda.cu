@@ -246,24 +246,26 @@ int for_dtype(Dtype dtype, const Run& run) {
 int prepare(const HiddenRows& rows, float roundoff, float largest_norm, float* x, float* margin, const Lists& lists,
             void* stream) {
   return for_dtype(rows.dtype, [&](auto type) {
-    prepare_kernel<decltype(type)>
-        <<<unsigned(rows.count), threads, 0, static_cast<cudaStream_t>(stream)>>>(rows, roundoff, largest_norm, x, margin, lists);
+    const auto kernel = prepare_kernel<decltype(type)>;
+    kernel<<<unsigned(rows.count), threads, 0, static_cast<cudaStream_t>(stream)>>>(rows, roundoff, largest_norm, x, margin,
+                                                                                    lists);
   });
 }
 
 int select(const float* scores, const float* x, const float* margin, int64_t rows, const Panel& panel, const Lists& lists,
            void* stream) {
+  const dim3 grid(unsigned(rows), unsigned(lists.groups));
   return for_dtype(panel.dtype, [&](auto type) {
-    select_kernel<decltype(type)>
-        <<<dim3(unsigned(rows), unsigned(lists.groups)), threads, 0, static_cast<cudaStream_t>(stream)>>>(scores, x, margin,
-                                                                                                          panel, lists);
+    const auto kernel = select_kernel<decltype(type)>;
+    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(scores, x, margin, panel, lists);
   });
 }
 
 int finish(const Lists& lists, const float* margin, int64_t rows, int64_t features, int64_t most_active, int64_t top_k,
            float* activations, int64_t* indices, float* sparsity, void* stream) {
-  finish_kernel<<<unsigned(rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(lists, margin, features, most_active, top_k,
-                                                                                   activations, indices, sparsity);
+  const auto kernel = finish_kernel;
+  kernel<<<unsigned(rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(lists, margin, features, most_active, top_k,
+                                                                            activations, indices, sparsity);
   return cudaGetLastError();
 }
 

@@ -42,7 +42,7 @@ class SparseTranscoderEncoder:
         activation_threshold: the least activation that is kept, inclusive.
         use_compile: replay captured work for shapes seen before, where the device can; no effect on results.
         chunk_size: rows worked on at a time: bounds the workspace, not the result.
-        screening: "auto" screens candidates with the fastest arithmetic; "off" keeps no copy of the weights. No effect on results.
+        screening: "auto" screens with the fastest arithmetic there is; "off" makes no copy of the weights. No effect on results.
 
     Raises:
         ValueError: an option or a tensor's shape, device or value is wrong; TypeError: a tensor's dtype or an argument's type is.
