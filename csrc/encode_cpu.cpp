@@ -138,20 +138,23 @@ void scan(const Workspace& w, const Unit& unit, int64_t lane) {
   const Layer& layer = job.layer();
   const ExactDot exact(layer);
   const kernels::CpuKernels& kernel = kernels::cpu_kernels();
-  float* scores = w.scores + lane * w.plan.rows * w.plan.panel;
+  float* scores = w.scores + lane * w.plan.block * w.plan.panel;
   uint32_t* candidates = w.candidates + lane * w.plan.panel;
   const auto product = kernel.product[static_cast<int>(layer.dtype)];
   for (int64_t first = unit.first; first < unit.last; first += w.plan.panel) {
     const int64_t count = std::min(w.plan.panel, unit.last - first);
-    product(hidden_row(w, job, 0), job.rows, exact.weights + first * exact.row_bytes, count, layer.hidden_size, scores);
     const kernels::Gate gate = layer.gate_at(first);
     for (int64_t row = 0; row < job.rows; ++row) {
+      const float* x = hidden_row(w, job, row);
+      const int64_t in_block = row % block_rows;
+      if (in_block == 0)
+        product(x, std::min(block_rows, job.rows - row), exact.weights + first * exact.row_bytes, count, layer.hidden_size,
+                scores);
       const float margin = w.margin[job.slot + row];
       if (std::isnan(margin)) continue;
-      const float* x = hidden_row(w, job, row);
       TopList& list = list_of(w, job, row, unit.group);
       const int64_t found =
-          kernel.candidates(scores + row * count, gate, count, margin, screen_bound(layer, list), candidates, &list.certain);
+          kernel.candidates(scores + in_block * count, gate, count, margin, screen_bound(layer, list), candidates, &list.certain);
       for (int64_t i = 0; i < found; ++i) {
         const bool active = exact.consider(first + (candidates[i] >> 1), x, list, w.plan.capacity);
         list.certain += active & candidates[i] & 1;
@@ -247,6 +250,7 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
   }
   const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t));
   plan.rows = std::clamp<int64_t>(list_bytes / std::max<int64_t>(1, row_bytes), 1, options.chunk_size);
+  plan.block = std::min(block_rows, plan.rows);
   return plan;
 }
 

@@ -1,6 +1,9 @@
 #include "lanes.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <system_error>
 
 namespace sparse_transcoder {
 
@@ -15,11 +18,19 @@ struct Lanes::Call {
   }
 };
 
-Lanes::Lanes(int64_t workers) {
-  for (int64_t i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+Lanes::Lanes(int64_t workers) : process_(getpid()) {
+  try {
+    for (int64_t i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+  } catch (const std::system_error&) {
+    // The system gives no more threads: fewer workers are slower and nothing else.
+  }
 }
 
 Lanes::~Lanes() {
+  if (getpid() != process_) {  // a forked child has no workers to wait for
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
   {
     std::lock_guard lock(mutex_);
     stop_ = true;

@@ -33,6 +33,7 @@ class Lanes {
   std::condition_variable work_, done_;
   std::deque<Call*> open_;  // calls that another worker may join
   bool stop_ = false;
+  const int process_;
   std::vector<std::thread> workers_;
 };
 

@@ -129,7 +129,7 @@ int64_t Layer::weight_bytes() const {
   for (const at::Tensor* t : {&weights.W_enc, &weights.b_enc, &weights.W_dec, &weights.b_dec, &weights.threshold, &weights.W_skip,
                               &weights.input_bias, &weights.ln_weight, &weights.ln_bias})
     if (t->defined()) bytes += t->nbytes();
-  return bytes;
+  return bytes + (W_enc.is_alias_of(weights.W_enc) ? 0 : W_enc.nbytes());
 }
 
 int64_t Layer::gate_bytes() const { return norm.nbytes() + bias.nbytes() + gate.nbytes() + low.nbytes() + high.nbytes(); }

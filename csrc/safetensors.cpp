@@ -30,7 +30,7 @@ class MappedFile {
     struct stat status;
     const bool regular = fstat(file, &status) == 0 && S_ISREG(status.st_mode);
     size_ = regular ? status.st_size : 0;
-    if (size_ > 0) data_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+    if (size_ > 0) data_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0);
     const std::string reason = std::strerror(errno);
     close(file);
     TORCH_CHECK_VALUE(regular, path, ": must be a regular file");

@@ -94,10 +94,12 @@ std::map<int64_t, fs::path> layer_files(const fs::path& dir, const Config& confi
     files.emplace(files.size(), dir / relative);
   }
   if (!config.transcoders.empty()) return files;
-  for (const auto& entry : fs::directory_iterator(dir))
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(dir, error))
     if (const auto number = layer_number(entry.path()))
       TORCH_CHECK_VALUE(files.emplace(*number, entry.path()).second, entry.path().string(), ": layer ", *number,
                         " is there twice");
+  if (error) not_found(dir.string() + ": cannot be listed: " + error.message());
   return files;
 }
 

@@ -29,7 +29,7 @@ int64_t carve(Workspace& w, const Plan& plan, char* base) {
   carver.take(w.margin, plan.rows);
   carver.take(w.lists, plan.rows * plan.lanes);
   carver.take(w.keys, plan.rows * plan.lanes * plan.capacity);
-  carver.take(w.scores, plan.lanes * plan.rows * plan.panel);
+  carver.take(w.scores, plan.lanes * plan.block * plan.panel);
   carver.take(w.candidates, plan.lanes * plan.panel);
   carver.take(w.merged, plan.lanes * plan.lanes * plan.capacity);
   return carver.used();

@@ -14,12 +14,12 @@ namespace sparse_transcoder {
 
 // What the buffers depend on; nothing here grows with the number of tokens.
 struct Plan {
-  int64_t rows;         // rows in flight, over all jobs of a wave
-  int64_t lanes;        // workers; each row keeps one list per group of features, at most one group a lane
-  int64_t panel;        // features screened at a time
-  int64_t hidden_size;  // the largest
-  int64_t top_k;        // the largest
-  int64_t capacity;     // keys a list holds
+  int64_t rows;          // rows in flight, over all jobs of a wave
+  int64_t lanes;         // workers; each row keeps one list per group of features, at most one group a lane
+  int64_t block, panel;  // rows and features screened at a time
+  int64_t hidden_size;   // the largest
+  int64_t top_k;         // the largest
+  int64_t capacity;      // keys a list holds
 };
 
 // Buffers of one CPU call. Rows are addressed by their slot, 0 <= slot < plan.rows.
@@ -31,7 +31,7 @@ struct Workspace {
   float* margin;            // [rows] score error per unit of ||w||; NaN marks a row that is not finite
   kernels::TopList* lists;  // [rows, lanes]
   uint64_t* keys;           // [rows, lanes, capacity] what the lists hold
-  float* scores;            // [lanes, rows, panel]
+  float* scores;            // [lanes, block, panel]
   uint32_t* candidates;     // [lanes, panel]
   uint64_t* merged;         // [lanes, lanes * capacity]
   int64_t bytes;

@@ -41,7 +41,7 @@ struct Features {
 
 // Bytes held by an Engine, beside the weights its caller gave it.
 struct Memory {
-  int64_t weight_bytes;     // the weights themselves, shared with the caller
+  int64_t weight_bytes;     // the weights, shared with the caller; and a copy of an encoder whose rows are not contiguous
   int64_t gate_bytes;       // per-feature vectors: norms, gates
   int64_t screening_bytes;  // low-precision copies; 0 with Screening::off
   int64_t workspace_bytes;  // all pooled workspaces; grows only when calls overlap
