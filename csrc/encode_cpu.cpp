@@ -22,7 +22,8 @@ namespace {
 
 using kernels::TopList;
 
-constexpr int64_t panel_size = 512;       // a panel's scores and weights stay in the caches
+constexpr int64_t panel_size = 512;       // features of a panel: its weights stay in L3
+constexpr int64_t block_rows = 64;        // rows screened at a time: their scores stay in L2
 constexpr int64_t rows_per_unit = 16;     // of prepare and finish
 constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
 

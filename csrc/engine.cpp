@@ -23,7 +23,7 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
   TORCH_CHECK_TYPE(hidden.defined(), who, ": hidden must be a tensor, got none");
   const auto dtype = hidden.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, who,
-                   ": hidden must be float32, bfloat16 or float16, got ", toString(dtype));
+                   ": hidden must be float32, bfloat16 or float16, got ", c10::getDtypeNames(dtype).first);
   TORCH_CHECK_VALUE(hidden.layout() == at::kStrided, who, ": hidden must be dense, got ", hidden.layout());
   TORCH_CHECK_VALUE(hidden.dim() == 2 || hidden.dim() == 3, who, ": hidden must be [B, T, H] or [T, H], got ", hidden.sizes());
   TORCH_CHECK_VALUE(hidden.size(-1) == layer.hidden_size, who, ": hidden must be [.., ", layer.hidden_size, "], got ",

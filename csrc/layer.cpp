@@ -18,8 +18,8 @@ at::Tensor as_float(const at::Tensor& tensor) { return tensor.defined() ? tensor
 void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef shape, const std::string& who, at::Device device) {
   if (!tensor.defined()) return;
   TORCH_CHECK_TYPE(is_weight_dtype(tensor.scalar_type()) && tensor.layout() == at::kStrided, who, ": ", name,
-                   " must be a dense float32, bfloat16 or float16 tensor, got ", toString(tensor.scalar_type()), " ",
-                   tensor.layout());
+                   " must be a dense float32, bfloat16 or float16 tensor, got ", c10::getDtypeNames(tensor.scalar_type()).first,
+                   " ", tensor.layout());
   TORCH_CHECK_VALUE(tensor.sizes() == shape, who, ": ", name, " must be ", shape, ", got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == device, who, ": ", name, " must be on ", device, " like W_enc, got ", tensor.device());
   if (shape.size() == 1)

@@ -20,7 +20,9 @@ constexpr int64_t scanned_bytes = int64_t{1} << 30;  // matrices checked for NaN
 
 [[noreturn]] void not_found(const std::string& message) { throw FileNotFound({__func__, __FILE__, __LINE__}, message); }
 
-// What config.yaml declares: `key: value` lines and one list, `transcoders:`. Keys that are not ours are ignored.
+// What config.yaml declares. Read is the plain part of YAML that such files are written in: `key: value` lines and, under
+// `transcoders:`, `- path` lines. Other keys, with whatever is nested under them, are ignored; ours in any other form are
+// refused.
 struct Config {
   std::map<std::string, std::string> values;
   std::vector<std::string> transcoders;
@@ -31,39 +33,75 @@ struct Config {
   }
 };
 
-// A YAML scalar without its blanks, comment and quotes.
-std::string scalar(std::string text, const std::string& where) {
-  const char* blanks = " \t\r";
-  text.erase(0, text.find_first_not_of(blanks));
-  if (!text.empty() && (text[0] == '"' || text[0] == '\'')) {
-    const auto end = text.find(text[0], 1);
-    TORCH_CHECK_VALUE(end != std::string::npos, where, ": a quoted value must end on its line");
-    return text.substr(1, end - 1);
+constexpr const char* blanks = " \t\r";
+
+std::string trim(const std::string& text) {
+  const auto first = text.find_first_not_of(blanks);
+  return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(blanks) - first + 1);
+}
+
+// A plain or quoted scalar without its comment and quotes; false for any other YAML.
+bool read_scalar(std::string& text) {
+  text = trim(text);
+  if (text.empty() || text[0] == '#') {
+    text.clear();
+    return true;
   }
-  if (!text.empty() && text[0] == '#') return "";
-  text.erase(std::min(text.find(" #"), text.size()));
-  text.erase(text.find_last_not_of(blanks) + 1);
-  return text == "null" || text == "~" ? "" : text;
+  if (text[0] == '"' || text[0] == '\'') {
+    const auto end = text.find(text[0], 1);
+    if (end == std::string::npos) return false;
+    const std::string rest = trim(text.substr(end + 1));
+    text = text.substr(1, end - 1);
+    return text.find('\\') == std::string::npos && (rest.empty() || rest[0] == '#');
+  }
+  if (std::string("[]{}&*!|>%@`?,").find(text[0]) != std::string::npos) return false;
+  text = trim(text.substr(0, std::min(text.find(" #"), text.size())));
+  if (text == "null" || text == "~") text.clear();
+  return true;
 }
 
 Config read_config(const fs::path& path) {
+  static const std::set<std::string> ours = {"model_kind",  "feature_input_hook", "feature_output_hook",
+                                             "transcoders", "activation",         "k"};
   Config config;
-  std::ifstream file(path);
+  std::ifstream file(path, std::ios::binary);
   if (!file) not_found(path.string() + ": cannot be opened");
   std::string line, key;
   for (int number = 1; std::getline(file, line); ++number) {
     const std::string where = path.string() + ": line " + std::to_string(number);
+    if (number == 1 && line.compare(0, 3, "\xef\xbb\xbf") == 0) line.erase(0, 3);
     TORCH_CHECK_VALUE(line.find('\0') == std::string::npos && line.size() < 10000, where, ": must be text");
-    const auto first = line.find_first_not_of(" \t\r");
-    if (first == std::string::npos || line[first] == '#' || line.compare(0, 3, "---") == 0) continue;
-    if (line[first] == '-' && key == "transcoders") {
-      config.transcoders.push_back(scalar(line.substr(first + 1), where));
-    } else if (first == 0) {
-      const auto colon = line.find(':');
-      TORCH_CHECK_VALUE(colon != std::string::npos, where, ": must be `key: value`, got no colon");
-      key = line.substr(0, colon);
-      config.values[key] = scalar(line.substr(colon + 1), where);
+    const std::string content = trim(line);
+    const bool boundary = content == "---" || content == "...";
+    if (content.empty() || content[0] == '#' || boundary) {
+      TORCH_CHECK_VALUE(!boundary || content == "..." || config.values.empty(), where, ": must be one document, got a second");
+      continue;
     }
+    const bool item = content.compare(0, 2, "- ") == 0;
+    if (item && key == "transcoders") {
+      std::string entry = content.substr(2);
+      TORCH_CHECK_VALUE(read_scalar(entry), where, ": must be `- path`, got ", content);
+      config.transcoders.push_back(entry);
+      continue;
+    }
+    if (std::string(blanks).find(line[0]) != std::string::npos || item) {  // nested under the last key
+      TORCH_CHECK_VALUE(!key.empty() && !ours.count(key), where, ": must be `key: value` or, under transcoders, `- path`, got ",
+                        content);
+      continue;
+    }
+    auto colon = line.find(':');
+    while (colon != std::string::npos && colon + 1 < line.size() &&
+           std::string(blanks).find(line[colon + 1]) == std::string::npos)
+      colon = line.find(':', colon + 1);
+    key = line.substr(0, colon);
+    TORCH_CHECK_VALUE(colon != std::string::npos && read_scalar(key) && !key.empty(), where, ": must be `key: value`, got ",
+                      content);
+    std::string value = line.substr(colon + 1);
+    const bool plain = read_scalar(value);
+    TORCH_CHECK_VALUE(plain || !ours.count(key), where, ": ", key, " must be a plain value, got ", content);
+    TORCH_CHECK_VALUE(key != "transcoders" || value.empty(), where, ": transcoders must be a list of `- path` lines, got ",
+                      content);
+    TORCH_CHECK_VALUE(config.values.emplace(key, value).second, where, ": ", key, " is there twice");
   }
   return config;
 }
@@ -123,7 +161,7 @@ LayerWeights read_layer(int64_t id, const fs::path& path, const Config& config, 
   }
   if (const at::Tensor k = take("k"); k.defined()) {
     TORCH_CHECK_VALUE(k.numel() == 1 && at::isIntegralType(k.scalar_type(), false), who, ": k must be one integer, got ",
-                      toString(k.scalar_type()), " ", k.sizes());
+                      c10::getDtypeNames(k.scalar_type()).first, " ", k.sizes());
     w.k = k.item<int64_t>();
   }
   TORCH_CHECK_VALUE(tensors.empty(), who, ": tensor \"", tensors.begin()->first, "\" is not part of this layout");
