@@ -44,8 +44,12 @@ CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& optio
 // All requests are on one device. Asynchronous: the caller's current stream waits for the results, the host does not.
 void encode_cuda(const std::vector<Request>& requests, int64_t lanes, Pool<CudaLane>& pool);
 
+// Two passes a chunk: count, then write. Waits for the counts.
+SparseFeatures encode_sparse_cuda(const Request& request, const Options& options);
+
 // Rows a CPU call works on at a time, and its buffers.
 Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options);
+SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers);
 void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace, Lanes& workers);
 
 }  // namespace sparse_transcoder

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <limits>
 
 #include "encode.h"
@@ -35,10 +36,10 @@ struct Job {
   const Layer& layer() const { return *request->layer; }
 };
 
+// Features [first, last) of a job, whose lists are those of the group.
 struct Unit {
   const Job* job;
-  int64_t first, last;  // rows of the job, or features
-  int64_t group;
+  int64_t first, last, group;
 };
 
 float* hidden_row(const Workspace& w, const Job& job, int64_t row) {
@@ -89,18 +90,15 @@ float product_margin(const Layer& layer, double squared_norm) {
   return static_cast<float>(roundoff / (1 - roundoff) * norm * (1 + 0x1p-20));
 }
 
-void prepare(const Workspace& w, const Unit& unit) {
-  const Job& job = *unit.job;
+void prepare_row(const Workspace& w, const Job& job, int64_t row) {
   const Layer& layer = job.layer();
   const auto dot = kernels::cpu_kernels().dot[static_cast<int>(kernels::Dtype::float32)];
-  for (int64_t row = unit.first; row < unit.last; ++row) {
-    float* x = hidden_row(w, job, row);
-    load_row(layer, job.request->hidden, job.first_row + row, x);
-    w.margin[job.slot + row] = product_margin(layer, dot(x, x, layer.hidden_size));
-    for (int64_t group = 0; group < job.groups; ++group) {
-      TopList& list = list_of(w, job, row, group);
-      list = {w.keys + (&list - w.lists) * w.plan.capacity, 0, 0, 0};
-    }
+  float* x = hidden_row(w, job, row);
+  load_row(layer, job.request->hidden, job.first_row + row, x);
+  w.margin[job.slot + row] = product_margin(layer, dot(x, x, layer.hidden_size));
+  for (int64_t group = 0; group < job.groups; ++group) {
+    TopList& list = list_of(w, job, row, group);
+    list = {w.keys + (&list - w.lists) * w.plan.capacity, 0, 0, 0};
   }
 }
 
@@ -118,12 +116,8 @@ struct ExactDot {
         row_bytes(layer.hidden_size * layer.W_enc.element_size()),
         gate(layer.gate_at(0)) {}
 
-  // Computes the feature's activation; a kept one goes to the list. Returns whether it is active.
-  bool consider(int64_t feature, const float* x, TopList& list, int64_t capacity) const {
-    const auto value = static_cast<float>(dot(x, weights + feature * row_bytes, layer.hidden_size) + gate.bias[feature]);
-    if (!(value >= gate.gate[feature])) return false;
-    list.push(kernels::make_key(value, feature), layer.selected, capacity);
-    return true;
+  float activation(int64_t feature, const float* x) const {
+    return static_cast<float>(dot(x, weights + feature * row_bytes, layer.hidden_size) + gate.bias[feature]);
   }
 };
 
@@ -134,7 +128,10 @@ float screen_bound(const Layer& layer, const TopList& list) {
   return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - layer.hidden_size * 0x1p-125);
 }
 
-void scan(const Workspace& w, const Unit& unit, int64_t lane) {
+// Streams over the unit's features for all rows of its job. keep(row, feature, activation) gets every active feature, ascending
+// in each row, whose activation can reach bound(row); count(row) is the row's counter of active features.
+template <typename Bound, typename Count, typename Keep>
+void scan(const Workspace& w, const Unit& unit, int64_t lane, const Bound& bound, const Count& count, const Keep& keep) {
   const Job& job = *unit.job;
   const Layer& layer = job.layer();
   const ExactDot exact(layer);
@@ -143,25 +140,38 @@ void scan(const Workspace& w, const Unit& unit, int64_t lane) {
   uint32_t* candidates = w.candidates + lane * w.plan.panel;
   const auto product = kernel.product[static_cast<int>(layer.dtype)];
   for (int64_t first = unit.first; first < unit.last; first += w.plan.panel) {
-    const int64_t count = std::min(w.plan.panel, unit.last - first);
+    const int64_t width = std::min(w.plan.panel, unit.last - first);
     const kernels::Gate gate = layer.gate_at(first);
     for (int64_t row = 0; row < job.rows; ++row) {
       const float* x = hidden_row(w, job, row);
       const int64_t in_block = row % block_rows;
       if (in_block == 0)
-        product(x, std::min(block_rows, job.rows - row), exact.weights + first * exact.row_bytes, count, layer.hidden_size,
+        product(x, std::min(block_rows, job.rows - row), exact.weights + first * exact.row_bytes, width, layer.hidden_size,
                 scores);
       const float margin = w.margin[job.slot + row];
       if (std::isnan(margin)) continue;
-      TopList& list = list_of(w, job, row, unit.group);
-      const int64_t found =
-          kernel.candidates(scores + in_block * count, gate, count, margin, screen_bound(layer, list), candidates, &list.certain);
+      int64_t& active = count(row);
+      const int64_t found = kernel.candidates(scores + in_block * width, gate, width, margin, bound(row), candidates, &active);
       for (int64_t i = 0; i < found; ++i) {
-        const bool active = exact.consider(first + (candidates[i] >> 1), x, list, w.plan.capacity);
-        list.certain += active & candidates[i] & 1;
+        const int64_t feature = first + (candidates[i] >> 1);
+        const float value = exact.activation(feature, x);
+        if (!(value >= exact.gate.gate[feature])) continue;
+        active += candidates[i] & 1;  // the others are counted already
+        keep(row, feature, value);
       }
     }
   }
+}
+
+void scan_top(const Workspace& w, const Unit& unit, int64_t lane) {
+  const Layer& layer = unit.job->layer();
+  const auto list = [&](int64_t row) -> TopList& { return list_of(w, *unit.job, row, unit.group); };
+  scan(
+      w, unit, lane, [&](int64_t row) { return screen_bound(layer, list(row)); },
+      [&](int64_t row) -> int64_t& { return list(row).certain; },
+      [&](int64_t row, int64_t feature, float value) {
+        list(row).push(kernels::make_key(value, feature), layer.selected, w.plan.capacity);
+      });
 }
 
 // Writes one row: the winners, then the lowest features that are not among them with activation 0.
@@ -210,32 +220,132 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merge
   }
 }
 
-void run_wave(std::vector<Job>& wave, const Workspace& w, Lanes& workers) {
-  const int64_t lanes = at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads());
-  std::vector<Unit> units;
-  // Enough units to keep every lane busy; few groups make fewer lists to fill and merge.
-  const int64_t groups = std::min<int64_t>(lanes, (4 * lanes + wave.size() - 1) / wave.size());
-  for (Job& job : wave) job.groups = groups;
-  const auto run_stage = [&](auto split, auto body) {
-    units.clear();
-    for (const Job& job : wave) split(job);
-    workers.run(lanes, units.size(), [&](int64_t lane, int64_t i) { body(lane, units[i]); });
-  };
-  const auto by_rows = [&](const Job& job) {
-    for (int64_t row = 0; row < job.rows; row += rows_per_unit)
-      units.push_back({&job, row, std::min(row + rows_per_unit, job.rows), 0});
-  };
-  const auto by_features = [&](const Job& job) {
-    const int64_t share = (job.layer().features + groups * 16 - 1) / (groups * 16) * 16;
-    for (int64_t group = 0; group < groups; ++group)
-      units.push_back({&job, group * share, std::min((group + 1) * share, job.layer().features), group});
-  };
-  run_stage(by_rows, [&](int64_t, const Unit& unit) { prepare(w, unit); });
-  run_stage(by_features, [&](int64_t lane, const Unit& unit) { scan(w, unit, lane); });
-  run_stage(by_rows, [&](int64_t lane, const Unit& unit) {
-    for (int64_t row = unit.first; row < unit.last; ++row)
-      finish_row(w, *unit.job, row, w.merged + lane * w.plan.lanes * w.plan.capacity);
+// Runs the stages of a wave on the lanes. Units are computed from their numbers, so that nothing is allocated.
+class Wave {
+ public:
+  Wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers)
+      : jobs_(jobs),
+        workers_(workers),
+        lanes_(at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads())),
+        rows_(jobs.back().slot + jobs.back().rows),
+        // Enough units to keep every lane busy; few groups make fewer lists to fill and merge.
+        groups_(std::min<int64_t>(lanes_, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
+    for (Job& job : jobs) job.groups = groups_;
+  }
+
+  int64_t groups() const { return groups_; }
+
+  // body(lane, job, row) for every row.
+  template <typename Body>
+  void by_rows(const Body& body) {
+    workers_.run(lanes_, (rows_ + rows_per_unit - 1) / rows_per_unit, [&](int64_t lane, int64_t unit) {
+      const int64_t last = std::min((unit + 1) * rows_per_unit, rows_);
+      for (int64_t slot = unit * rows_per_unit; slot < last; ++slot) {
+        const auto after =
+            std::upper_bound(jobs_.begin(), jobs_.end(), slot, [](int64_t value, const Job& job) { return value < job.slot; });
+        const Job& job = *std::prev(after);
+        body(lane, job, slot - job.slot);
+      }
+    });
+  }
+
+  // body(lane, unit) for every job and group of features.
+  template <typename Body>
+  void by_features(const Body& body) {
+    workers_.run(lanes_, static_cast<int64_t>(jobs_.size()) * groups_, [&](int64_t lane, int64_t unit) {
+      const Job& job = jobs_[unit / groups_];
+      const int64_t group = unit % groups_, share = (job.layer().features + groups_ * 16 - 1) / (groups_ * 16) * 16;
+      body(lane, Unit{&job, group * share, std::min((group + 1) * share, job.layer().features), group});
+    });
+  }
+
+ private:
+  std::vector<Job>& jobs_;
+  Lanes& workers_;
+  const int64_t lanes_, rows_, groups_;
+};
+
+void run_wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
+  Wave wave(jobs, w, workers);
+  wave.by_rows([&](int64_t, const Job& job, int64_t row) { prepare_row(w, job, row); });
+  wave.by_features([&](int64_t lane, const Unit& unit) { scan_top(w, unit, lane); });
+  wave.by_rows([&](int64_t lane, const Job& job, int64_t row) {
+    finish_row(w, job, row, w.merged + lane * w.plan.lanes * w.plan.capacity);
   });
+}
+
+// Every active feature of a chunk of rows, row after row, features ascending.
+struct ChunkFeatures {
+  std::vector<int64_t> counts;  // [rows]
+  std::vector<int32_t> features;
+  std::vector<float> values;
+};
+
+struct Active {
+  int32_t row, feature;
+  float value;
+};
+
+ChunkFeatures encode_sparse_chunk(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
+  const Job& job = jobs.front();
+  const Layer& layer = job.layer();
+  Wave wave(jobs, w, workers);
+  std::vector<std::vector<Active>> found(wave.groups());
+  wave.by_rows([&](int64_t, const Job& job, int64_t row) { prepare_row(w, job, row); });
+  wave.by_features([&](int64_t lane, const Unit& unit) {
+    scan(
+        w, unit, lane, [](int64_t) { return -std::numeric_limits<float>::infinity(); },
+        [&](int64_t row) -> int64_t& { return list_of(w, job, row, unit.group).certain; },
+        [&](int64_t row, int64_t feature, float value) {
+          found[unit.group].push_back({static_cast<int32_t>(row), static_cast<int32_t>(feature), value});
+        });
+  });
+  ChunkFeatures chunk;
+  std::vector<int64_t> next(job.rows + 1);
+  for (const auto& group : found)
+    for (const Active& active : group) ++next[active.row + 1];
+  for (int64_t row = 0; row < job.rows; ++row) {
+    if (std::isnan(w.margin[job.slot + row])) next[row + 1] = 1;
+    next[row + 1] += next[row];
+  }
+  chunk.features.resize(next.back());
+  chunk.values.resize(next.back());
+  for (int64_t row = 0; row < job.rows; ++row)
+    if (std::isnan(w.margin[job.slot + row])) chunk.values[next[row]] = std::numeric_limits<float>::quiet_NaN();
+  std::vector<int64_t> begin = next;
+  for (const auto& group : found)
+    for (const Active& active : group) {
+      const int64_t slot = next[active.row]++;
+      chunk.features[slot] = active.feature;
+      chunk.values[slot] = active.value;
+    }
+  chunk.counts.resize(job.rows);
+  for (int64_t row = 0; row < job.rows; ++row) chunk.counts[row] = begin[row + 1] - begin[row];
+  if (layer.most_active == layer.features) return chunk;
+
+  // A top-k coder keeps only its k largest.
+  std::vector<uint64_t> keys;
+  int64_t out = 0;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const int64_t first = begin[row], last = begin[row + 1];
+    uint64_t least = 0;
+    if (last - first > layer.most_active) {
+      keys.clear();
+      for (int64_t i = first; i < last; ++i) keys.push_back(kernels::make_key(chunk.values[i], chunk.features[i]));
+      std::nth_element(keys.begin(), keys.begin() + layer.most_active - 1, keys.end(), std::greater<>());
+      least = keys[layer.most_active - 1];
+    }
+    const int64_t row_begin = out;
+    for (int64_t i = first; i < last; ++i) {
+      if (least != 0 && kernels::make_key(chunk.values[i], chunk.features[i]) < least) continue;
+      chunk.features[out] = chunk.features[i];
+      chunk.values[out++] = chunk.values[i];
+    }
+    chunk.counts[row] = out - row_begin;
+  }
+  chunk.features.resize(out);
+  chunk.values.resize(out);
+  return chunk;
 }
 
 }  // namespace
@@ -275,6 +385,31 @@ void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace
     }
   }
   if (!wave.empty()) run_wave(wave, workspace, workers);
+}
+
+SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers) {
+  const int64_t rows = request.rows(), slots = workspace.plan.rows;
+  const at::TensorOptions options = request.hidden.options().requires_grad(false);
+  SparseFeatures out = {at::zeros({rows + 1}, options.dtype(at::kLong)), {}, {}};
+  int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
+  std::deque<ChunkFeatures> chunks;
+  for (int64_t first = 0; first < rows; first += slots) {
+    std::vector<Job> jobs = {{&request, first, std::min(slots, rows - first), 0, 0}};
+    chunks.push_back(encode_sparse_chunk(jobs, workspace, workers));
+    for (const int64_t count : chunks.back().counts) {
+      row_begin[1] = row_begin[0] + count;
+      ++row_begin;
+    }
+  }
+  out.features = at::empty({*row_begin}, options.dtype(at::kLong));
+  out.activations = at::empty({*row_begin}, options.dtype(at::kFloat));
+  int64_t* features = out.features.mutable_data_ptr<int64_t>();
+  float* activations = out.activations.mutable_data_ptr<float>();
+  for (; !chunks.empty(); chunks.pop_front()) {  // each is freed once copied: the result is never held twice
+    features = std::copy(chunks.front().features.begin(), chunks.front().features.end(), features);
+    activations = std::copy(chunks.front().values.begin(), chunks.front().values.end(), activations);
+  }
+  return out;
 }
 
 }  // namespace sparse_transcoder

@@ -143,4 +143,41 @@ void encode_cuda(const std::vector<Request>& requests, int64_t most_lanes, Pool<
   }
 }
 
+SparseFeatures encode_sparse_cuda(const Request& request, const Options& options) {
+  const at::Tensor& hidden = request.hidden;
+  const int64_t rows = request.rows();
+  Options one_lane = options;
+  one_lane.lanes = 1;
+  // Encodes some rows with room for k features each.
+  const auto encode = [&](const at::Tensor& some, int64_t k) {
+    Layer layer = *request.layer;
+    layer.top_k = layer.selected = k;
+    const CudaPlan plan = plan_cuda({&layer}, one_lane);
+    Pool<CudaLane> pool([&] { return std::make_unique<CudaLane>(plan, hidden.device()); });
+    const auto slots = some.options().dtype(at::kFloat);
+    Features out = {at::empty({some.size(1), k}, slots), at::empty({some.size(1), k}, slots.dtype(at::kLong)),
+                    at::empty({some.size(1)}, slots)};
+    encode_cuda({{&layer, some, out}}, 1, pool);
+    return out;
+  };
+  const at::Tensor flat = hidden.reshape({1, rows, hidden.size(2)});
+  const int64_t features = request.layer->features;
+  std::vector<at::Tensor> counts, indices, activations;
+  for (int64_t first = 0; first < rows; first += options.chunk_size) {
+    const at::Tensor some = flat.narrow(1, first, std::min(options.chunk_size, rows - first));
+    // Count, then write: the largest count, rounded up past the float32 rounding of the fraction.
+    const double fraction = encode(some, 1).sparsity.nan_to_num(0).max().item<double>();
+    const auto k = static_cast<int64_t>(fraction * features * (1 + 0x1p-20)) + 1;
+    const Features top = encode(some, std::min(k, request.layer->most_active));
+    const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)), kept = top.activations > 0;
+    kept.narrow(1, 0, 1).logical_or_(broken);
+    const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
+    counts.push_back(kept.sum(1));
+    indices.push_back(ascending.masked_select(ascending < features));
+    activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
+  }
+  return {at::cat({at::zeros({1}, flat.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}), at::cat(indices),
+          at::cat(activations)};
+}
+
 }  // namespace sparse_transcoder

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <sstream>
 
+#include "decode.h"
 #include "encode.h"
 
 namespace sparse_transcoder {
@@ -52,6 +53,8 @@ std::string join(const std::map<int64_t, Layer>& layers) {
   for (const auto& [id, layer] : layers) names << (id == layers.begin()->first ? "" : ", ") << id;
   return names.str();
 }
+
+at::Tensor as_batch(const at::Tensor& hidden) { return hidden.dim() == 2 ? hidden.detach().unsqueeze(0) : hidden.detach(); }
 
 }  // namespace
 
@@ -106,8 +109,7 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
     const Features& out = results[id] = allocate(layer, rows);
-    const at::Tensor batched = rows.dim() == 2 ? rows.detach().unsqueeze(0) : rows.detach();
-    if (batched.numel() > 0) requests.push_back({&layer, batched, out});
+    if (rows.numel() > 0) requests.push_back({&layer, as_batch(rows), out});
   }
   // Largest first, so that no lane is left alone with a large layer at the end.
   std::stable_sort(requests.begin(), requests.end(),
@@ -120,6 +122,61 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
   for (const auto& [index, on_device] : on_cuda) encode_cuda(on_device, state_->cuda_lanes, *state_->cuda_pools.at(index));
   if (!on_cpu.empty()) encode_cpu(on_cpu, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
   return results;
+}
+
+SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const {
+  const Layer& layer = state_->layer(id);
+  check_hidden(layer, hidden);
+  const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
+  if (hidden.numel() == 0) return {at::zeros({1}, options), at::empty({0}, options), at::empty({0}, options.dtype(at::kFloat))};
+  const Request request = {&layer, as_batch(hidden), {}};
+  if (!hidden.is_cpu()) return encode_sparse_cuda(request, state_->options);
+  return encode_sparse_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
+}
+
+at::Tensor Engine::decode(int64_t id, const SparseFeatures& features, const at::Tensor& hidden) const {
+  const Layer& layer = state_->layer(id);
+  const std::string who = "layer " + std::to_string(id);
+  const auto check = [&](const at::Tensor& tensor, const char* name, at::ScalarType type) {
+    TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ", toString(type), ", got ",
+                     tensor.defined() ? toString(tensor.scalar_type()) : "none");
+    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.device() == layer.W_enc.device(), who, ": ", name, " must be 1-dimensional on ",
+                      layer.W_enc.device(), ", got ", tensor.sizes(), " on ", tensor.device());
+  };
+  check(features.row_begin, "row_begin", at::kLong);
+  check(features.features, "features", at::kLong);
+  check(features.activations, "activations", at::kFloat);
+  const int64_t entries = features.features.numel();
+  const at::Tensor begin = features.row_begin;
+  TORCH_CHECK_VALUE(begin.numel() > 0 && begin[0].item<int64_t>() == 0 && begin[-1].item<int64_t>() == entries &&
+                        (begin.diff() >= 0).all().item<bool>() && features.activations.numel() == entries,
+                    who, ": row_begin must ascend from 0 to the number of features and activations, ", entries);
+  if (entries > 0) {
+    const auto [least, most] = features.features.aminmax();
+    TORCH_CHECK_VALUE(least.item<int64_t>() >= 0 && most.item<int64_t>() < layer.features, who, ": features must be in [0, ",
+                      layer.features, "), got ", least.item<int64_t>(), " to ", most.item<int64_t>());
+  }
+  at::Tensor x;
+  if (hidden.defined()) {
+    check_hidden(layer, hidden);
+    x = hidden.detach().reshape({-1, layer.hidden_size});
+    TORCH_CHECK_VALUE(x.size(0) == begin.numel() - 1, who, ": hidden must have the features' ", begin.numel() - 1, " rows, got ",
+                      hidden.sizes());
+  }
+  return decode_rows(layer, features, x);
+}
+
+at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::Tensor& indices, const at::Tensor& hidden) const {
+  TORCH_CHECK_TYPE(activations.defined() && indices.defined(), "layer ", id,
+                   ": activations and indices must be tensors, got none");
+  TORCH_CHECK_VALUE(activations.dim() > 0 && activations.sizes() == indices.sizes(), "layer ", id,
+                    ": activations and indices must have one shape [.., K], got ", activations.sizes(), " and ", indices.sizes());
+  const int64_t k = activations.size(-1), rows = k > 0 ? activations.numel() / k : 0;
+  const at::Tensor begin = at::arange(0, rows * k + 1, std::max<int64_t>(k, 1), indices.options().dtype(at::kLong));
+  std::vector<int64_t> shape(activations.sizes().begin(), activations.sizes().end() - 1);
+  const at::Tensor y = decode(id, SparseFeatures{begin, indices.reshape(-1), activations.detach().reshape(-1)}, hidden);
+  shape.push_back(y.size(1));
+  return y.view(shape);
 }
 
 std::vector<int64_t> Engine::layers() const {

@@ -63,7 +63,7 @@ void Lanes::work() {
     if (stop_) return;
     Call* call = open_.front();
     const int64_t lane = call->joined++;
-    if (call->joined == call->lanes) open_.pop_front();
+    if (call->joined == call->lanes) open_.erase(open_.begin());
     ++call->active;
     lock.unlock();
     call->drain(lane);

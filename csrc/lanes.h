@@ -4,7 +4,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -31,7 +30,7 @@ class Lanes {
 
   std::mutex mutex_;
   std::condition_variable work_, done_;
-  std::deque<Call*> open_;  // calls that another worker may join
+  std::vector<Call*> open_;  // calls that another worker may join
   bool stop_ = false;
   const int process_;
   std::vector<std::thread> workers_;

@@ -3,7 +3,9 @@
 #include <sparse_transcoder/weights.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -94,8 +96,9 @@ Config read_config(const fs::path& path) {
            std::string(blanks).find(line[colon + 1]) == std::string::npos)
       colon = line.find(':', colon + 1);
     key = line.substr(0, colon);
-    TORCH_CHECK_VALUE(colon != std::string::npos && read_scalar(key) && !key.empty(), where, ": must be `key: value`, got ",
-                      content);
+    TORCH_CHECK_VALUE(
+        colon != std::string::npos && read_scalar(key) && !key.empty() && std::isalpha(static_cast<unsigned char>(key[0])), where,
+        ": must be `key: value`, got ", content);
     std::string value = line.substr(colon + 1);
     const bool plain = read_scalar(value);
     TORCH_CHECK_VALUE(plain || !ours.count(key), where, ": ", key, " must be a plain value, got ", content);

@@ -84,6 +84,12 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("indices", &Features::indices)
       .def_readonly("sparsity", &Features::sparsity);
 
+  py::class_<SparseFeatures>(m, "SparseFeatures", "Every active feature, in the compressed sparse row layout.")
+      .def(py::init<at::Tensor, at::Tensor, at::Tensor>(), py::arg("row_begin"), py::arg("features"), py::arg("activations"))
+      .def_readonly("row_begin", &SparseFeatures::row_begin)
+      .def_readonly("features", &SparseFeatures::features)
+      .def_readonly("activations", &SparseFeatures::activations);
+
   py::class_<Memory>(m, "Memory", "Bytes an engine holds.")
       .def_readonly("weight_bytes", &Memory::weight_bytes)
       .def_readonly("gate_bytes", &Memory::gate_bytes)
@@ -101,6 +107,20 @@ PYBIND11_MODULE(_C, m) {
            py::arg("hidden"), release_gil(), "Encodes one layer's hidden states.")
       .def("encode_all", py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_), py::arg("hidden"),
            release_gil(), "Encodes the hidden states of many layers at once.")
+      .def("encode_sparse", &Engine::encode_sparse, py::arg("layer"), py::arg("hidden"), release_gil(),
+           "Every active feature of one layer's hidden states.")
+      .def(
+          "decode",
+          [](const Engine& engine, int64_t layer, const at::Tensor& activations, const at::Tensor& indices,
+             OptionalTensor hidden) { return engine.decode(layer, activations, indices, hidden.value_or(at::Tensor())); },
+          py::arg("layer"), py::arg("activations"), py::arg("indices"), py::arg("hidden"), release_gil(),
+          "Reconstruction from top-k features.")
+      .def(
+          "decode_sparse",
+          [](const Engine& engine, int64_t layer, const SparseFeatures& features, OptionalTensor hidden) {
+            return engine.decode(layer, features, hidden.value_or(at::Tensor()));
+          },
+          py::arg("layer"), py::arg("features"), py::arg("hidden"), release_gil(), "Reconstruction from all active features.")
       .def_property_readonly("layers", &Engine::layers)
       .def("memory", &Engine::memory, "Bytes held beside the caller's weights.");
 }

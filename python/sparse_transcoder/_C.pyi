@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'load_weights']
+__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
@@ -111,6 +111,21 @@ class Features:
     @property
     def sparsity(self) -> torch.Tensor:
         ...
+class SparseFeatures:
+    """
+    Every active feature, in the compressed sparse row layout.
+    """
+    def __init__(self, row_begin: torch.Tensor, features: torch.Tensor, activations: torch.Tensor) -> None:
+        ...
+    @property
+    def activations(self) -> torch.Tensor:
+        ...
+    @property
+    def features(self) -> torch.Tensor:
+        ...
+    @property
+    def row_begin(self) -> torch.Tensor:
+        ...
 class Memory:
     """
     Bytes an engine holds.
@@ -133,6 +148,14 @@ class Engine:
     """
     def __init__(self, weights: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, LayerWeights], *, top_k: typing.SupportsInt | typing.SupportsIndex, activation_threshold: typing.SupportsFloat | typing.SupportsIndex, chunk_size: typing.SupportsInt | typing.SupportsIndex, lanes: typing.SupportsInt | typing.SupportsIndex, screening: Screening) -> None:
         ...
+    def decode(self, layer: typing.SupportsInt | typing.SupportsIndex, activations: torch.Tensor, indices: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        """
+        Reconstruction from top-k features.
+        """
+    def decode_sparse(self, layer: typing.SupportsInt | typing.SupportsIndex, features: SparseFeatures, hidden: torch.Tensor | None) -> torch.Tensor:
+        """
+        Reconstruction from all active features.
+        """
     def encode(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> Features:
         """
         Encodes one layer's hidden states.
@@ -140,6 +163,10 @@ class Engine:
     def encode_all(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, Features]:
         """
         Encodes the hidden states of many layers at once.
+        """
+    def encode_sparse(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> SparseFeatures:
+        """
+        Every active feature of one layer's hidden states.
         """
     def memory(self) -> Memory:
         """

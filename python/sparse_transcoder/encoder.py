@@ -13,6 +13,11 @@ import torch
 from . import _C
 from .weights import TranscoderWeights, _to_native
 
+# torch says once that sparse CSR tensors are in beta; encode_sparse is not the place to say it.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+
 
 class LayerFeatures(TypedDict):
     """One layer's result for hidden [B, T, H]; without B for hidden [T, H]. K = min(top_k, F)."""
@@ -70,8 +75,9 @@ class SparseTranscoderEncoder:
         if screening not in _C.Screening.__members__:
             raise ValueError(f"screening must be one of {', '.join(_C.Screening.__members__)}, got {screening!r}")
         self.screening = screening
+        self._transcoders = {_integer("layer", layer): weights for layer, weights in transcoders.items()}
         self._engine = _C.Engine(
-            {_integer("layer", layer): _to_native(weights) for layer, weights in transcoders.items()},
+            {layer: _to_native(layer, weights) for layer, weights in self._transcoders.items()},
             top_k=self.top_k or 0,
             activation_threshold=self.activation_threshold,
             chunk_size=self.chunk_size,
@@ -119,6 +125,56 @@ class SparseTranscoderEncoder:
             warnings.warn(f"no transcoder for layers {', '.join(map(str, unknown))}: not encoded", stacklevel=2)
         encoded = self._engine.encode_all({layer: _tensor(layer, hidden[layer]) for layer in hidden if layer in known})
         return {layer: _result(layer, encoded[layer]) for layer in hidden if layer in known}
+
+    def encode_sparse(self, layer_idx: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Every kept feature of every row, however many: a sparse CSR tensor [N, F] float32, N = B * T; ``top_k`` plays no part.
+
+        The dense matrix is never formed. A row with NaN or Inf holds one entry, NaN at feature 0. Arguments and errors as in
+        :meth:`encode_layer`.
+        """
+        layer = _integer("layer_idx", layer_idx)
+        found = self._engine.encode_sparse(layer, _tensor(layer, hidden))
+        shape = (found.row_begin.numel() - 1, self._transcoders[layer].W_enc.shape[0])
+        return torch.sparse_csr_tensor(
+            found.row_begin, found.features, found.activations, shape, check_invariants=False
+        )
+
+    def decode(
+        self, layer_idx: int, features: LayerFeatures | torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """Reconstruct what the decoder writes: ``W_dec @ activations + b_dec``, plus ``W_skip @ hidden`` where there is one.
+
+        Args:
+            layer_idx: one of ``layers``.
+            features: a result of :meth:`encode_layer`, or of :meth:`encode_sparse`.
+            hidden: the hidden states [.., H] that were encoded; needed, and used, only with a skip connection.
+
+        Returns:
+            [B, T, H] float32 ([N, H] from a sparse result). A decoder that writes to n layers gives {layer: reconstruction} for
+            this layer and those after it.
+
+        Raises:
+            KeyError: there is no transcoder for the layer. ValueError: it has no decoder, or shapes do not fit.
+        """
+        layer = _integer("layer_idx", layer_idx)
+        x = None if hidden is None else _tensor(layer, hidden)
+        if isinstance(features, torch.Tensor):
+            if features.layout != torch.sparse_csr:
+                raise TypeError(
+                    f"layer {layer}: features must be an encode result or sparse CSR, got {features.layout}"
+                )
+            parts = (features.crow_indices(), features.col_indices(), features.values())
+            y = self._engine.decode_sparse(layer, _C.SparseFeatures(*parts), x)
+        elif isinstance(features, Mapping):
+            y = self._engine.decode(layer, features["activations"], features["indices"], x)
+        else:
+            raise TypeError(
+                f"layer {layer}: features must be an encode result or sparse CSR, got {type(features).__name__}"
+            )
+        hidden_size = self._transcoders[layer].W_enc.shape[1]
+        if y.shape[-1] == hidden_size:
+            return y
+        return {layer + i: part for i, part in enumerate(y.split(hidden_size, dim=-1))}
 
     def extract_attribution_features(
         self, hidden_states: Mapping[int, torch.Tensor], top_k_global: int = 100
@@ -240,10 +296,9 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if isinstance(value, str) or (not hasattr(value, "__float__") and not hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
     if math.isnan(number):
         raise ValueError(f"{name} must be a number, got NaN")
     return number

@@ -103,8 +103,14 @@ def _from_native(layer: int, weights: _C.LayerWeights) -> TranscoderWeights:
     return TranscoderWeights(layer=layer, **{name: getattr(weights, name) for name in _NATIVE_FIELDS})
 
 
-def _to_native(weights: TranscoderWeights) -> _C.LayerWeights:
-    return _C.LayerWeights(**{name: getattr(weights, name) for name in _NATIVE_FIELDS})
+def _to_native(layer: int, weights: TranscoderWeights) -> _C.LayerWeights:
+    fields = {name: getattr(weights, name) for name in _NATIVE_FIELDS}
+    for name, value in fields.items():
+        needed = int if name == "k" else str if name in ("hook_in", "hook_out", "source") else torch.Tensor
+        optional = value is None and name not in ("W_enc", "b_enc")
+        if not optional and (not isinstance(value, needed) or isinstance(value, bool)):
+            raise TypeError(f"layer {layer}: {name} must be a {needed.__name__}, got {type(value).__name__}")
+    return _C.LayerWeights(**fields)
 
 
 def _read_reference(layer: int, path: Path, device: torch.device) -> TranscoderWeights:

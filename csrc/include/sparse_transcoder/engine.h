@@ -39,6 +39,13 @@ struct Features {
   at::Tensor sparsity;     // [B, T] float32, fraction of the F features that are active
 };
 
+// Every active feature of N = B * T rows, in the compressed sparse row layout; M features in all.
+struct SparseFeatures {
+  at::Tensor row_begin;    // [N + 1] int64: row n has entries row_begin[n] to row_begin[n + 1]
+  at::Tensor features;     // [M] int64, ascending in a row
+  at::Tensor activations;  // [M] float32; a row that is not finite has one entry, NaN at feature 0
+};
+
 // Bytes held by an Engine, beside the weights its caller gave it.
 struct Memory {
   int64_t weight_bytes;     // the weights, shared with the caller; and a copy of an encoder whose rows are not contiguous
@@ -57,6 +64,15 @@ class Engine {
   Features encode(int64_t layer, const at::Tensor& hidden) const;
   // Many layers at once, concurrently. Every key must be one of layers().
   std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden) const;
+
+  // Every active feature, however many: no top_k. Memory beyond the result does not grow with the number of rows.
+  SparseFeatures encode_sparse(int64_t layer, const at::Tensor& hidden) const;
+
+  // Reconstruction [.., H] float32 (the rows of every write layer one after the other, where the decoder has more than one):
+  // y = b_dec + sum over features of activation * W_dec[:, feature], plus x @ W_skip.T where the layer has a skip connection,
+  // which needs the hidden states.
+  at::Tensor decode(int64_t layer, const at::Tensor& activations, const at::Tensor& indices, const at::Tensor& hidden = {}) const;
+  at::Tensor decode(int64_t layer, const SparseFeatures& features, const at::Tensor& hidden = {}) const;
 
   std::vector<int64_t> layers() const;
   const LayerWeights& weights(int64_t layer) const;
