@@ -1,0 +1,22 @@
+"""The `gpu` mark and the `device` fixture."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if os.environ.get("ST_REQUIRE_CUDA") == "1":
+            pytest.fail("ST_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")

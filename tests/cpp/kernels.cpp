@@ -1,0 +1,277 @@
+// The inner loops: against wider arithmetic, and one instruction set against another.
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "kernels/cpu.h"
+#include "kernels/select.h"
+
+using namespace sparse_transcoder::kernels;
+
+namespace {
+
+constexpr int64_t sizes[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129, 577};
+constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, at::kHalf};  // in the order of Dtype
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
+
+// What this machine can run; the portable one first.
+std::vector<const CpuKernels*> runnable() {
+  std::vector<const CpuKernels*> all = {&portable_kernels};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    all.push_back(&avx2_kernels);
+#endif
+  return all;
+}
+
+// Stored elements of one type in a buffer of exactly their bytes, and what they are worth.
+struct Elements {
+  std::vector<char> stored;
+  std::vector<double> value;
+
+  const char* at(int64_t i) const { return stored.data() + i * (stored.size() / value.size()); }
+};
+
+std::mt19937 random_bits(7);
+
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+Elements make(at::ScalarType type, int64_t count, float scale = 1) {
+  at::Tensor wide = at::empty({count}, at::kFloat);
+  // Sizes over many octaves, so that the order of a sum matters.
+  for (int64_t i = 0; i < count; ++i)
+    wide.data_ptr<float>()[i] = scale * normal() * std::ldexp(1.0f, static_cast<int>(random_bits() % 17) - 8);
+  const at::Tensor narrow = wide.to(type), exact = narrow.to(at::kDouble);
+  const auto* bytes = static_cast<const char*>(narrow.const_data_ptr());
+  return {{bytes, bytes + narrow.nbytes()}, {exact.data_ptr<double>(), exact.data_ptr<double>() + count}};
+}
+
+const float* floats(const Elements& x, int64_t i = 0) { return reinterpret_cast<const float*>(x.at(i)); }
+
+}  // namespace
+
+TEST(kernels_dot) {
+  for (int type = 0; type < 3; ++type)
+    for (const int64_t size : sizes)
+      for (int64_t skip = 0; skip < 2; ++skip) {  // also where no vector is aligned
+        const Elements x = make(at::kFloat, size + skip), w = make(types[type], size + skip);
+        long double exact = 0, magnitude = 0;
+        for (int64_t i = skip; i < size + skip; ++i) {
+          exact += static_cast<long double>(x.value[i]) * w.value[i];
+          magnitude += std::fabs(static_cast<long double>(x.value[i]) * w.value[i]);
+        }
+        const double first = portable_kernels.dot[type](floats(x, skip), w.at(skip), size);
+        for (const CpuKernels* kernel : runnable()) {
+          const double value = kernel->dot[type](floats(x, skip), w.at(skip), size);
+          EXPECT(std::fabs(value - exact) <= magnitude * (size * 0x1p-53L));
+          EXPECT(std::memcmp(&value, &first, sizeof(value)) == 0);
+        }
+      }
+}
+
+TEST(kernels_dot_keeps_its_order) {
+  // Elements 5 and 37 share one of the 32 partial sums and cancel there; added in a row they would swallow all between them.
+  std::vector<float> x(64, 1), w(64, 1);
+  x[5] = 0x1p60f;
+  w[37] = -0x1p60f;
+  for (const CpuKernels* kernel : runnable()) {
+    EXPECT_EQUAL(kernel->dot[0](x.data(), w.data(), 64), 62.0);
+    EXPECT_EQUAL(kernel->dot[0](x.data(), w.data(), 0), 0.0);
+  }
+}
+
+TEST(kernels_widen_every_value) {
+  for (int type = 1; type < 3; ++type) {
+    std::vector<uint16_t> stored(65536);
+    for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
+    const at::Tensor expected = at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
+    for (const CpuKernels* kernel : runnable()) {
+      std::vector<float> wide(65536);
+      kernel->widen[type](stored.data(), wide.data(), 65536);
+      int64_t wrong = 0;
+      for (int64_t i = 0; i < 65536; ++i) {
+        const float want = expected.data_ptr<float>()[i];
+        wrong += std::isnan(want) ? !std::isnan(wide[i]) : std::memcmp(&wide[i], &want, sizeof(want)) != 0;
+      }
+      EXPECT_EQUAL(wrong, 0);
+    }
+  }
+}
+
+TEST(kernels_widen_every_size) {
+  for (int type = 0; type < 3; ++type)
+    for (const int64_t size : sizes) {
+      const Elements w = make(types[type], size);
+      for (const CpuKernels* kernel : runnable()) {
+        std::vector<float> wide(size);
+        kernel->widen[type](w.at(0), wide.data(), size);
+        for (int64_t i = 0; i < size; ++i) EXPECT_EQUAL(wide[i], w.value[i]);
+      }
+    }
+}
+
+TEST(kernels_product_within_its_bound) {
+  for (int type = 0; type < 3; ++type)
+    for (const int64_t size : sizes)
+      for (int64_t rows = 1; rows <= 9; ++rows)
+        for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
+          Elements x = make(at::kFloat, rows * size), w = make(types[type], count * size);
+          const double roundoff = (size + 8) * 0x1p-24, gamma = roundoff / (1 - roundoff);
+          for (const CpuKernels* kernel : runnable()) {
+            std::vector<float> scores(rows * count + 1, quiet_nan);
+            scores.back() = 12345;
+            kernel->product[type](floats(x), rows, w.at(0), count, size, scores.data());
+            EXPECT_EQUAL(scores.back(), 12345);
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t f = 0; f < count; ++f) {
+                double exact = 0, xx = 0, ww = 0;
+                for (int64_t i = 0; i < size; ++i) {
+                  const double a = x.value[r * size + i], b = w.value[f * size + i];
+                  exact += a * b, xx += a * a, ww += b * b;
+                }
+                EXPECT(std::fabs(scores[r * count + f] - exact) <= gamma * std::sqrt(xx * ww));
+              }
+          }
+        }
+}
+
+namespace {
+
+// A panel of features as a layer prepares it, and one row's true values and scores.
+struct Panel {
+  std::vector<float> norm, bias, gate, low, high, scores;
+  std::vector<double> exact;
+  float margin;
+
+  Gate view() const { return {norm.data(), bias.data(), gate.data(), low.data(), high.data()}; }
+  bool active(int64_t i) const { return exact[i] >= gate[i]; }
+};
+
+Panel make_panel(int64_t count, float margin) {
+  Panel p;
+  p.margin = margin;
+  for (int64_t i = 0; i < count; ++i) {
+    p.norm.push_back(1 + random_bits() % 8 / 8.0f);
+    p.bias.push_back(normal());
+    p.gate.push_back(1 + random_bits() % 3 / 2.0f);
+    const double slack = (p.gate[i] + std::fabs(p.bias[i])) * 0x1p-21;
+    p.low.push_back(static_cast<float>(double{p.gate[i]} - p.bias[i] - slack));
+    p.high.push_back(static_cast<float>(double{p.gate[i]} - p.bias[i] + slack));
+    // A third on the gate, a third near it, a third anywhere.
+    const int kind = random_bits() % 3;
+    const double away = kind == 0 ? 0 : normal() * (kind == 1 ? margin : 2);
+    p.exact.push_back(double{static_cast<float>(p.gate[i] + (std::isfinite(away) ? away : 1))});
+    const double error = std::isfinite(margin) ? margin * p.norm[i] * (random_bits() % 201 / 100.0 - 1) : 0;
+    p.scores.push_back(static_cast<float>(p.exact[i] - p.bias[i] + error));
+  }
+  return p;
+}
+
+}  // namespace
+
+TEST(kernels_candidates_lose_and_miscount_nothing) {
+  for (const float margin : {0.0f, 0.01f, 1.0f, inf})
+    for (const float bound : {-inf, 0.0f, 2.0f, inf})
+      for (int64_t count = 0; count <= 70; ++count) {
+        const Panel p = make_panel(count, margin);
+        int64_t active = 0;
+        for (int64_t i = 0; i < count; ++i) active += p.active(i);
+        for (const CpuKernels* kernel : runnable()) {
+          std::vector<uint32_t> out(count);
+          int64_t counted = 0;
+          const int64_t found = kernel->candidates(p.scores.data(), p.view(), count, p.margin, bound, out.data(), &counted);
+          EXPECT(found <= count);
+          std::vector<bool> listed(count);
+          for (int64_t j = 0; j < found; ++j) {
+            const int64_t i = out[j] >> 1;
+            EXPECT(i < count && (j == 0 || i > (out[j - 1] >> 1)));
+            listed[i] = true;
+            if (out[j] & 1)
+              counted += p.active(i);
+            else
+              EXPECT(p.active(i));
+          }
+          EXPECT_EQUAL(counted, active);
+          for (int64_t i = 0; i < count; ++i)
+            EXPECT(listed[i] || !p.active(i) || p.exact[i] <= bound + 1e-5 * (std::fabs(bound) + std::fabs(p.bias[i])));
+        }
+      }
+}
+
+TEST(kernels_candidates_are_the_same_everywhere) {
+  const float odd[] = {
+      0, -0.0f, inf, -inf, quiet_nan, std::numeric_limits<float>::max(), std::numeric_limits<float>::denorm_min()};
+  for (const float margin : {0.0f, 0.25f, inf, quiet_nan})
+    for (const float bound : {-inf, 1.0f, inf, quiet_nan})
+      for (const int64_t count : {0, 1, 7, 8, 9, 16, 31, 250, 511, 512, 513}) {
+        Panel p = make_panel(count, 0.25f);
+        for (float& score : p.scores)
+          if (random_bits() % 4 == 0) score = odd[random_bits() % std::size(odd)];
+        std::vector<uint32_t> first(count), other(count);
+        int64_t first_counted = 3, other_counted = 3;
+        const int64_t found =
+            portable_kernels.candidates(p.scores.data(), p.view(), count, margin, bound, first.data(), &first_counted);
+        for (const CpuKernels* kernel : runnable()) {
+          other_counted = 3;
+          EXPECT_EQUAL(kernel->candidates(p.scores.data(), p.view(), count, margin, bound, other.data(), &other_counted), found);
+          EXPECT(std::equal(first.begin(), first.begin() + found, other.begin()));
+          EXPECT_EQUAL(other_counted, first_counted);
+        }
+        if (std::isnan(margin)) EXPECT_EQUAL(found, count);  // nothing is ruled out
+      }
+}
+
+TEST(kernels_keys_order_by_value_then_by_lower_feature) {
+  const float values[] = {std::numeric_limits<float>::denorm_min(),
+                          std::numeric_limits<float>::min(),
+                          1,
+                          std::nextafter(1.0f, 2.0f),
+                          std::numeric_limits<float>::max(),
+                          inf};
+  const int64_t features[] = {0, 1, 77, (int64_t{1} << 31) - 1};
+  uint64_t last = 0;
+  for (const float value : values)
+    for (int i = 3; i >= 0; --i) {
+      const uint64_t key = make_key(value, features[i]);
+      EXPECT(key > last);
+      EXPECT_EQUAL(key_value(key), value);
+      EXPECT_EQUAL(key_feature(key), features[i]);
+      last = key;
+    }
+}
+
+TEST(kernels_list_keeps_the_best) {
+  for (const int64_t features : {1, 2, 31, 33, 70, 500, 3000})
+    for (const int64_t wanted : {1, 2, 31, 32, 33, 64, 65, 200, 3000})
+      for (const int different : {1, 3, 1 << 20}) {
+        const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
+        EXPECT(capacity >= k && capacity <= features);
+        std::vector<uint64_t> slots(capacity), all;
+        TopList list = {slots.data(), 0, 0, 0};
+        for (int64_t f = 0; f < features; ++f) {
+          all.push_back(make_key(1.0f + random_bits() % different, f));
+          list.push(all.back(), k, capacity);
+          EXPECT(list.size <= capacity);
+          if (list.least != 0)  // what it turns away must be beaten k times
+            EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) { return key >= list.least; }) >= k);
+        }
+        list.cut(k);
+        EXPECT_EQUAL(list.size, k);
+        std::sort(slots.begin(), slots.begin() + k, std::greater<>());
+        std::sort(all.begin(), all.end(), std::greater<>());
+        EXPECT(std::equal(all.begin(), all.begin() + k, slots.begin()));
+      }
+}
+
+TEST(kernels_are_chosen_by_name) {
+  const char* forced = std::getenv("SPARSE_TRANSCODER_CPU");
+  const std::string expected = forced ? forced : runnable().back()->name;
+  EXPECT_EQUAL(std::string(cpu_kernels().name), expected);
+}

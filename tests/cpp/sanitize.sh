@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# sanitize.sh asan|tsan: builds the C++ tests under AddressSanitizer and UBSan, or ThreadSanitizer, and runs them.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+case "${1:-}" in
+  asan) sanitizers=address,undefined ;;
+  tsan) sanitizers=thread ;;
+  *) echo "usage: $0 asan|tsan" >&2; exit 2 ;;
+esac
+build=build/$1
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g" \
+  -DSPARSE_TRANSCODER_CPP_TESTS=ON -DSPARSE_TRANSCODER_SANITIZE=$sanitizers > "$build.log" 2>&1 || { cat "$build.log"; exit 1; }
+cmake --build "$build"
+# What torch keeps until the end of the process is no leak of ours, and its own code is not instrumented.
+export ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1
+export LSAN_OPTIONS=suppressions=$PWD/tests/cpp/lsan.supp
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:second_deadlock_stack=1
+export OMP_NUM_THREADS=1

@@ -1,0 +1,652 @@
+"""Checkpoints: the native layout, the reference's files, and files that lie."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import FLOATS, check, make_layer, normal
+from safetensors.torch import save_file
+from sparse_transcoder import SparseTranscoderEncoder, load_transcoders
+
+F, H = 30, 8
+HOOKS = "feature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
+CONFIG = "model_name: none/none\nmodel_kind: transcoder_set\n" + HOOKS
+
+
+def tensors(seed=0, features=F, hidden_size=H, dtype=torch.float32, **more):
+    """A native layer as its file holds it: W_dec is [F, H]."""
+    layer = make_layer(features, hidden_size, seed)
+    layer |= {"W_dec": normal(features, hidden_size, seed=seed + 5), "b_dec": normal(hidden_size, seed=seed + 6)}
+    return {name: value.to(dtype) for name, value in layer.items()} | more
+
+
+def write(folder, layers, config=CONFIG):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, layer in layers.items():
+        save_file(layer, folder / f"layer_{i}.safetensors")
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def load(folder, layers=None):
+    return load_transcoders(folder, layers, device="cpu")
+
+
+def equal(a, b):
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def encodes_like(weights, layer, hidden=None):
+    hidden = normal(20, layer["W_enc"].shape[1]) if hidden is None else hidden
+    check(SparseTranscoderEncoder({7: weights}, 10, 0.3).encode_layer(7, hidden), hidden, layer, 10, 0.3)
+
+
+# The native layout
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("features, hidden_size", [(F, H), (12, 12), (5, 64), (1, 1)])
+def test_native(tmp_path, dtype, features, hidden_size):
+    saved = {i: tensors(i, features, hidden_size, dtype) for i in (0, 2, 11)}
+    loaded = load(write(tmp_path, saved))
+    assert list(loaded) == [0, 2, 11]
+    for i, weights in loaded.items():
+        assert weights.layer == i
+        assert equal(weights.W_enc, saved[i]["W_enc"]) and equal(weights.b_enc, saved[i]["b_enc"])
+        assert equal(weights.W_dec, saved[i]["W_dec"].T) and equal(weights.b_dec, saved[i]["b_dec"])
+        assert weights.threshold is None and weights.k is None and weights.W_skip is None
+        assert weights.input_bias is None and weights.ln_weight is None
+        assert (weights.hook_in, weights.hook_out) == ("mlp.hook_in", "mlp.hook_out")
+        encodes_like(weights, {name: saved[i][name] for name in ("W_enc", "b_enc")})
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_path_may_be_text(tmp_path, as_text):
+    write(tmp_path, {0: tensors()})
+    assert list(load_transcoders(str(tmp_path) if as_text else tmp_path)) == [0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_threshold_makes_jumprelu(tmp_path, dtype):
+    threshold = normal(F, seed=4).abs().to(dtype)
+    saved = tensors(dtype=dtype, **{"activation_function.threshold": threshold})
+    weights = load(write(tmp_path, {0: saved}))[0]
+    assert equal(weights.threshold, threshold) and weights.k is None
+    encodes_like(weights, {"W_enc": saved["W_enc"], "b_enc": saved["b_enc"], "threshold": threshold})
+
+
+def test_skip(tmp_path):
+    skip = normal(H, H, seed=4)
+    weights = load(write(tmp_path, {0: tensors(W_skip=skip)}))[0]
+    assert equal(weights.W_skip, skip)
+
+
+@pytest.mark.parametrize(
+    "config, stored",
+    [
+        ("activation: topk\nk: 4\n", {}),
+        ("", {"k": torch.tensor(4)}),
+        ("", {"k": torch.tensor([4])}),
+        ("activation: topk\n", {"k": torch.tensor(4, dtype=torch.int32)}),
+    ],
+    ids=["config", "key", "key [1]", "both"],
+)
+def test_top_k_coder(tmp_path, config, stored):
+    saved = tensors(**stored)
+    weights = load(write(tmp_path, {0: saved}, CONFIG + config))[0]
+    assert type(weights.k) is int and weights.k == 4 and weights.threshold is None
+    encodes_like(weights, {"W_enc": saved["W_enc"], "b_enc": saved["b_enc"], "k": 4})
+    hidden = normal(3, H)
+    assert SparseTranscoderEncoder({0: weights}, None, 0.0).encode_layer(0, hidden)["indices"].shape == (3, 4)
+
+
+def test_hook_names_are_kept(tmp_path):
+    config = CONFIG.replace("mlp.hook_in", "hook_resid_mid").replace("mlp.hook_out", "'ln2.hook_normalized'  # quoted")
+    weights = load(write(tmp_path, {0: tensors()}, config))[0]
+    assert (weights.hook_in, weights.hook_out) == ("hook_resid_mid", "ln2.hook_normalized")
+
+
+@pytest.mark.parametrize("layers", [[2], [11, 2], (0,), [0, 2, 11], {11}, range(0, 3, 2)])
+def test_some_layers_are_read_and_no_other(tmp_path, layers):
+    saved = {i: tensors(i) for i in (0, 2, 11)}
+    write(tmp_path, saved)
+    for i in set(saved) - set(layers):
+        (tmp_path / f"layer_{i}.safetensors").write_bytes(b"no safetensors")
+    loaded = load(tmp_path, layers)
+    assert set(loaded) == set(layers)
+    assert all(equal(weights.W_enc, saved[i]["W_enc"]) for i, weights in loaded.items())
+
+
+def test_a_layer_that_is_not_there(tmp_path):
+    write(tmp_path, {0: tensors(), 2: tensors()})
+    with pytest.raises((FileNotFoundError, KeyError, ValueError)) as caught:
+        load(tmp_path, [0, 5])
+    text = str(caught.value.args[0])
+    assert "5" in text and str(tmp_path) in text and "\n" not in text
+
+
+def test_layers_are_numbers_not_text(tmp_path):
+    """Layer 10 is not between 1 and 2, and a stray file is no layer."""
+    saved = {i: tensors(i) for i in (10, 2, 1)}
+    write(tmp_path, saved)
+    (tmp_path / "layer_x.safetensors").write_bytes(b"")
+    (tmp_path / "my_layer_3.safetensors").write_bytes(b"")
+    (tmp_path / "layer_4.safetensors.part").write_bytes(b"")
+    assert list(load(tmp_path)) == [1, 2, 10]
+
+
+def test_transcoders_of_the_config_give_the_order(tmp_path):
+    write(tmp_path, {}, CONFIG + "transcoders:\n  - b.safetensors\n  - sub/a.safetensors\n")
+    (tmp_path / "sub").mkdir()
+    saved = [tensors(1), tensors(2)]
+    save_file(saved[0], tmp_path / "b.safetensors")
+    save_file(saved[1], tmp_path / "sub" / "a.safetensors")
+    loaded = load(tmp_path)
+    assert list(loaded) == [0, 1] and all(equal(loaded[i].W_enc, saved[i]["W_enc"]) for i in (0, 1))
+    assert list(load(tmp_path, [1])) == [1]
+
+
+def test_links_are_followed(tmp_path):
+    """A download cache holds links to files elsewhere, with other names."""
+    write(tmp_path / "blobs", {0: tensors()})
+    write(tmp_path / "set", {})
+    (tmp_path / "set" / "layer_0.safetensors").symlink_to(tmp_path / "blobs" / "layer_0.safetensors")
+    assert equal(load(tmp_path / "set")[0].W_enc, tensors()["W_enc"])
+
+
+def test_weights_outlive_their_file(tmp_path):
+    write(tmp_path, {0: tensors()})
+    weights = load(tmp_path)[0]
+    (tmp_path / "layer_0.safetensors").unlink()
+    encodes_like(weights, {name: tensors()[name] for name in ("W_enc", "b_enc")})
+
+
+def test_unaligned_tensors(tmp_path):
+    """A header whose length is odd puts every tensor at an odd address."""
+    table, data = {}, b""
+    for name, tensor in tensors().items():
+        raw = tensor.numpy().tobytes()
+        table[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    for pad in range(4):
+        header = json.dumps(table).encode() + b" " * pad
+        write(tmp_path, {})
+        (tmp_path / "layer_0.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+        weights = load(tmp_path)[0]
+        assert equal(weights.W_enc, tensors()["W_enc"])
+        encodes_like(weights, {name: tensors()[name] for name in ("W_enc", "b_enc")})
+
+
+def test_metadata_is_no_trouble(tmp_path):
+    write(tmp_path, {})
+    save_file(tensors(), tmp_path / "layer_0.safetensors", metadata={"format": "pt", "é": "ü"})
+    assert equal(load(tmp_path)[0].W_enc, tensors()["W_enc"])
+
+
+def test_a_tensor_of_unknown_meaning_is_named(tmp_path):
+    """It may change what is computed: never loaded approximately."""
+    write(tmp_path, {0: tensors(gate=torch.ones(F))})
+    with pytest.raises(ValueError, match="gate") as caught:
+        load(tmp_path)
+    assert str(tmp_path / "layer_0.safetensors") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_device(tmp_path):
+    write(tmp_path, {0: tensors()})
+    for device in ("cuda", None, torch.device("cuda", 0)):
+        weights = load_transcoders(tmp_path, device=device)[0]
+        assert weights.W_enc.device.type == weights.W_dec.device.type == weights.b_enc.device.type == "cuda"
+        assert equal(weights.W_enc.cpu(), tensors()["W_enc"])
+
+
+# The reference's files
+
+
+def reference_state(prefix="", norm=False, tied=False, targets=1, features=F, hidden_size=H):
+    state = {
+        "dec.weight": normal(hidden_size * targets, features, seed=1),
+        "dec.bias": normal(hidden_size * targets, seed=2),
+    }
+    if norm:
+        state |= {
+            "enc.0.weight": 1 + 0.3 * normal(hidden_size, seed=3),
+            "enc.0.bias": 0.3 * normal(hidden_size, seed=4),
+        }
+    if not tied:
+        state |= {"enc.1.weight": normal(features, hidden_size, seed=5), "enc.1.bias": normal(features, seed=6)}
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("features, hidden_size", [(F, H), (12, 12)])
+def test_reference(tmp_path, prefix, norm, tied, features, hidden_size):
+    state = reference_state(prefix, norm, tied, 1, features, hidden_size)
+    torch.save({"state_dict": state, "config": {"lr": 1e-3}, "step": 5}, tmp_path / "transcoder_L3.pt")
+    loaded = load(tmp_path)
+    assert list(loaded) == [3]
+    weights, plain = loaded[3], {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    layer = {"W_enc": plain["dec.weight"].T, "b_enc": torch.zeros(features)}
+    if not tied:
+        layer = {"W_enc": plain["enc.1.weight"], "b_enc": plain["enc.1.bias"]}
+    if norm:
+        layer |= {"ln_weight": plain["enc.0.weight"], "ln_bias": plain["enc.0.bias"]}
+    assert all(equal(getattr(weights, name), value) for name, value in layer.items())
+    assert equal(weights.W_dec, plain["dec.weight"]) and equal(weights.b_dec, plain["dec.bias"])
+    assert weights.layer == 3 and weights.threshold is None and weights.k is None
+    assert norm or weights.ln_weight is None
+    encodes_like(weights, layer, 3 + 2 * normal(20, hidden_size))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_reference_with_many_targets(tmp_path, norm):
+    state = reference_state(norm=norm, targets=3)
+    torch.save({"state_dict": state}, tmp_path / "transcoder_L0.pt")
+    weights = load(tmp_path)[0]
+    assert equal(weights.W_enc, state["enc.1.weight"])
+    layer = {"W_enc": weights.W_enc, "b_enc": weights.b_enc}
+    encodes_like(weights, layer | ({"ln_weight": weights.ln_weight, "ln_bias": weights.ln_bias} if norm else {}))
+
+
+def test_reference_layers(tmp_path):
+    for i in (0, 2, 10):
+        torch.save({"state_dict": reference_state()}, tmp_path / f"transcoder_L{i}.pt")
+    assert list(load(tmp_path)) == [0, 2, 10]
+    (tmp_path / "transcoder_L2.pt").write_bytes(b"no archive")
+    assert list(load(tmp_path, [10])) == [10]
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+@pytest.mark.parametrize("form", ["archive", "legacy", "bare pickle", "beside good weights"])
+def test_pickled_code_is_refused_and_not_run(tmp_path, form):
+    path, marker = tmp_path / "transcoder_L0.pt", tmp_path / "ran"
+    content = {"state_dict": reference_state() | {"enc.1.bias": Bomb(marker)}}
+    if form == "beside good weights":
+        content = {"state_dict": reference_state(), "config": Bomb(marker)}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path)
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text
+    assert "weights_only=False" not in text  # torch's own advice is to open the door
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        ({"weights": {}}, "state_dict"),
+        ([1, 2], "state_dict"),
+        ({"state_dict": {}}, "dec.weight"),
+        ({"state_dict": {n: v for n, v in reference_state().items() if n != "enc.1.bias"}}, "enc.1.bias"),
+        ({"state_dict": {n: v for n, v in reference_state(norm=True).items() if n != "enc.0.bias"}}, "enc.0.bias"),
+        ({"state_dict": reference_state() | {"enc.1.bias": torch.zeros(F + 1)}}, "transcoder_L0.pt"),
+        ({"state_dict": reference_state() | {"enc.1.bias": 3.0}}, "transcoder_L0.pt"),
+        ({"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F)}}, "transcoder_L0.pt"),
+        ({"state_dict": reference_state() | {"enc.1.weight": torch.full((F, H), torch.nan)}}, "transcoder_L0.pt"),
+        ({"state_dict": reference_state(norm=True) | {"enc.0.weight": torch.ones(H + 1)}}, "transcoder_L0.pt"),
+        ({"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F, H).double()}}, "transcoder_L0.pt"),
+    ],
+)
+def test_reference_files_that_are_not_whole(tmp_path, content, word):
+    path = tmp_path / "transcoder_L0.pt"
+    torch.save(content, path)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        SparseTranscoderEncoder(load(tmp_path))
+    text = str(caught.value)
+    assert str(path) in text and word in text and "\n" not in text
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + bytes(100)])
+def test_reference_files_that_are_no_archive(tmp_path, content):
+    (tmp_path / "transcoder_L0.pt").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path)
+    assert str(tmp_path / "transcoder_L0.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Native files that lie. All are loaded in one other process: one that dies there takes no other test along.
+
+GOOD = {
+    "W_enc": ("F32", [F, H], 0, 960),
+    "W_dec": ("F32", [F, H], 960, 1920),
+    "b_enc": ("F32", [F], 1920, 2040),
+    "b_dec": ("F32", [H], 2040, 2072),
+}
+DATA = b"".join(struct.pack("<f", i % 7) for i in range(2072 // 4))
+NAN, INF = struct.pack("<f", float("nan")), struct.pack("<f", float("inf"))
+
+
+def entry(dtype, shape, *offsets):
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+def table(**changes):
+    return {name: e if isinstance(e, dict) else entry(*e) for name, e in {**GOOD, **changes}.items() if e is not None}
+
+
+def file(header=None, data=DATA, length=None):
+    header = table() if header is None else header
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def with_bytes(at, raw):
+    return DATA[:at] + raw + DATA[at + len(raw) :]
+
+
+LIES = {
+    "no file content": b"",
+    "seven bytes": b"1234567",
+    "header length only": struct.pack("<Q", 100),
+    "header length 0": file(b""),
+    "header length -1": file(length=2**64 - 1),
+    "header length 2^63": file(length=2**63),
+    "header length wraps past the end": file(length=2**64 - 8),
+    "header longer than the file": file(length=10_000),
+    "header ends inside the table": file(length=50),
+    "header cut": file()[:40],
+    "data cut by one byte": file(data=DATA[:-1]),
+    "data cut in the middle": file(data=DATA[:1000]),
+    "data absent": file(data=b""),
+    "a text file": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n",
+    "an archive": b"PK\x03\x04" + bytes(200),
+    "header not JSON": file(b"{W_enc: 1}"),
+    "header not UTF-8": file(b'{"\xff\xfe": 1}'),
+    "header a list": file(b"[]"),
+    "header a number": file(b"7"),
+    "header null": file(b"null"),
+    "header empty": file(b"{}"),
+    "header nested without end": file(b'{"a":' * 100_000),
+    "header nested deep": file(b"[" * 100_000 + b"]" * 100_000),
+    "entry a number": file({**table(), "W_enc": 3}),
+    "entry null": file({**table(), "W_enc": None}),
+    "entry a list": file({**table(), "b_enc": [1, 2]}),
+    "entry empty": file({**table(), "b_enc": {}}),
+    "no dtype": file(table(b_enc={"shape": [F], "data_offsets": [1920, 2040]})),
+    "no shape": file(table(b_enc={"dtype": "F32", "data_offsets": [1920, 2040]})),
+    "no offsets": file(table(b_enc={"dtype": "F32", "shape": [F]})),
+    "dtype unknown": file(table(b_enc=("F33", [F], 1920, 2040))),
+    "dtype in lower case": file(table(b_enc=("f32", [F], 1920, 2040))),
+    "dtype empty": file(table(b_enc=("", [F], 1920, 2040))),
+    "dtype a number": file(table(b_enc=(32, [F], 1920, 2040))),
+    "dtype integer": file(table(b_enc=("I32", [F], 1920, 2040))),
+    "dtype float64": file(table(W_enc=("F64", [F // 2, H], 0, 960), W_dec=None, b_enc=("F32", [F // 2], 1920, 1980))),
+    "dtype of another size": file(table(b_enc=("BF16", [F], 1920, 2040))),
+    "shape a number": file(table(b_enc=("F32", F, 1920, 2040))),
+    "shape text": file(table(b_enc=("F32", ["30"], 1920, 2040))),
+    "shape negative": file(table(W_enc=("F32", [-F, -H], 0, 960))),
+    "shape a fraction": file(table(b_enc=("F32", [30.0], 1920, 2040))),
+    "shape beyond int64": file(table(b_enc=("F32", [2**64 + F], 1920, 2040))),
+    "shape overflows to its bytes": file(table(W_enc=("F32", [2**62 + 240, 1], 0, 960))),
+    "shape overflows to nothing": file(table(W_enc=("F32", [2**32, 2**32], 0, 0))),
+    "shape larger than its bytes": file(table(W_enc=("F32", [F + 1, H], 0, 960), b_enc=("F32", [F + 1], 1920, 2040))),
+    "shape smaller than its bytes": file(table(W_enc=("F32", [F, H - 1], 0, 960))),
+    "shape zero": file(table(W_enc=("F32", [0, H], 0, 0), b_enc=("F32", [0], 0, 0), W_dec=("F32", [0, H], 0, 0))),
+    "offsets out of the file": file(table(b_dec=("F32", [H], 2044, 2076))),
+    "offsets far out of the file": file(table(b_enc=("F32", [F], 2**40, 2**40 + 120))),
+    "offsets that wrap": file(table(b_enc=("F32", [F], 2**64 - 120, 2**64))),
+    "offsets that wrap int64": file(table(b_enc=("F32", [F], 2**63 - 60, 2**63 + 60))),
+    "offsets negative": file(table(b_enc=("F32", [F], -120, 0))),
+    "offsets reversed": file(table(b_enc=("F32", [F], 2040, 1920))),
+    "offsets fractions": file(table(b_enc=("F32", [F], 1920.0, 2040.0))),
+    "offsets text": file(table(b_enc=("F32", [F], "1920", "2040"))),
+    "one offset": file(table(b_enc=("F32", [F], 1920))),
+    "three offsets": file(table(b_enc=("F32", [F], 1920, 2040, 2072))),
+    "overlap": file(table(b_enc=("F32", [F], 1800, 1920))),
+    "two names for the same bytes": file(table(W_dec=("F32", [F, H], 0, 960))),
+    "W_enc missing": file(table(W_enc=None)),
+    "b_enc missing": file(table(b_enc=None)),
+    "b_enc of another length": file(table(b_enc=("F32", [F - 1], 1920, 2036))),
+    "b_enc with two axes": file(table(b_enc=("F32", [F, 1], 1920, 2040))),
+    "b_enc a scalar": file(table(b_enc=("F32", [], 1920, 1924))),
+    "W_enc with one axis": file(table(W_enc=("F32", [F * H], 0, 960))),
+    "encoder transposed": file(table(W_enc=("F32", [H, F], 0, 960))),
+    "W_dec [H, F]": file(table(W_dec=("F32", [H, F], 960, 1920))),
+    "W_dec of another size": file(table(W_dec=("F32", [F - 1, H], 960, 1888))),
+    "b_dec of another length": file(table(b_dec=("F32", [H - 1], 2040, 2068))),
+    "threshold of another length": file(
+        table(**{"activation_function.threshold": ("F32", [H], 2072, 2104)}), DATA + bytes(32)
+    ),
+    "W_skip of another shape": file(table(W_skip=("F32", [2, 4], 2072, 2104)), DATA + bytes(32)),
+    "k zero": file(table(k=("I64", [], 2072, 2080)), DATA + bytes(8)),
+    "k negative": file(table(k=("I64", [], 2072, 2080)), DATA + struct.pack("<q", -4)),
+    "k of two": file(table(k=("I64", [2], 2072, 2088)), DATA + struct.pack("<qq", 4, 4)),
+    "NaN in W_enc": file(data=with_bytes(956, NAN)),
+    "Inf in W_enc": file(data=with_bytes(400, INF)),
+    "NaN in b_enc": file(data=with_bytes(1920, NAN)),
+    "NaN in threshold": file(table(**{"activation_function.threshold": ("F32", [F], 2072, 2192)}), DATA + NAN * F),
+}
+
+CONFIGS = {
+    "no key": "transcoders\n",
+    "a list": "- 1\n- 2\n",
+    "quote without end": CONFIG + "activation: 'topk\n",
+    "top-k without k": CONFIG + "activation: topk\n",
+    "k zero": CONFIG + "activation: topk\nk: 0\n",
+    "k a word": CONFIG + "activation: topk\nk: many\n",
+    "k a fraction": CONFIG + "activation: topk\nk: 2.5\n",
+    "k beyond int64": CONFIG + "activation: topk\nk: 99999999999999999999\n",
+    "activation unknown": CONFIG + "activation: groupmax\n",
+    "activation in a tag": CONFIG + "activation: !!python/object/apply:os.system ['touch ran']\n",
+    "kind unknown": CONFIG.replace("transcoder_set", "gated_set"),
+    "jumprelu without thresholds": CONFIG + "activation: jumprelu\n",
+    "transcoders a word": CONFIG + "transcoders: layer_0.safetensors\n",
+    "transcoders an alias": "all: &all [layer_0.safetensors]\n" + CONFIG + "transcoders: *all\n",
+    "transcoders not there": CONFIG + "transcoders:\n- absent.safetensors\n",
+    "transcoders a folder": CONFIG + "transcoders:\n- sub\n",
+    "transcoders out of the folder": CONFIG + "transcoders:\n- ../good/layer_0.safetensors\n",
+    "transcoders out by a detour": CONFIG + "transcoders:\n- sub/../../good/layer_0.safetensors\n",
+    "transcoders absolute": CONFIG + "transcoders:\n- ROOT/good/layer_0.safetensors\n",
+    "transcoders on one line, out of the folder": CONFIG + "transcoders: [../good/layer_0.safetensors]\n",
+    "transcoders on another machine": CONFIG + "transcoders:\n- https://example.org/layer_0.safetensors\n",
+}
+
+# What YAML calls broken, in places that mean nothing to us: refused or passed over, but nothing worse
+CURIOUS = {
+    "not YAML": CONFIG + "a: [1, 2\nb: }\n",
+    "tabs": CONFIG + "a:\n\t- b\n",
+    "not UTF-8": CONFIG.replace("none/none", "\udcff\udcfe"),
+    "NUL": CONFIG.replace("none/none", "a\0b"),
+    "one endless line": CONFIG + "a: " + "x" * 1_000_000,
+    "python tag": CONFIG.replace("none/none", "!!python/object/apply:os.system ['touch ran']"),
+    "nested deep": CONFIG + "a: " + "[" * 50_000 + "]" * 50_000,
+}
+
+LOADER = """
+import json, os, sys
+from sparse_transcoder import load_transcoders
+for folder in sys.stdin.read().splitlines():
+    try:
+        load_transcoders(folder, device="cpu")
+        outcome = ["loaded", ""]
+    except Exception as error:
+        outcome = [type(error).__name__, str(error.args[0]) if error.args else ""]
+    print(json.dumps([os.path.basename(folder), *outcome]), flush=True)
+"""
+
+
+def load_elsewhere(root, folders):
+    """{folder: (error, text)} from a process of its own; what follows a crash is absent."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER],
+        input="\n".join(map(str, folders)),
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=600,
+    )
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    return {name: (error, text) for name, error, text in outcomes}, (done.returncode, done.stderr[-500:])
+
+
+@pytest.fixture(scope="module")
+def lies(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lies")
+    write(root / "good", {0: tensors()})
+    for number, raw in enumerate(LIES.values()):
+        write(root / f"file{number}", {})
+        (root / f"file{number}" / "layer_0.safetensors").write_bytes(raw)
+    for number, text in enumerate([*CONFIGS.values(), *CURIOUS.values()]):
+        write(root / f"config{number}", {0: tensors()})
+        (root / f"config{number}" / "sub").mkdir()
+        raw = text.replace("ROOT", str(root)).encode(errors="surrogateescape")
+        (root / f"config{number}" / "config.yaml").write_bytes(raw)
+    configs = len(CONFIGS) + len(CURIOUS)
+    folders = ["good", *(f"file{n}" for n in range(len(LIES))), *(f"config{n}" for n in range(configs))]
+    return root, *load_elsewhere(root, [root / folder for folder in folders])
+
+
+def test_no_lie_crashes_the_process(lies):
+    root, outcomes, (returncode, stderr) = lies
+    assert (returncode, stderr) == (0, "")
+    assert len(outcomes) == 1 + len(LIES) + len(CONFIGS) + len(CURIOUS)
+    assert outcomes["good"] == ("loaded", "")
+    assert not list(root.rglob("ran"))
+
+
+def refused(outcomes, folder, path, errors=("ValueError",)):
+    error, text = outcomes.get(folder, ("crashed", ""))
+    assert error in errors, (error, text)
+    assert str(path) in text and "\n" not in text, text
+    assert len(text.replace(str(path), "").strip(" :.")) > 10, f"no reason given: {text}"
+    assert len(text) < 600, text
+    return text
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_files_that_lie(lies, name):
+    root, outcomes, _ = lies
+    folder = f"file{list(LIES).index(name)}"
+    text = refused(outcomes, folder, root / folder / "layer_0.safetensors", ("ValueError", "TypeError"))
+    for tensor in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+        assert tensor not in name or tensor in text, text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_that_lie(lies, name):
+    root, outcomes, _ = lies
+    folder = f"config{list(CONFIGS).index(name)}"
+    errors = ("ValueError", "FileNotFoundError") if name == "transcoders not there" else ("ValueError",)
+    text = refused(outcomes, folder, root / folder, errors)
+    assert "unknown" not in name or "groupmax" in text or "gated_set" in text, text
+
+
+@pytest.mark.parametrize("name", CURIOUS)
+def test_curious_configs(lies, name):
+    root, outcomes, _ = lies
+    folder = f"config{len(CONFIGS) + list(CURIOUS).index(name)}"
+    assert outcomes.get(folder) == ("loaded", "") or refused(outcomes, folder, root / folder / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "activation: topk\r\nk: 4\r\n",
+        "activation : topk\nk : 4\n",
+        '\'activation\': "topk"\n"k": 4\n',
+        "activation: topk# no comment\nk: 4\n",
+        "activation: topk  # a comment\nk: 4 # another\n",
+        "activation:\n  topk\nk:\n  4\n",
+        "activation: >\n  topk\nk: 4\n",
+        "activation: !!str topk\nk: !!int 4\n",
+        "activation: &a topk\nk: 4\n",
+        "---\nactivation: topk\nk: 4\n...\n",
+        "--- {activation: topk, k: 4}\n",
+        "  activation: topk\n  k: 4\n",
+        "{activation: topk, k: 4}\n",
+        '{"activation": "topk", "k": 4}\n',
+        '{\n  "activation": "topk",\n  "k": 4\n}\n',
+        "? activation\n: topk\n? k\n: 4\n",
+        "\ufeffactivation: topk\nk: 4\n",
+    ],
+)
+def test_a_declaration_is_honoured_or_refused_in_any_form(tmp_path, config):
+    """A top-k coder whose config is not understood must not become a relu coder."""
+    write(tmp_path, {0: tensors()})
+    (tmp_path / "config.yaml").write_bytes(config.encode())
+    try:
+        assert load(tmp_path)[0].k == 4
+    except ValueError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        "\n- b.safetensors\n- a.safetensors\n",
+        "\n  - 'b.safetensors'  # first\n\n  # and\n  - \"a.safetensors\"\n",
+        " [b.safetensors, a.safetensors]\n",
+        " [b.safetensors,\n  a.safetensors]\n",
+        "\n  [b.safetensors, a.safetensors]\n",
+        " !!seq\n- b.safetensors\n- a.safetensors\n",
+        "\n  0: b.safetensors\n  1: a.safetensors\n",
+    ],
+)
+def test_the_order_is_honoured_or_refused_in_any_form(tmp_path, entries):
+    write(
+        tmp_path, {0: tensors(3), 1: tensors(4)}, CONFIG + "transcoders:" + entries
+    )  # what a reader that gives up finds
+    save_file(tensors(1), tmp_path / "b.safetensors")
+    save_file(tensors(2), tmp_path / "a.safetensors")
+    try:
+        loaded = load(tmp_path)
+    except ValueError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+    else:
+        assert [equal(loaded[i].W_enc, tensors(i + 1)["W_enc"]) for i in loaded] == [True, True]
+
+
+MARKS = b'0123456789-.eE[]{}:,"\\ \x00\xff'
+
+
+def test_damaged_files_are_refused_or_loaded_but_never_crash(tmp_path):
+    """Three hundred files with a few bytes changed in the table, or cut short."""
+    random = torch.Generator().manual_seed(0)
+
+    def pick(stop):
+        return int(torch.randint(stop, (1,), generator=random))
+
+    whole = file()
+    folders = []
+    for number in range(300):
+        raw = bytearray(whole)
+        for _ in range(1 + pick(3)):
+            raw[pick(len(whole) - len(DATA))] = MARKS[pick(len(MARKS))]
+        if number % 5 == 0:
+            raw = raw[: pick(len(raw))]
+        folders.append(write(tmp_path / f"damaged{number}", {}))
+        (folders[-1] / "layer_0.safetensors").write_bytes(raw)
+    outcomes, end = load_elsewhere(tmp_path, folders)
+    assert end == (0, "")
+    assert len(outcomes) == 300
+    for number in range(300):
+        if outcomes[f"damaged{number}"][0] != "loaded":
+            path = folders[number] / "layer_0.safetensors"
+            refused(outcomes, f"damaged{number}", path, ("ValueError", "TypeError"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/proc"), reason="needs a POSIX system")
+def test_a_folder_where_a_file_should_be(tmp_path):
+    write(tmp_path, {})
+    (tmp_path / "layer_0.safetensors").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError, OSError)) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
