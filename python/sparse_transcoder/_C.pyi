@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'load_weights']
+__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'load_weights', 'read_safetensors']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
@@ -151,4 +151,8 @@ class Engine:
 def load_weights(dir: str, layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], device: torch.device) -> dict[int, LayerWeights]:
     """
     Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.
+    """
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a safetensors file, memory-mapped: nothing but the header is read here.
     """
