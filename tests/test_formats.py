@@ -663,6 +663,15 @@ def test_npz_headers_that_lie(tmp_path, header):
     refused(tmp_path, "params.npz")
 
 
+def test_a_config_that_lists_other_files_is_not_guessed_around(tmp_path):
+    """The list gives the order of the layers; the names of the folders must not replace it."""
+    gemma_scope(tmp_path, 3, 30, 8)
+    (tmp_path / "config.yaml").write_text("transcoders:\n  - layer_3/width_16k/average_l0_5/params.npz\n")
+    refused(tmp_path, "params.npz")
+    (tmp_path / "config.yaml").write_text("title: not of this project\n")
+    assert list(load(tmp_path)) == [3]
+
+
 def test_no_checkpoint(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "model.safetensors").write_bytes(b"")

@@ -96,8 +96,10 @@ def find(folder: Path) -> Checkpoint:
         return Checkpoint(folder, "circuit-tracer CLT", files, lambda _: circuit_tracer.load_clt_layer)
     if circuit_tracer.top_level(folder / "config.yaml").get("model_kind") == "cross_layer_transcoder":
         raise FileNotFoundError(f"{folder}: there is no W_enc_{{i}}.safetensors of a cross-layer transcoder")
-    if "config.yaml" in names or _numbered(folder, names, r"layer_(\d{1,9})\.safetensors"):
-        return Checkpoint(folder, "circuit-tracer set", {})
+    native = Checkpoint(folder, "circuit-tracer set", {})
+    config = circuit_tracer.config_text(folder / "config.yaml")
+    if _numbered(folder, names, r"layer_(\d{1,9})\.safetensors") or "transcoder" in config:
+        return native
 
     found: dict[int, list[Path]] = {}
     unnamed: list[Path] = []
@@ -110,6 +112,8 @@ def find(folder: Path) -> Checkpoint:
         found[0] = unnamed
     elif unnamed:
         raise ValueError(f"{unnamed[0]}: neither its config nor its folder's name tells the layer")
+    if not found and "config.yaml" in names:
+        return native
     if not found:
         raise FileNotFoundError(f"{folder}: there is no checkpoint of a known layout in this folder")
     return Checkpoint(folder, " and ".join(sorted(layouts)), found, lambda path: _layout(path)[1])

@@ -15,12 +15,14 @@ def load_set(folder: Path, layers: list[int], loading: Loading) -> dict[int, Tra
     return {layer: _from_native(layer, weights) for layer, weights in loaded.items()}
 
 
+def config_text(path: Path) -> str:
+    return path.read_bytes()[:1_000_000].decode(errors="replace") if path.is_file() else ""
+
+
 def top_level(path: Path) -> dict[str, str]:
     """The plain ``key: value`` lines of a config.yaml."""
-    if not path.is_file():
-        return {}
-    lines = path.read_bytes()[:1_000_000].decode(errors="replace").splitlines()
-    found = (re.fullmatch(r"(\w+):\s+(?:\"([^\"]*)\"|'([^']*)'|([^#]*?))\s*(?:#.*)?", line) for line in lines)
+    pattern = r"(\w+):\s+(?:\"([^\"]*)\"|'([^']*)'|([^#]*?))\s*(?:#.*)?"
+    found = (re.fullmatch(pattern, line) for line in config_text(path).splitlines())
     return {m[1]: m[2] or m[3] or m[4] or "" for m in found if m}
 
 
