@@ -144,7 +144,7 @@ class Loading:
             if tensor.ndim == 2:
                 self.left_to_scan -= tensor.nbytes
             if tensor.ndim == 1 or self.left_to_scan >= 0:
-                if not math.isfinite(torch.sum(tensor, dtype=torch.float64).item()):
+                if not _is_finite(tensor):
                     raise ValueError(f"{source}: {name} must be finite, got NaN or Inf")
             tensors[name] = tensor.to(self.device)
         tensors["W_enc"] = tensors["W_enc"].contiguous()
@@ -194,6 +194,11 @@ def layer_in(text: str) -> int | None:
     """The layer that a name like blocks.3.mlp, layers.3, layer_3 or resid_post_layer_3 tells."""
     found = re.search(r"(?:^|[^A-Za-z])(?:layers?|blocks)[._-]?(\d{1,6})(?!\d)", text)
     return int(found[1]) if found else None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """One pass over the file; a sum that only overflows is looked at again."""
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _must_exist(path: Path) -> None:
