@@ -70,7 +70,8 @@ void check_weights(int64_t id, const LayerWeights& weights) {
   TORCH_CHECK_VALUE(written > 0 && written % H == 0, who, ": W_dec must be [H, F] or [n * H, F] with H ", H, ", got ",
                     weights.W_dec.sizes());
   check(weights.W_dec, "W_dec", {written, F});
-  check(weights.b_dec, "b_dec", {written});
+  // Its bias is that of all their rows, or of the layer itself alone.
+  check(weights.b_dec, "b_dec", {weights.b_dec.defined() && weights.b_dec.sizes() == at::IntArrayRef(H) ? H : written});
   check(weights.threshold, "threshold", {F});
   check(weights.W_skip, "W_skip", {H, H});
   check(weights.input_bias, "input_bias", {H});

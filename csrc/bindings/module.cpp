@@ -4,6 +4,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "../safetensors.h"
+
 namespace py = pybind11;
 using namespace sparse_transcoder;
 
@@ -74,6 +76,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"), release_gil(),
         "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.");
+  m.def("read_safetensors", &read_safetensors, py::arg("path"), release_gil(),
+        "The tensors of a safetensors file, memory-mapped: nothing but the header is read here.");
 
   py::enum_<Screening>(m, "Screening", "Which approximate arithmetic finds the candidates.")
       .value("auto", Screening::automatic)

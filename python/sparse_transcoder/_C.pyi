@@ -179,3 +179,7 @@ def load_weights(dir: str, layers: collections.abc.Sequence[typing.SupportsInt |
     """
     Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.
     """
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a safetensors file, memory-mapped: nothing but the header is read here.
+    """

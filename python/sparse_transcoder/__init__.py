@@ -14,7 +14,8 @@ if _torch.__version__.split(".")[:2] != _built.split("."):
 
 from . import _C, reference
 from .encoder import SparseTranscoderEncoder, encode_single_layer
-from .weights import TranscoderWeights, load_transcoders
+from .formats import load_transcoders
+from .weights import TranscoderWeights
 
 __version__ = "0.1.0"
 __all__ = [

@@ -16,8 +16,8 @@ namespace sparse_transcoder {
 struct LayerWeights {
   at::Tensor W_enc;          // [F, H]
   at::Tensor b_enc;          // [F]
-  at::Tensor W_dec;          // [H, F]
-  at::Tensor b_dec;          // [H]
+  at::Tensor W_dec;          // [H, F], or [n * H, F] where a feature writes to n layers: their rows one after the other
+  at::Tensor b_dec;          // [H] bias of what this layer's own output is, or [n * H]
   at::Tensor threshold;      // [F] JumpReLU: a feature is active only strictly above its threshold
   std::optional<int64_t> k;  // top-k coder: only the k largest pre-activations are active
   at::Tensor W_skip;         // [H, H] skip connection: y += x @ W_skip.T

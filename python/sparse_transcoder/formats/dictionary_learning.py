@@ -1,0 +1,59 @@
+"""dictionary_learning: ae.pt beside config.json, read by the class that config.json names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..weights import TranscoderWeights
+from .files import Config, Loading, read_pickled
+
+CLASSES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+    "JumpReluAutoEncoder",
+)
+
+
+def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
+    config = Config(path.with_name("config.json")).within("trainer")
+    kind = config.only("dict_class", config.need("dict_class", str), CLASSES)
+    tensors = read_pickled(path)
+    threshold, k = None, None
+    if kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
+        W_enc, b_enc = tensors.take("W_enc", 2).T, tensors.take("b_enc", 1)
+        W_dec = tensors.take("W_dec", 2).T
+    else:
+        W_enc, b_enc = tensors.take("encoder.weight", 2), tensors.take("encoder.bias", 1)
+        W_dec = tensors.take("decoder.weight", 2)
+    b_dec = tensors.take({"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec"), 1)
+    if kind == "AutoEncoderTopK":
+        k = tensors.take_integer("k")
+        if k != config.get("k", int, k) or k < 1:
+            raise ValueError(f"{path}: k must be {config.get('k', int, k)} as in config.json and at least 1, got {k}")
+        tensors.drop("threshold")  # of training: the encoder does not use it
+    elif kind == "JumpReluAutoEncoder":
+        threshold = tensors.take("threshold", 1)
+    elif "BatchTopK" in kind:
+        # relu, then kept strictly above one threshold for all features; k and the groups are of training
+        threshold = tensors.take("threshold", 0).to(torch.float32).expand(W_enc.shape[0]).clone()
+        tensors.drop("k|group_sizes")
+    tensors.finish()
+    hook = config.get("submodule_name", str, "")
+    return loading.weights(
+        layer,
+        path,
+        W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        threshold=threshold,
+        k=k,
+        input_bias=None if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else b_dec,
+        hook_in=hook,
+        hook_out=hook,
+    )
