@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
 
 from . import _C
+from .capture import _hook_of, capture
 from .weights import TranscoderWeights, _to_native
 
 
@@ -24,6 +25,15 @@ class LayerFeatures(TypedDict):
     """[B, T, K] int64, distinct in a row; ties: lower index first; unfilled slots hold the lowest features that are not kept."""
     sparsity: torch.Tensor
     """[B, T] float32, fraction of the F features that are kept, not capped by K."""
+
+
+class PositionFeatures(LayerFeatures):
+    """One layer's result for the real positions of a batch of prompts: [N, K] and [N] instead of [B, T, K] and [B, T]."""
+
+    batch_idx: torch.Tensor
+    """[N] int64, the prompt of a position."""
+    ctx_idx: torch.Tensor
+    """[N] int64, the position among the prompt's real tokens, from 0."""
 
 
 class SparseTranscoderEncoder:
@@ -70,8 +80,9 @@ class SparseTranscoderEncoder:
         if screening not in _C.Screening.__members__:
             raise ValueError(f"screening must be one of {', '.join(_C.Screening.__members__)}, got {screening!r}")
         self.screening = screening
+        self._weights = {_integer("layer", layer): weights for layer, weights in transcoders.items()}
         self._engine = _C.Engine(
-            {_integer("layer", layer): _to_native(weights) for layer, weights in transcoders.items()},
+            {layer: _to_native(weights) for layer, weights in self._weights.items()},
             top_k=self.top_k or 0,
             activation_threshold=self.activation_threshold,
             chunk_size=self.chunk_size,
@@ -166,6 +177,100 @@ class SparseTranscoderEncoder:
             }
             for value, layer, batch, position, feature, many in found[:limit]
         ]
+
+    def encode_model(
+        self,
+        model: torch.nn.Module,
+        inputs: torch.Tensor | Mapping[str, torch.Tensor],
+        layers: Iterable[int] | None = None,
+        hook: str | None = None,
+        *,
+        exact: bool = True,
+    ) -> dict[int, PositionFeatures]:
+        """Run a Hugging Face causal model as far as it is needed and encode its hidden states: {layer: result}.
+
+        Hidden states are read where each layer's weights say (``hook_in``); padded positions do not appear. With ``exact`` a
+        batch of prompts gives the same as the prompts one by one, bit for bit. See :func:`sparse_transcoder.capture`.
+
+        Args:
+            model: see :func:`sparse_transcoder.capture`.
+            inputs: token ids [B, T] or [T], or a tokenizer's result with ``input_ids`` and ``attention_mask``.
+            layers: the layers to encode; None is all that have a transcoder.
+            hook: where to read; needed for layers whose weights record no ``hook_in``, and must agree with those that do.
+            exact: run each prompt by itself, without its padding.
+
+        Raises:
+            KeyError: there is no transcoder for a layer. ValueError: ``hook`` is missing or disagrees with the weights, or as in
+            :func:`sparse_transcoder.capture`.
+
+        Example:
+            >>> encoder.encode_model(model, tokenizer(prompts, return_tensors="pt", padding=True))[12]["indices"]  # [N, top_k]
+        """
+        hooks = {}
+        for layer in self.layers if layers is None else (_integer("layer", layer) for layer in layers):
+            recorded = self._weights_of(layer).hook_in
+            if not recorded and hook is None:
+                raise ValueError(f"layer {layer}: hook must be given, the weights record none")
+            if recorded and hook is not None and _hook_of(recorded, layer) != _hook_of(hook, layer):
+                raise ValueError(f"layer {layer}: hook must be {recorded} as the weights record, got {hook}")
+            hooks[layer] = recorded or hook
+        captured = capture(model, inputs, hooks, hooks, exact=exact)
+        return {
+            layer: {
+                **result,
+                "batch_idx": captured.batch_idx.to(result["indices"].device),
+                "ctx_idx": captured.ctx_idx.to(result["indices"].device),
+            }
+            for layer, result in self.encode_all_layers(captured.hidden).items()
+        }
+
+    def feature_vector(self, layer: int, feature: int) -> torch.Tensor:
+        """The decoder direction [H] of a feature, float32: what one unit of its activation writes.
+
+        Raises:
+            KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature.
+        """
+        return self._directions(layer, [_integer("feature", feature)])[:, 0].contiguous()
+
+    def steer(self, layer: int, strengths: Mapping[int, float]) -> torch.Tensor:
+        """The delta [H], float32, to add to the layer's output: the sum of strength times decoder direction.
+
+        Args:
+            layer: one of ``layers``.
+            strengths: {feature: strength}.
+
+        Raises:
+            KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature, or a strength is not
+            finite. TypeError: ``strengths`` is no mapping of integers to numbers.
+
+        Example:
+            >>> hidden_out += encoder.steer(12, {4071: 8.0, 93: -2.0})
+        """
+        if not isinstance(strengths, Mapping):
+            raise TypeError(f"strengths must map features to numbers, got {type(strengths).__name__}")
+        named = {_integer("feature", feature): _number("strength", value) for feature, value in strengths.items()}
+        for feature, strength in named.items():
+            if not math.isfinite(strength):
+                raise ValueError(f"layer {layer}: the strength of feature {feature} must be finite, got {strength}")
+        directions = self._directions(layer, list(named))
+        return directions @ directions.new_tensor(list(named.values()))
+
+    def _weights_of(self, layer: int) -> TranscoderWeights:
+        if layer not in self._weights:
+            known = ", ".join(map(str, self.layers))
+            raise KeyError(f"layer {layer}: there is no transcoder for it, only for layers {known}")
+        return self._weights[layer]
+
+    def _directions(self, layer: int, features: list[int]) -> torch.Tensor:
+        """Columns of W_dec, [H, len(features)] float32; only these are read."""
+        W_dec = self._weights_of(_integer("layer", layer)).W_dec
+        if W_dec is None:
+            raise ValueError(f"layer {layer}: the weights have no W_dec")
+        for feature in features:
+            if not 0 <= feature < W_dec.shape[1]:
+                raise ValueError(f"layer {layer}: feature must be 0 to {W_dec.shape[1] - 1}, got {feature}")
+        columns = torch.tensor(features, dtype=torch.int64, device=W_dec.device)
+        return W_dec.detach().index_select(1, columns).float()
 
     @property
     def workspace_bytes(self) -> int:
