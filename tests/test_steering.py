@@ -64,6 +64,16 @@ def test_steer_nothing(encoder):
     assert torch.equal(encoder.steer(2, {}), torch.zeros(H))
 
 
+def test_decoder_that_writes_to_many_layers():
+    W_dec = torch.randn(3 * H, F)
+    encoder = SparseTranscoderEncoder({4: TranscoderWeights(torch.randn(F, H), torch.zeros(F), W_dec)})
+    vectors, deltas = encoder.feature_vector(4, 7), encoder.steer(4, {7: 2.0})
+    assert list(vectors) == list(deltas) == [4, 5, 6]
+    for i, layer in enumerate(vectors):
+        assert torch.equal(vectors[layer], W_dec[i * H : (i + 1) * H, 7])
+        assert torch.equal(deltas[layer], 2 * vectors[layer])
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [

@@ -80,9 +80,9 @@ class SparseTranscoderEncoder:
         if screening not in _C.Screening.__members__:
             raise ValueError(f"screening must be one of {', '.join(_C.Screening.__members__)}, got {screening!r}")
         self.screening = screening
-        self._weights = {_integer("layer", layer): weights for layer, weights in transcoders.items()}
+        self._transcoders = {_integer("layer", layer): weights for layer, weights in transcoders.items()}
         self._engine = _C.Engine(
-            {layer: _to_native(weights) for layer, weights in self._weights.items()},
+            {layer: _to_native(weights) for layer, weights in self._transcoders.items()},
             top_k=self.top_k or 0,
             activation_threshold=self.activation_threshold,
             chunk_size=self.chunk_size,
@@ -208,7 +208,7 @@ class SparseTranscoderEncoder:
         """
         hooks = {}
         for layer in self.layers if layers is None else (_integer("layer", layer) for layer in layers):
-            recorded = self._weights_of(layer).hook_in
+            recorded = self._transcoder(layer).hook_in
             if not recorded and hook is None:
                 raise ValueError(f"layer {layer}: hook must be given, the weights record none")
             if recorded and hook is not None and _hook_of(recorded, layer) != _hook_of(hook, layer):
@@ -224,16 +224,20 @@ class SparseTranscoderEncoder:
             for layer, result in self.encode_all_layers(captured.hidden).items()
         }
 
-    def feature_vector(self, layer: int, feature: int) -> torch.Tensor:
+    def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
         """The decoder direction [H] of a feature, float32: what one unit of its activation writes.
+
+        A decoder that writes to n layers gives {layer: direction} for this layer and those after it.
 
         Raises:
             KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature.
         """
-        return self._directions(layer, [_integer("feature", feature)])[:, 0].contiguous()
+        return self._written(layer, [_integer("feature", feature)], [1.0])
 
-    def steer(self, layer: int, strengths: Mapping[int, float]) -> torch.Tensor:
-        """The delta [H], float32, to add to the layer's output: the sum of strength times decoder direction.
+    def steer(self, layer: int, strengths: Mapping[int, float]) -> torch.Tensor | dict[int, torch.Tensor]:
+        """The delta [H], float32, to add to what the transcoder writes to: the sum of strength times decoder direction.
+
+        A decoder that writes to n layers gives {layer: delta} for this layer and those after it.
 
         Args:
             layer: one of ``layers``.
@@ -252,25 +256,29 @@ class SparseTranscoderEncoder:
         for feature, strength in named.items():
             if not math.isfinite(strength):
                 raise ValueError(f"layer {layer}: the strength of feature {feature} must be finite, got {strength}")
-        directions = self._directions(layer, list(named))
-        return directions @ directions.new_tensor(list(named.values()))
+        return self._written(layer, list(named), list(named.values()))
 
-    def _weights_of(self, layer: int) -> TranscoderWeights:
-        if layer not in self._weights:
+    def _transcoder(self, layer: int) -> TranscoderWeights:
+        if layer not in self._transcoders:
             known = ", ".join(map(str, self.layers))
             raise KeyError(f"layer {layer}: there is no transcoder for it, only for layers {known}")
-        return self._weights[layer]
+        return self._transcoders[layer]
 
-    def _directions(self, layer: int, features: list[int]) -> torch.Tensor:
-        """Columns of W_dec, [H, len(features)] float32; only these are read."""
-        W_dec = self._weights_of(_integer("layer", layer)).W_dec
-        if W_dec is None:
+    def _written(
+        self, layer: int, features: list[int], strengths: list[float]
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """The sum of strength times column of W_dec; only these columns are read."""
+        weights = self._transcoder(_integer("layer", layer))
+        if weights.W_dec is None:
             raise ValueError(f"layer {layer}: the weights have no W_dec")
         for feature in features:
-            if not 0 <= feature < W_dec.shape[1]:
-                raise ValueError(f"layer {layer}: feature must be 0 to {W_dec.shape[1] - 1}, got {feature}")
-        columns = torch.tensor(features, dtype=torch.int64, device=W_dec.device)
-        return W_dec.detach().index_select(1, columns).float()
+            if not 0 <= feature < weights.W_dec.shape[1]:
+                raise ValueError(f"layer {layer}: feature must be 0 to {weights.W_dec.shape[1] - 1}, got {feature}")
+        columns = torch.tensor(features, dtype=torch.int64, device=weights.W_dec.device)
+        directions = weights.W_dec.detach().index_select(1, columns).float()
+        delta = directions @ directions.new_tensor(strengths)
+        parts = delta.split(weights.W_enc.shape[1])
+        return delta if len(parts) == 1 else {layer + i: part for i, part in enumerate(parts)}
 
     @property
     def workspace_bytes(self) -> int:
