@@ -30,8 +30,11 @@ at::Tensor decode_rows(const Layer& layer, const SparseFeatures& features, const
     gathered.mul_(features.activations.narrow(0, begin[row], count).unsqueeze(1));
     y.narrow(0, row, last - row).copy_(at::segment_reduce(gathered, "sum", features.row_begin.slice(0, row, last + 1).diff()));
   }
-  if (weights.b_dec.defined()) y.add_(weights.b_dec.detach().to(at::kFloat));
-  if (weights.W_skip.defined()) y.add_(at::matmul(x.to(at::kDouble), weights.W_skip.detach().to(at::kDouble).t()).to(at::kFloat));
+  // A bias of [H] and the skip connection belong to the first of the layers that the decoder writes to.
+  if (weights.b_dec.defined()) y.narrow(1, 0, weights.b_dec.size(0)).add_(weights.b_dec.detach().to(at::kFloat));
+  if (weights.W_skip.defined())
+    y.narrow(1, 0, layer.hidden_size)
+        .add_(at::matmul(x.to(at::kDouble), weights.W_skip.detach().to(at::kDouble).t()).to(at::kFloat));
   return y;
 }
 

@@ -60,8 +60,23 @@ def encode(kernels, hidden, layer, top_k, tau, chunk, panel, groups):
     kernels.encode(
         *(pointer(batched), DTYPES[batched.dtype], integer(batch), integer(tokens), integer(size)),
         *(pointer(W), DTYPES[W.dtype], pointer(wide), integer(features), pointers([norm, bias, gate, low, high])),
-        *(pointers(norms), real(norm.max()), real(bias.abs().max()), real(roundoff), integer(chunk), integer(panel), groups),
-        *(min(k, most_active), integer(most_active), integer(k), pointer(activations), pointer(indices), pointer(sparsity)),
+        *(
+            pointers(norms),
+            real(norm.max()),
+            real(bias.abs().max()),
+            real(roundoff),
+            integer(chunk),
+            integer(panel),
+            groups,
+        ),
+        *(
+            min(k, most_active),
+            integer(most_active),
+            integer(k),
+            pointer(activations),
+            pointer(indices),
+            pointer(sparsity),
+        ),
     )
     lead = hidden.shape[:-1]
     return {

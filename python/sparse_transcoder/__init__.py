@@ -13,16 +13,21 @@ if _torch.__version__.split(".")[:2] != _built.split("."):
     )
 
 from . import _C, reference
+from .capture import Captured, capture
 from .encoder import SparseTranscoderEncoder, encode_single_layer
 from .formats import load_transcoders
+from .graph import graph_json
 from .weights import TranscoderWeights
 
 __version__ = "0.1.0"
 __all__ = [
+    "Captured",
     "SparseTranscoderEncoder",
     "TranscoderWeights",
+    "capture",
     "cmake_prefix_path",
     "encode_single_layer",
+    "graph_json",
     "load_transcoders",
     "reference",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
 
 from . import _C
+from .capture import _hook_of, capture
 from .weights import TranscoderWeights, _to_native
 
 # torch says once that sparse CSR tensors are in beta; encode_sparse is not the place to say it.
@@ -29,6 +30,15 @@ class LayerFeatures(TypedDict):
     """[B, T, K] int64, distinct in a row; ties: lower index first; unfilled slots hold the lowest features that are not kept."""
     sparsity: torch.Tensor
     """[B, T] float32, fraction of the F features that are kept, not capped by K."""
+
+
+class PositionFeatures(LayerFeatures):
+    """One layer's result for the real positions of a batch of prompts: [N, K] and [N] instead of [B, T, K] and [B, T]."""
+
+    batch_idx: torch.Tensor
+    """[N] int64, the prompt of a position."""
+    ctx_idx: torch.Tensor
+    """[N] int64, the position among the prompt's real tokens, from 0."""
 
 
 class SparseTranscoderEncoder:
@@ -222,6 +232,108 @@ class SparseTranscoderEncoder:
             }
             for value, layer, batch, position, feature, many in found[:limit]
         ]
+
+    def encode_model(
+        self,
+        model: torch.nn.Module,
+        inputs: torch.Tensor | Mapping[str, torch.Tensor],
+        layers: Iterable[int] | None = None,
+        hook: str | None = None,
+        *,
+        exact: bool = True,
+    ) -> dict[int, PositionFeatures]:
+        """Run a Hugging Face causal model as far as it is needed and encode its hidden states: {layer: result}.
+
+        Hidden states are read where each layer's weights say (``hook_in``); padded positions do not appear. With ``exact`` a
+        batch of prompts gives the same as the prompts one by one, bit for bit. See :func:`sparse_transcoder.capture`.
+
+        Args:
+            model: see :func:`sparse_transcoder.capture`.
+            inputs: token ids [B, T] or [T], or a tokenizer's result with ``input_ids`` and ``attention_mask``.
+            layers: the layers to encode; None is all that have a transcoder.
+            hook: where to read; needed for layers whose weights record no ``hook_in``, and must agree with those that do.
+            exact: run each prompt by itself, without its padding.
+
+        Raises:
+            KeyError: there is no transcoder for a layer. ValueError: ``hook`` is missing or disagrees with the weights, or as in
+            :func:`sparse_transcoder.capture`.
+
+        Example:
+            >>> encoder.encode_model(model, tokenizer(prompts, return_tensors="pt", padding=True))[12]["indices"]  # [N, top_k]
+        """
+        hooks = {}
+        for layer in self.layers if layers is None else (_integer("layer", layer) for layer in layers):
+            recorded = self._transcoder(layer).hook_in
+            if not recorded and hook is None:
+                raise ValueError(f"layer {layer}: hook must be given, the weights record none")
+            if recorded and hook is not None and _hook_of(recorded, layer) != _hook_of(hook, layer):
+                raise ValueError(f"layer {layer}: hook must be {recorded} as the weights record, got {hook}")
+            hooks[layer] = recorded or hook
+        captured = capture(model, inputs, hooks, hooks, exact=exact)
+        return {
+            layer: {
+                **result,
+                "batch_idx": captured.batch_idx.to(result["indices"].device),
+                "ctx_idx": captured.ctx_idx.to(result["indices"].device),
+            }
+            for layer, result in self.encode_all_layers(captured.hidden).items()
+        }
+
+    def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
+        """The decoder direction [H] of a feature, float32: what one unit of its activation writes.
+
+        A decoder that writes to n layers gives {layer: direction} for this layer and those after it.
+
+        Raises:
+            KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature.
+        """
+        return self._written(layer, [_integer("feature", feature)], [1.0])
+
+    def steer(self, layer: int, strengths: Mapping[int, float]) -> torch.Tensor | dict[int, torch.Tensor]:
+        """The delta [H], float32, to add to what the transcoder writes to: the sum of strength times decoder direction.
+
+        A decoder that writes to n layers gives {layer: delta} for this layer and those after it.
+
+        Args:
+            layer: one of ``layers``.
+            strengths: {feature: strength}.
+
+        Raises:
+            KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature, or a strength is not
+            finite. TypeError: ``strengths`` is no mapping of integers to numbers.
+
+        Example:
+            >>> hidden_out += encoder.steer(12, {4071: 8.0, 93: -2.0})
+        """
+        if not isinstance(strengths, Mapping):
+            raise TypeError(f"strengths must map features to numbers, got {type(strengths).__name__}")
+        named = {_integer("feature", feature): _number("strength", value) for feature, value in strengths.items()}
+        for feature, strength in named.items():
+            if not math.isfinite(strength):
+                raise ValueError(f"layer {layer}: the strength of feature {feature} must be finite, got {strength}")
+        return self._written(layer, list(named), list(named.values()))
+
+    def _transcoder(self, layer: int) -> TranscoderWeights:
+        if layer not in self._transcoders:
+            known = ", ".join(map(str, self.layers))
+            raise KeyError(f"layer {layer}: there is no transcoder for it, only for layers {known}")
+        return self._transcoders[layer]
+
+    def _written(
+        self, layer: int, features: list[int], strengths: list[float]
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """The sum of strength times column of W_dec; only these columns are read."""
+        weights = self._transcoder(_integer("layer", layer))
+        if weights.W_dec is None:
+            raise ValueError(f"layer {layer}: the weights have no W_dec")
+        for feature in features:
+            if not 0 <= feature < weights.W_dec.shape[1]:
+                raise ValueError(f"layer {layer}: feature must be 0 to {weights.W_dec.shape[1] - 1}, got {feature}")
+        columns = torch.tensor(features, dtype=torch.int64, device=weights.W_dec.device)
+        directions = weights.W_dec.detach().index_select(1, columns).float()
+        delta = directions @ directions.new_tensor(strengths)
+        parts = delta.split(weights.W_enc.shape[1])
+        return delta if len(parts) == 1 else {layer + i: part for i, part in enumerate(parts)}
 
     @property
     def workspace_bytes(self) -> int:

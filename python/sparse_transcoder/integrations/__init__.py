@@ -1,0 +1,1 @@
+"""Drop-ins for other projects; each module needs its project installed."""
