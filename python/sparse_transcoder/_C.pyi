@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights']
+__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights', 'read_safetensors']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
