@@ -22,7 +22,8 @@ constexpr int64_t most_header_bytes = 100'000'000;  // the limit of the format's
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    // Without blocking: a named pipe must be refused, not waited for.
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0) {
       const std::string reason = std::strerror(errno);
       throw FileNotFound({__func__, __FILE__, __LINE__}, path + ": cannot be opened: " + reason);

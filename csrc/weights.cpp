@@ -66,6 +66,7 @@ Config read_config(const fs::path& path) {
   static const std::set<std::string> ours = {"model_kind",  "feature_input_hook", "feature_output_hook",
                                              "transcoders", "activation",         "k"};
   Config config;
+  TORCH_CHECK_VALUE(fs::is_regular_file(path), path.string(), ": must be a regular file");
   std::ifstream file(path, std::ios::binary);
   if (!file) not_found(path.string() + ": cannot be opened");
   std::string line, key;
