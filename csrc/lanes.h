@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -21,19 +22,24 @@ class Lanes {
 
   // Calls body for every unit in [0, units) on at most `lanes` threads, the caller's among them, and returns when all are done.
   // Many callers may be inside at once: workers join whichever call has a lane free. A caller never waits for a worker that has
-  // not joined, so a call also finishes where there are none (in a forked child).
+  // not joined, so a call also finishes where there are none. Threads do not follow a fork: in a child the caller works alone.
+  // Every lane has the default floating-point environment, whatever the caller's.
   void run(int64_t lanes, int64_t units, const Body& body);
 
  private:
   struct Call;
-  void work();
+  struct State {
+    std::mutex mutex;
+    std::condition_variable work, done;
+    std::vector<Call*> open;  // calls that another worker may join
+    bool stop = false;
+    std::vector<std::thread> workers;
+  };
+  static void work(State& state);
+  bool forked() const;
 
-  std::mutex mutex_;
-  std::condition_variable work_, done_;
-  std::vector<Call*> open_;  // calls that another worker may join
-  bool stop_ = false;
   const int process_;
-  std::vector<std::thread> workers_;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace sparse_transcoder

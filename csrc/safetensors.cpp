@@ -102,9 +102,12 @@ std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
     TORCH_CHECK_VALUE(dtype != dtypes().end(), who, ": dtype must be one of F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL, got ",
                       dtype_name->dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
     const std::vector<int64_t> shape = integers(entry, "shape", who), offsets = integers(entry, "data_offsets", who);
-    int64_t bytes = c10::elementSize(dtype->second);
+    int64_t bytes = c10::elementSize(dtype->second), span = bytes;  // a size of 0 counts as 1 in strides
     bool fits = shape.size() <= 8;
-    for (const int64_t size : shape) fits = fits && !__builtin_mul_overflow(bytes, size, &bytes);
+    for (const int64_t size : shape) {
+      fits = fits && !__builtin_mul_overflow(span, std::max<int64_t>(size, 1), &span);
+      bytes = fits ? bytes * size : 0;
+    }
     TORCH_CHECK_VALUE(fits, who, ": shape ", at::IntArrayRef(shape), " is too large");
     TORCH_CHECK_VALUE(offsets.size() == 2 && offsets[0] <= offsets[1] && offsets[1] <= data_bytes, who,
                       ": data_offsets must be [begin, end] within ", data_bytes, " bytes, got ", at::IntArrayRef(offsets));
