@@ -17,37 +17,21 @@
 
 #include "encode.h"
 #include "lanes.h"
+#include "scan.h"
 
 namespace sparse_transcoder {
 namespace {
 
 using kernels::TopList;
 
-constexpr int64_t panel_size = 512;       // features of a panel: its weights stay in L3
-constexpr int64_t block_rows = 64;        // rows screened at a time: their scores stay in L2
+constexpr int64_t panel_size = 512;       // features of a float32 panel: its weights stay in L3
+constexpr int64_t block_rows = 64;        // rows screened at a time in float32: their scores stay in L2
+constexpr int64_t strip_rows = 512;       // rows screened at a time in int8 and int16: their scores stay in L2
 constexpr int64_t rows_per_unit = 16;     // of prepare and finish
 constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
 
-// Rows [first_row, first_row + rows) of one request, in slots [slot, slot + rows).
-struct Job {
-  const Request* request;
-  int64_t first_row, rows, slot, groups;
-
-  const Layer& layer() const { return *request->layer; }
-};
-
-// Features [first, last) of a job, whose lists are those of the group.
-struct Unit {
-  const Job* job;
-  int64_t first, last, group;
-};
-
-float* hidden_row(const Workspace& w, const Job& job, int64_t row) {
-  return w.hidden + (job.slot * w.plan.hidden_size) + row * job.layer().hidden_size;
-}
-
-TopList& list_of(const Workspace& w, const Job& job, int64_t row, int64_t group) {
-  return w.lists[(job.slot + row) * w.plan.lanes + group];
+TopList& list_of(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
+  return w.lists[(job.slot + row) * w.plan.lanes + lane];
 }
 
 // x = norm(h) in float32, from any dtype and stride.
@@ -90,109 +74,94 @@ float product_margin(const Layer& layer, double squared_norm) {
   return static_cast<float>(roundoff / (1 - roundoff) * norm * (1 + 0x1p-20));
 }
 
-void prepare_row(const Workspace& w, const Job& job, int64_t row) {
+void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
-  const auto dot = kernels::cpu_kernels().dot[static_cast<int>(kernels::Dtype::float32)];
+  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
+  const int64_t slot = job.slot + row;
   float* x = hidden_row(w, job, row);
   load_row(layer, job.request->hidden, job.first_row + row, x);
-  w.margin[job.slot + row] = product_margin(layer, dot(x, x, layer.hidden_size));
-  for (int64_t group = 0; group < job.groups; ++group) {
-    TopList& list = list_of(w, job, row, group);
-    list = {w.keys + (&list - w.lists) * w.plan.capacity, 0, 0, 0};
+  const float product = product_margin(layer, kernel.dot[0](x, x, layer.hidden_size));
+  RowMargin& margin = w.margin[slot];
+  margin = {{product, 0}, {product, 0}};
+  w.tally[lane].fallback_rows += std::isinf(product);
+  if (job.choice.sparse == Arithmetic::int8)
+    kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
+                        w.bounds + lane * 2 * w.plan.int8_groups);
+  if (layer.copies.int16.defined()) {
+    const kernels::Int16Scale scale = kernel.quantise_int16(x, layer.hidden_size, int16_row(w, job, row));
+    w.int16_scale[slot] = scale;
+    if (is_screened(margin)) margin.int16 = {scale.residual, scale.norm};
+  }
+  for (int64_t i = 0; i < w.plan.lanes; ++i) {
+    TopList& list = list_of(w, job, row, i);
+    const int64_t first = (&list - w.lists) * w.plan.capacity;
+    list = {w.keys + first, w.open + first, 0, 0, 0, 0, 0};
   }
 }
-
-struct ExactDot {
-  const Layer& layer;
-  double (*dot)(const float*, const void*, int64_t);
-  const char* weights;
-  int64_t row_bytes;
-  kernels::Gate gate;
-
-  explicit ExactDot(const Layer& layer)
-      : layer(layer),
-        dot(kernels::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
-        weights(static_cast<const char*>(layer.W_enc.const_data_ptr())),
-        row_bytes(layer.hidden_size * layer.W_enc.element_size()),
-        gate(layer.gate_at(0)) {}
-
-  float activation(int64_t feature, const float* x) const {
-    return static_cast<float>(dot(x, weights + feature * row_bytes, layer.hidden_size) + gate.bias[feature]);
-  }
-};
 
 // The smallest screened score, without its bias, that can still reach the k-th best of the list: the same slack as Layer's.
 float screen_bound(const Layer& layer, const TopList& list) {
-  if (list.least == 0) return -std::numeric_limits<float>::infinity();
-  const double value = kernels::key_value(list.least);
+  const double value = std::max(list.least == 0 ? 0 : kernels::key_value(list.least), list.open_least);
+  if (value <= 0) return -std::numeric_limits<float>::infinity();
   return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - layer.hidden_size * 0x1p-125);
 }
 
-// Streams over the unit's features for all rows of its job. keep(row, feature, activation) gets every active feature, ascending
-// in each row, whose activation can reach bound(row); count(row) is the row's counter of active features.
-template <typename Bound, typename Count, typename Keep>
-void scan(const Workspace& w, const Unit& unit, int64_t lane, const Bound& bound, const Count& count, const Keep& keep) {
-  const Job& job = *unit.job;
-  const Layer& layer = job.layer();
-  const ExactDot exact(layer);
-  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
-  float* scores = w.scores + lane * w.plan.block * w.plan.panel;
-  uint32_t* candidates = w.candidates + lane * w.plan.panel;
-  const auto product = kernel.product[static_cast<int>(layer.dtype)];
-  for (int64_t first = unit.first; first < unit.last; first += w.plan.panel) {
-    const int64_t width = std::min(w.plan.panel, unit.last - first);
-    const kernels::Gate gate = layer.gate_at(first);
-    for (int64_t row = 0; row < job.rows; ++row) {
-      const float* x = hidden_row(w, job, row);
-      const int64_t in_block = row % block_rows;
-      if (in_block == 0)
-        product(x, std::min(block_rows, job.rows - row), exact.weights + first * exact.row_bytes, width, layer.hidden_size,
-                scores);
-      const float margin = w.margin[job.slot + row];
-      if (std::isnan(margin)) continue;
-      int64_t& active = count(row);
-      const int64_t found = kernel.candidates(scores + in_block * width, gate, width, margin, bound(row), candidates, &active);
-      for (int64_t i = 0; i < found; ++i) {
-        const int64_t feature = first + (candidates[i] >> 1);
-        const float value = exact.activation(feature, x);
-        if (!(value >= exact.gate.gate[feature])) continue;
-        active += candidates[i] & 1;  // the others are counted already
-        keep(row, feature, value);
-      }
-    }
-  }
-}
+// Keeps each row's best in the lane's lists.
+struct TopSink {
+  const Workspace& w;
+  const Job& job;
+  const int64_t lane;
+  const Exact exact{job.layer()};
 
-void scan_top(const Workspace& w, const Unit& unit, int64_t lane) {
-  const Layer& layer = unit.job->layer();
-  const auto list = [&](int64_t row) -> TopList& { return list_of(w, *unit.job, row, unit.group); };
-  scan(
-      w, unit, lane, [&](int64_t row) { return screen_bound(layer, list(row)); },
-      [&](int64_t row) -> int64_t& { return list(row).certain; },
-      [&](int64_t row, int64_t feature, float value) {
-        list(row).push(kernels::make_key(value, feature), layer.selected, w.plan.capacity);
-      });
-}
+  TopList& list(int64_t row) const { return list_of(w, job, row, lane); }
+  float bound(int64_t row) const { return screen_bound(job.layer(), list(row)); }
+  int64_t& active(int64_t row) const { return list(row).certain; }
+  void keep(int64_t row, int64_t feature, float value) const {
+    list(row).push(kernels::make_key(value, feature), job.layer().selected, w.plan.capacity);
+  }
+  bool defer(int64_t row, const kernels::Bounded& feature) const {
+    TopList& list = this->list(row);
+    if (list.defer(feature, job.layer().selected, w.plan.capacity)) return true;
+    compute_open(row, list, list);
+    return false;
+  }
+
+  // Computes what `from` has left open, into a list.
+  void compute_open(int64_t row, TopList& from, TopList& into) const {
+    const float* x = hidden_row(w, job, row);
+    for (int64_t i = 0; i < from.open_size; ++i) {
+      if (i + 1 < from.open_size) fetch(exact.weights(from.open[i + 1].feature), exact.row_bytes());
+      const int64_t feature = from.open[i].feature;
+      into.push(kernels::make_key(exact.activation(x, feature), feature), job.layer().selected, w.plan.capacity);
+    }
+    w.tally[lane].rescored += from.open_size;
+    from.open_size = 0;
+  }
+};
 
 // Writes one row: the winners, then the lowest features that are not among them with activation 0.
-void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merged) {
+void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
+  uint64_t* merged = w.merged + lane * w.plan.lanes * w.plan.capacity;
   const Features& out = job.request->out;
   const int64_t output_row = job.first_row + row;
   float* activations = out.activations.mutable_data_ptr<float>() + output_row * layer.top_k;
   int64_t* indices = out.indices.mutable_data_ptr<int64_t>() + output_row * layer.top_k;
   float* sparsity = out.sparsity.mutable_data_ptr<float>() + output_row;
 
-  if (std::isnan(w.margin[job.slot + row])) {
+  if (!is_finite(w.margin[job.slot + row])) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     std::fill(activations, activations + layer.top_k, nan);
     for (int64_t i = 0; i < layer.top_k; ++i) indices[i] = i;
     *sparsity = nan;
     return;
   }
-  TopList all = {merged, 0, 0, 0};
-  for (int64_t group = 0; group < job.groups; ++group) {
-    TopList& list = list_of(w, job, row, group);
+  TopList all = {merged, nullptr, 0, 0, 0, 0, 0};
+  const TopSink sink = {w, job, lane};
+  for (int64_t i = 0; i < w.plan.lanes; ++i) {
+    TopList& list = list_of(w, job, row, i);
+    list.thin(layer.selected);
+    sink.compute_open(row, list, list);
     list.cut(layer.selected);
     std::copy(list.keys, list.keys + list.size, all.keys + all.size);
     all.size += list.size;
@@ -225,53 +194,58 @@ class Wave {
  public:
   Wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers)
       : jobs_(jobs),
+        w_(w),
         workers_(workers),
         lanes_(at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads())),
         rows_(jobs.back().slot + jobs.back().rows),
-        // Enough units to keep every lane busy; few groups make fewer lists to fill and merge.
-        groups_(std::min<int64_t>(lanes_, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
-    for (Job& job : jobs) job.groups = groups_;
+        // Enough to keep every lane busy to the end, though one be slowed by other work.
+        units_(std::max<int64_t>(2, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
+    for (Job& job : jobs) job.choice = choose_screen(job.layer().copies, job.rows);
   }
 
-  int64_t groups() const { return groups_; }
+  int64_t units() const { return units_; }  // of a job
 
   // body(lane, job, row) for every row.
   template <typename Body>
-  void by_rows(const Body& body) {
+  void by_rows(Phase phase, const Body& body) {
     workers_.run(lanes_, (rows_ + rows_per_unit - 1) / rows_per_unit, [&](int64_t lane, int64_t unit) {
       const int64_t last = std::min((unit + 1) * rows_per_unit, rows_);
+      Stopwatch watch(w_.tally[lane], w_.timed);
       for (int64_t slot = unit * rows_per_unit; slot < last; ++slot) {
         const auto after =
             std::upper_bound(jobs_.begin(), jobs_.end(), slot, [](int64_t value, const Job& job) { return value < job.slot; });
         const Job& job = *std::prev(after);
         body(lane, job, slot - job.slot);
       }
+      watch.add_to(phase);
     });
   }
 
-  // body(lane, unit) for every job and group of features.
+  // body(lane, number, unit) for every unit of every job.
   template <typename Body>
   void by_features(const Body& body) {
-    workers_.run(lanes_, static_cast<int64_t>(jobs_.size()) * groups_, [&](int64_t lane, int64_t unit) {
-      const Job& job = jobs_[unit / groups_];
-      const int64_t group = unit % groups_, share = (job.layer().features + groups_ * 16 - 1) / (groups_ * 16) * 16;
-      body(lane, Unit{&job, group * share, std::min((group + 1) * share, job.layer().features), group});
+    workers_.run(lanes_, static_cast<int64_t>(jobs_.size()) * units_, [&](int64_t lane, int64_t index) {
+      const Job& job = jobs_[index / units_];
+      const int64_t number = index % units_, features = job.layer().features;
+      const int64_t panels = (features + kernels::panel_features - 1) / kernels::panel_features;
+      const auto begin = [&](int64_t i) { return std::min(i * panels / units_ * kernels::panel_features, features); };
+      const Unit unit = {&job, begin(number), begin(number + 1)};
+      if (unit.first < unit.last) body(lane, number, unit);
     });
   }
 
  private:
   std::vector<Job>& jobs_;
+  const Workspace& w_;
   Lanes& workers_;
-  const int64_t lanes_, rows_, groups_;
+  const int64_t lanes_, rows_, units_;
 };
 
 void run_wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
   Wave wave(jobs, w, workers);
-  wave.by_rows([&](int64_t, const Job& job, int64_t row) { prepare_row(w, job, row); });
-  wave.by_features([&](int64_t lane, const Unit& unit) { scan_top(w, unit, lane); });
-  wave.by_rows([&](int64_t lane, const Job& job, int64_t row) {
-    finish_row(w, job, row, w.merged + lane * w.plan.lanes * w.plan.capacity);
-  });
+  wave.by_rows(prepare_phase, [&](int64_t lane, const Job& job, int64_t row) { prepare_row(w, job, row, lane); });
+  wave.by_features([&](int64_t lane, int64_t, const Unit& unit) { Scan(w, unit, lane, TopSink{w, *unit.job, lane}).run(); });
+  wave.by_rows(finish_phase, [&](int64_t lane, const Job& job, int64_t row) { finish_row(w, job, row, lane); });
 }
 
 // Every active feature of a chunk of rows, row after row, features ascending.
@@ -286,32 +260,41 @@ struct Active {
   float value;
 };
 
+// Keeps every active feature of the unit.
+struct AllSink {
+  const Workspace& w;
+  const Job& job;
+  const int64_t lane;
+  std::vector<Active>& found;
+
+  float bound(int64_t) const { return -std::numeric_limits<float>::infinity(); }
+  int64_t& active(int64_t row) const { return list_of(w, job, row, lane).certain; }
+  void keep(int64_t row, int64_t feature, float value) const {
+    found.push_back({static_cast<int32_t>(row), static_cast<int32_t>(feature), value});
+  }
+  bool defer(int64_t, const kernels::Bounded&) const { return false; }
+};
+
 ChunkFeatures encode_sparse_chunk(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
   const Job& job = jobs.front();
   const Layer& layer = job.layer();
   Wave wave(jobs, w, workers);
-  std::vector<std::vector<Active>> found(wave.groups());
-  wave.by_rows([&](int64_t, const Job& job, int64_t row) { prepare_row(w, job, row); });
-  wave.by_features([&](int64_t lane, const Unit& unit) {
-    scan(
-        w, unit, lane, [](int64_t) { return -std::numeric_limits<float>::infinity(); },
-        [&](int64_t row) -> int64_t& { return list_of(w, job, row, unit.group).certain; },
-        [&](int64_t row, int64_t feature, float value) {
-          found[unit.group].push_back({static_cast<int32_t>(row), static_cast<int32_t>(feature), value});
-        });
-  });
+  std::vector<std::vector<Active>> found(wave.units());
+  wave.by_rows(prepare_phase, [&](int64_t lane, const Job& job, int64_t row) { prepare_row(w, job, row, lane); });
+  wave.by_features(
+      [&](int64_t lane, int64_t number, const Unit& unit) { Scan(w, unit, lane, AllSink{w, job, lane, found[number]}).run(); });
   ChunkFeatures chunk;
   std::vector<int64_t> next(job.rows + 1);
   for (const auto& group : found)
     for (const Active& active : group) ++next[active.row + 1];
   for (int64_t row = 0; row < job.rows; ++row) {
-    if (std::isnan(w.margin[job.slot + row])) next[row + 1] = 1;
+    if (!is_finite(w.margin[job.slot + row])) next[row + 1] = 1;
     next[row + 1] += next[row];
   }
   chunk.features.resize(next.back());
   chunk.values.resize(next.back());
   for (int64_t row = 0; row < job.rows; ++row)
-    if (std::isnan(w.margin[job.slot + row])) chunk.values[next[row]] = std::numeric_limits<float>::quiet_NaN();
+    if (!is_finite(w.margin[job.slot + row])) chunk.values[next[row]] = std::numeric_limits<float>::quiet_NaN();
   std::vector<int64_t> begin = next;
   for (const auto& group : found)
     for (const Active& active : group) {
@@ -358,10 +341,17 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
     plan.top_k = std::max(plan.top_k, layer->selected);
     plan.capacity = std::max(plan.capacity, kernels::list_capacity(layer->selected, layer->features));
     plan.panel = std::max(plan.panel, std::min(panel_size, layer->features));
+    if (layer->copies.int8.defined()) {
+      const kernels::Int8Layout layout(layer->hidden_size);
+      plan.int8_bytes = std::max(plan.int8_bytes, 2 * layout.row_bytes());
+      plan.int8_groups = std::max(plan.int8_groups, layout.groups);
+    }
+    if (layer->copies.int16.defined()) plan.int16_stride = std::max(plan.int16_stride, kernels::int16_stride(layer->hidden_size));
   }
-  const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t));
+  const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(kernels::Bounded));
   plan.rows = std::clamp<int64_t>(list_bytes / std::max<int64_t>(1, row_bytes), 1, options.chunk_size);
   plan.block = std::min(block_rows, plan.rows);
+  plan.strip = std::min(strip_rows, plan.rows);
   return plan;
 }
 
@@ -379,12 +369,34 @@ void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace
         wave.clear();
         used = 0;
       }
-      wave.push_back({&request, first, count, used, 0});
+      wave.push_back({&request, first, count, used, {}});
       used += count;
       first += count;
     }
   }
   if (!wave.empty()) run_wave(wave, workspace, workers);
+}
+
+void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers, Explanation& explanation) {
+  std::fill(workspace.tally, workspace.tally + workspace.plan.lanes, Tally{});
+  workspace.timed = true;
+  encode_cpu({request}, workspace, workers);
+  workspace.timed = false;
+  for (int64_t lane = 0; lane < workspace.plan.lanes; ++lane) {
+    const Tally& tally = workspace.tally[lane];
+    explanation.fallback_rows += tally.fallback_rows;
+    explanation.pairs_float32 += tally.pairs[static_cast<int>(Arithmetic::float32)];
+    explanation.pairs_int16 += tally.pairs[static_cast<int>(Arithmetic::int16)];
+    explanation.pairs_int8 += tally.pairs[static_cast<int>(Arithmetic::int8)];
+    explanation.survivors += tally.survivors;
+    explanation.ambiguous += tally.ambiguous;
+    explanation.rescored += tally.rescored;
+    explanation.prepare_ms += tally.ms[prepare_phase];
+    explanation.screen_ms += tally.ms[screen_phase];
+    explanation.refine_ms += tally.ms[refine_phase];
+    explanation.rescore_ms += tally.ms[rescore_phase];
+    explanation.finish_ms += tally.ms[finish_phase];
+  }
 }
 
 SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers) {
@@ -394,7 +406,7 @@ SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& worksp
   int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
   std::deque<ChunkFeatures> chunks;
   for (int64_t first = 0; first < rows; first += slots) {
-    std::vector<Job> jobs = {{&request, first, std::min(slots, rows - first), 0, 0}};
+    std::vector<Job> jobs = {{&request, first, std::min(slots, rows - first), 0, {}}};
     chunks.push_back(encode_sparse_chunk(jobs, workspace, workers));
     for (const int64_t count : chunks.back().counts) {
       row_begin[1] = row_begin[0] + count;

@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "element.h"
+#include "gate.h"
 
 namespace sparse_transcoder::kernels {
 namespace {
@@ -32,6 +33,12 @@ double dot(const float* x, const void* weights, int64_t size) {
       sum[2 * part] = _mm256_fmadd_pd(low_half(xv), low_half(wv), sum[2 * part]);
       sum[2 * part + 1] = _mm256_fmadd_pd(high_half(xv), high_half(wv), sum[2 * part + 1]);
     }
+  if (i == size) {  // the order of fold, in registers
+    for (int width = 4; width > 0; width /= 2)
+      for (int part = 0; part < width; ++part) sum[part] = _mm256_add_pd(sum[part], sum[part + width]);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(sum[0]), _mm256_extractf128_pd(sum[0], 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
   double sums[32];
   for (int part = 0; part < 8; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
   for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
@@ -93,14 +100,15 @@ void product(const float* x, int64_t rows, const void* weights, int64_t count, i
   }
 }
 
-int64_t candidates(const float* scores, const Gate& gate, int64_t count, float margin, float bound, uint32_t* out,
-                   int64_t* certain) {
-  const __m256 margins = _mm256_set1_ps(margin);
+int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
+                   uint32_t* out, int64_t* certain) {
+  const __m256 per_norm = _mm256_set1_ps(margin.per_norm), per_residual = _mm256_set1_ps(margin.per_residual);
   const __m256 bounds = _mm256_set1_ps(bound);
   int64_t found = 0, sure_count = 0, i = 0;
   for (; i + 8 <= count; i += 8) {
     const __m256 score = _mm256_loadu_ps(scores + i);
-    const __m256 slack = _mm256_mul_ps(margins, _mm256_loadu_ps(gate.norm + i));
+    const __m256 slack =
+        _mm256_fmadd_ps(per_norm, _mm256_loadu_ps(gate.norm + i), _mm256_mul_ps(per_residual, _mm256_loadu_ps(residual + i)));
     const __m256 upper = _mm256_add_ps(score, slack);
     const int may = _mm256_movemask_ps(_mm256_cmp_ps(upper, _mm256_loadu_ps(gate.low + i), _CMP_NLT_UQ));
     if (may == 0) continue;
@@ -115,10 +123,7 @@ int64_t candidates(const float* scores, const Gate& gate, int64_t count, float m
     }
   }
   *certain += sure_count;
-  const Gate rest = {gate.norm + i, gate.bias + i, gate.gate + i, gate.low + i, gate.high + i};
-  const int64_t more = portable_kernels.candidates(scores + i, rest, count - i, margin, bound, out + found, certain);
-  for (int64_t j = found; j < found + more; ++j) out[j] += static_cast<uint32_t>(i) << 1;
-  return found + more;
+  return candidates_from(i, scores, gate, residual, count, margin, bound, out, found, certain);
 }
 
 template <typename Element>
@@ -131,10 +136,18 @@ void widen(const void* weights, float* out, int64_t size) {
 
 }  // namespace
 
-const CpuKernels avx2_kernels = {"avx2",
-                                 {dot<F32>, dot<BF16>, dot<F16>},
-                                 {product<F32>, product<BF16>, product<F16>},
-                                 candidates,
-                                 {widen<F32>, widen<BF16>, widen<F16>}};
+void use_avx2(CpuKernels& kernels) {
+  kernels.name = "avx2";
+  kernels.dot[0] = dot<F32>;
+  kernels.dot[1] = dot<BF16>;
+  kernels.dot[2] = dot<F16>;
+  kernels.product[0] = product<F32>;
+  kernels.product[1] = product<BF16>;
+  kernels.product[2] = product<F16>;
+  kernels.candidates = candidates;
+  kernels.widen[0] = widen<F32>;
+  kernels.widen[1] = widen<BF16>;
+  kernels.widen[2] = widen<F16>;
+}
 
 }  // namespace sparse_transcoder::kernels
