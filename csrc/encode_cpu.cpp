@@ -122,27 +122,28 @@ struct TopSink {
   bool defer(int64_t row, const kernels::Bounded& feature) const {
     TopList& list = this->list(row);
     if (list.defer(feature, job.layer().selected, w.plan.capacity)) return true;
-    compute_open(row, list, list);
+    compute_open(row, list, w.plan.capacity);
     return false;
   }
 
-  // Computes what `from` has left open, into a list.
-  void compute_open(int64_t row, TopList& from, TopList& into) const {
+  // Computes what the list has left open.
+  void compute_open(int64_t row, TopList& list, int64_t capacity) const {
     const float* x = hidden_row(w, job, row);
-    for (int64_t i = 0; i < from.open_size; ++i) {
-      if (i + 1 < from.open_size) fetch(exact.weights(from.open[i + 1].feature), exact.row_bytes());
-      const int64_t feature = from.open[i].feature;
-      into.push(kernels::make_key(exact.activation(x, feature), feature), job.layer().selected, w.plan.capacity);
+    for (int64_t i = 0; i < list.open_size; ++i) {
+      if (i + 1 < list.open_size) fetch(exact.weights(list.open[i + 1].feature), exact.row_bytes());
+      const int64_t feature = list.open[i].feature;
+      list.push(kernels::make_key(exact.activation(x, feature), feature), job.layer().selected, capacity);
     }
-    w.tally[lane].rescored += from.open_size;
-    from.open_size = 0;
+    w.tally[lane].rescored += list.open_size;
+    list.open_size = 0;
   }
 };
 
 // Writes one row: the winners, then the lowest features that are not among them with activation 0.
 void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
-  uint64_t* merged = w.merged + lane * w.plan.lanes * w.plan.capacity;
+  const int64_t room = w.plan.lanes * w.plan.capacity;
+  uint64_t* merged = w.merged + lane * room;
   const Features& out = job.request->out;
   const int64_t output_row = job.first_row + row;
   float* activations = out.activations.mutable_data_ptr<float>() + output_row * layer.top_k;
@@ -156,17 +157,15 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
     *sparsity = nan;
     return;
   }
-  TopList all = {merged, nullptr, 0, 0, 0, 0, 0};
-  const TopSink sink = {w, job, lane};
+  TopList all = {merged, w.merged_open + lane * room, 0, 0, 0, 0, 0};
   for (int64_t i = 0; i < w.plan.lanes; ++i) {
-    TopList& list = list_of(w, job, row, i);
-    list.thin(layer.selected);
-    sink.compute_open(row, list, list);
-    list.cut(layer.selected);
-    std::copy(list.keys, list.keys + list.size, all.keys + all.size);
-    all.size += list.size;
+    const TopList& list = list_of(w, job, row, i);
+    all.size = std::copy(list.keys, list.keys + list.size, all.keys + all.size) - all.keys;
+    all.open_size = std::copy(list.open, list.open + list.open_size, all.open + all.open_size) - all.open;
     all.certain += list.certain;
   }
+  all.thin(layer.selected);
+  TopSink{w, job, lane}.compute_open(row, all, room);
   all.cut(layer.selected);
   std::sort(all.keys, all.keys + all.size, std::greater<>());
   for (int64_t i = 0; i < all.size; ++i) {

@@ -207,9 +207,8 @@ class Scan {
   }
 
   void look_ahead(int64_t rows, const uint8_t* next_panel) {
-    constexpr int64_t many_rows = 24;  // with fewer, the screen itself is a stream through memory
+    constexpr int64_t many_rows = 7;  // with fewer, the screen itself is a stream through memory
     ahead_.clear();
-    if (next_panel && rows >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
     const int64_t stride = kernels::int16_stride(layer_.hidden_size);
     const auto add_each = [&](const SurvivorList& list, const char* rows, int64_t row_bytes) {
       uint64_t added = 0;  // a list is of one panel
@@ -225,6 +224,7 @@ class Scan {
       add_each(fresh_, reinterpret_cast<const char*>(int16_), 2 * stride);
     else
       add_each(fresh_, exact_.weights(0), exact_.row_bytes());
+    if (next_panel && rows >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
   }
 
   // Leaves those that int16 cannot settle: as CpuKernels::candidates does, for pairs from all over.
@@ -260,11 +260,15 @@ class Scan {
     const int64_t stride = kernels::int16_stride(layer_.hidden_size);
     for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
       const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
+      ahead_.clear();
+      if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
       kernel_.product_int16(int16_row(w_, job_, row), scale_ + row, rows, int16_ + first * stride, int16_scale_ + first, count,
-                            layer_.hidden_size, packed_, scores_);
+                            layer_.hidden_size, packed_, scores_, ahead_);
       watch_.add_to(screen_phase);
+      const int64_t before = tally_.rescored;
       for (int64_t r = 0; r < rows; ++r)
         gate(row + r, scores_ + r * kernels::panel_features, first, count, int16_residual_ + first, margin_[row + r].int16);
+      busy_ = tally_.rescored - before >= count;
       watch_.add_to(rescore_phase);
     }
   }
@@ -330,6 +334,7 @@ class Scan {
   uint32_t* candidates_;
   uint64_t* masks_;
   kernels::Ahead ahead_;
+  bool busy_ = false;                     // whether most of the last panel's weights were needed to rescore
   SurvivorList fresh_, refined_, spare_;  // what the screen let through; what int16 did; empty
   int16_t* packed_;
   Tally& tally_;

@@ -9,7 +9,7 @@
 namespace sparse_transcoder {
 namespace {
 
-constexpr int64_t few_rows = 4;  // the int8 screen is bound by reading weights: a second plane is free and halves the margin
+constexpr int64_t few_rows = 3;  // the int8 screen is bound by reading weights: a second plane is free and halves the margin
 
 // Memory in huge pages where the system gives them: rows are read from all over it.
 at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::string& who) {

@@ -41,6 +41,7 @@ int64_t carve(Workspace& w, const Plan& plan, char* base) {
   carver.take(w.bounds, plan.lanes * 2 * plan.int8_groups);
   carver.take(w.tally, plan.lanes);
   carver.take(w.merged, plan.lanes * plan.lanes * plan.capacity);
+  carver.take(w.merged_open, plan.lanes * plan.lanes * plan.capacity);
   return carver.used();
 }
 

@@ -71,6 +71,7 @@ struct Workspace {
   double* bounds;                    // [lanes, 2 * int8_groups]
   Tally* tally;                      // [lanes]
   uint64_t* merged;                  // [lanes, lanes * capacity]
+  kernels::Bounded* merged_open;     // [lanes, lanes * capacity]
   int64_t bytes;
   bool timed = false;  // whether the lanes look at the clock
 

@@ -48,35 +48,34 @@ struct Int8Layout {
   int64_t panel_bytes() const { return panel_features * (inputs() + 4 * (groups + 1)); }
 };
 
-// Memory to bring into the cache while a screen computes, evenly over its course.
-struct Ahead {
-  struct Range {
-    const char* begin;
-    int64_t bytes;
-  };
-  static constexpr int64_t most = 1 + 2 * panel_features;  // a panel, and two rows a feature
-  Range ranges[most];
-  int64_t count = 0, lines = 0;  // ranges, and cache lines of all
-
-  void clear() { count = lines = next_ = offset_ = 0; }
+// Memory to bring into the cache while a screen computes, evenly over its course: a burst would hold it up.
+class Ahead {
+ public:
+  int64_t lines() const { return lines_; }
+  void clear() { count_ = lines_ = next_ = 0, at_ = end_ = nullptr; }
   void add(const void* begin, int64_t bytes) {
-    if (count == most) return;
-    ranges[count++] = {static_cast<const char*>(begin), bytes};
-    lines += (bytes + 63) / 64;
+    ranges_[count_++] = {static_cast<const char*>(begin), bytes};
+    lines_ += (bytes + 63) / 64;
   }
-  void fetch(int64_t some) {
-    for (; some > 0 && next_ < count; --some) {
-      __builtin_prefetch(ranges[next_].begin + offset_, 0, 2);
-      offset_ += 64;
-      if (offset_ >= ranges[next_].bytes) {
-        ++next_;
-        offset_ = 0;
+  void fetch(int64_t lines) {
+    for (; lines > 0; --lines, at_ += 64) {
+      if (at_ >= end_) {
+        if (next_ == count_) return;
+        at_ = ranges_[next_].begin;
+        end_ = at_ + ranges_[next_++].bytes;
       }
+      __builtin_prefetch(at_, 0, 2);
     }
   }
 
  private:
-  int64_t next_ = 0, offset_ = 0;
+  struct Range {
+    const char* begin;
+    int64_t bytes;
+  };
+  Range ranges_[1 + 2 * panel_features];  // a panel, and two rows a feature
+  int64_t count_ = 0, lines_ = 0, next_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
 };
 
 // A row of int16: x is about scale * q.
@@ -126,7 +125,7 @@ struct CpuKernels {
   // scores[r * 64 + f] = scale[r] * w_scale[f] * (x[r] . w[f]) for a panel of count <= 64 features; rows int16_stride(size)
   // apart; packed [64 * int16_stride(size)] is scratch.
   void (*product_int16)(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale,
-                        int64_t count, int64_t size, int16_t* packed, float* scores);
+                        int64_t count, int64_t size, int16_t* packed, float* scores, Ahead& ahead);
 };
 
 // The best that this machine can run, chosen once. SPARSE_TRANSCODER_CPU=portable|avx2|avx512vnni forces one (for tests).

@@ -21,10 +21,12 @@ struct Int16 {  // two int16 times two
 };
 
 // sum[r][v] += rows x panel over `steps` four-byte steps of the inputs: x [rows] `stride` bytes apart, w [steps][64 features].
-template <typename Type, int rows>
-inline __attribute__((always_inline)) void multiply(const char* x, int64_t stride, const char* w, int64_t steps,
-                                                    __m512i (&sum)[rows][4]) {
+template <typename Type, int rows, typename Between>
+inline __attribute__((always_inline)) void multiply(const void* inputs, int64_t stride, const void* weights, int64_t steps,
+                                                    __m512i (&sum)[rows][4], const Between& between) {
+  const auto *x = static_cast<const char*>(inputs), *w = static_cast<const char*>(weights);
   for (int64_t step = 0; step < steps; ++step, x += 4, w += 4 * panel_features) {
+    between();
     __m512i wv[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) wv[v] = _mm512_loadu_si512(w + 64 * v);
@@ -39,11 +41,21 @@ inline __attribute__((always_inline)) void multiply(const char* x, int64_t strid
   }
 }
 
-// One group of a strip of rows times a panel, added to the tile; with the margin, the last group, the masks come out.
+// One group of a panel, as the rows pass.
+struct Group64 {
+  const Int8Layout& layout;
+  const int64_t g;
+  const uint8_t* weights;
+  const float *scales, *low;
+  Ahead& ahead;
+  const int64_t lines;  // to fetch ahead in each step
+};
+
+// One strip of rows times a group, added to the tile; with the margin, the last group, the masks come out.
 template <int rows, int planes, bool margin>
-__attribute__((noinline)) void screen_group(const Int8Layout& layout, const int8_t* x, int64_t g, const uint8_t* w,
-                                            const float* w_scales, const float* low, float* tile, uint64_t* masks) {
-  const int64_t stride = layout.row_bytes();
+__attribute__((noinline)) void screen_group(const Group64& group, const int8_t* x, float* tile, uint64_t* masks) {
+  const Int8Layout& layout = group.layout;
+  const int64_t stride = layout.row_bytes(), g = group.g;
   const auto scale = [&](int r) { return reinterpret_cast<const float*>(x + r * stride + layout.inputs())[g]; };
   const auto start = [&](int r) {
     return reinterpret_cast<const int32_t*>(x + r * stride + layout.inputs())[layout.groups + 1 + g];
@@ -53,8 +65,8 @@ __attribute__((noinline)) void screen_group(const Int8Layout& layout, const int8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_set1_epi32(start(r));
-  multiply<Int8, rows>(reinterpret_cast<const char*>(x + g * layout.depth), stride, reinterpret_cast<const char*>(w),
-                       (margin ? layout.margin_depth : layout.depth) / 4, sum);
+  multiply<Int8, rows>(x + g * layout.depth, stride, group.weights, (margin ? layout.margin_depth : layout.depth) / 4, sum,
+                       [&] { group.ahead.fetch(group.lines); });
 #pragma GCC unroll 6
   for (int r = 0; r < rows; r += margin ? planes : 1) {  // the second plane has no margin of its own
     float* row = tile + r / planes * panel_features;
@@ -62,10 +74,10 @@ __attribute__((noinline)) void screen_group(const Int8Layout& layout, const int8
     uint64_t mask = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_loadu_ps(w_scales + 16 * v));
+      const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_loadu_ps(group.scales + 16 * v));
       const __m512 score = _mm512_fmadd_ps(part, x_scale, _mm512_loadu_ps(row + 16 * v));
       if (margin)
-        mask |= uint64_t{_mm512_cmp_ps_mask(score, _mm512_loadu_ps(low + 16 * v), _CMP_NLT_UQ)} << 16 * v;
+        mask |= uint64_t{_mm512_cmp_ps_mask(score, _mm512_loadu_ps(group.low + 16 * v), _CMP_NLT_UQ)} << 16 * v;
       else
         _mm512_storeu_ps(row + 16 * v, score);
     }
@@ -73,40 +85,35 @@ __attribute__((noinline)) void screen_group(const Int8Layout& layout, const int8
   }
 }
 
-template <int planes, bool margin>
-void screen_strip(int64_t rows, const Int8Layout& layout, const int8_t* x, int64_t g, const uint8_t* w, const float* w_scales,
-                  const float* low, float* tile, uint64_t* masks) {
-  switch (rows) {
-    case 1:
-      return screen_group<planes, planes, margin>(layout, x, g, w, w_scales, low, tile, masks);
-    case 2:
-      return screen_group<2 * planes, planes, margin>(layout, x, g, w, w_scales, low, tile, masks);
-    case 3:
-      return screen_group<3 * planes, planes, margin>(layout, x, g, w, w_scales, low, tile, masks);
-    default:
-      if constexpr (planes == 1) {
-        if (rows == 4) return screen_group<4, 1, margin>(layout, x, g, w, w_scales, low, tile, masks);
-        if (rows == 5) return screen_group<5, 1, margin>(layout, x, g, w, w_scales, low, tile, masks);
-        return screen_group<6, 1, margin>(layout, x, g, w, w_scales, low, tile, masks);
-      }
-  }
-}
-
 template <int planes>
 void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count, const uint8_t* panel, const float* low,
                    float* tile, uint64_t* masks, Ahead& ahead) {
-  constexpr int64_t strip = strip_rows / planes;
-  const int64_t passes = (layout.groups + 1) * ((count + strip - 1) / strip), lines = (ahead.lines + passes - 1) / passes;
+  using Strip = void (*)(const Group64&, const int8_t*, float*, uint64_t*);
+  constexpr int p = planes, most = strip_rows / planes;
+  static constexpr Strip add[] = {screen_group<p, p, false>,
+                                  screen_group<2 * p, p, false>,
+                                  screen_group<3 * p, p, false>,
+                                  screen_group < planes == 1 ? 4 : 2,
+                                  p,
+                                  false >
+                                  , screen_group < planes == 1 ? 5 : 2, p, false >, screen_group<6, p, false>};
+  static constexpr Strip gate[] = {screen_group<p, p, true>,
+                                   screen_group<2 * p, p, true>,
+                                   screen_group<3 * p, p, true>,
+                                   screen_group < planes == 1 ? 4 : 2,
+                                   p,
+                                   true >
+                                   , screen_group < planes == 1 ? 5 : 2, p, true >, screen_group<6, p, true>};
   const auto* scales = reinterpret_cast<const float*>(panel + panel_features * layout.inputs());
+  const int64_t steps = layout.inputs() / 4 * ((count + most - 1) / most), lines = (ahead.lines() + steps - 1) / steps;
   for (int64_t i = 0; i < count * panel_features; i += 16) _mm512_storeu_ps(tile + i, _mm512_setzero_ps());
   // A group of the panel, 16 KiB, stays in L1 while the rows pass.
   for (int64_t g = 0; g <= layout.groups; ++g) {
-    const uint8_t* w = panel + panel_features * g * layout.depth;
-    const auto pass = g < layout.groups ? screen_strip<planes, false> : screen_strip<planes, true>;
-    for (int64_t r = 0; r < count; r += strip) {
-      ahead.fetch(lines);
-      pass(std::min(strip, count - r), layout, rows + r * planes * layout.row_bytes(), g, w, scales + g * panel_features, low,
-           tile + r * panel_features, masks + r);
+    const Group64 group = {layout, g, panel + panel_features * g * layout.depth, scales + g * panel_features, low, ahead, lines};
+    const Strip* strips = g < layout.groups ? add : gate;
+    for (int64_t r = 0; r < count; r += most) {
+      const int64_t rows_here = std::min<int64_t>(most, count - r);
+      strips[rows_here - 1](group, rows + r * planes * layout.row_bytes(), tile + r * panel_features, masks + r);
     }
   }
 }
@@ -127,60 +134,101 @@ int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
   return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
 }
 
-// [64 features][size] to [size / 2][64 features][2]; features from `count` on are zeros.
-void pack_int16(const int16_t* w, int64_t count, int64_t size, int16_t* packed) {
-  const int64_t stride = int16_stride(size), pairs = (size + 1) / 2;
-  const __m512i index = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                           _mm512_set1_epi32(static_cast<int>(stride / 2)));
-  for (int64_t v = 0; v < 4; ++v) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << std::clamp<int64_t>(count - 16 * v, 0, 16)) - 1);
-    const auto* from = reinterpret_cast<const int32_t*>(w + 16 * v * stride);
-    auto* to = reinterpret_cast<int32_t*>(packed) + 16 * v;
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      _mm512_storeu_si512(to + pair * panel_features,
-                          _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, index, from + pair, 4));
+// 16 x 16 of int32.
+inline __attribute__((always_inline)) void transpose(__m512i (&row)[16]) {
+  __m512i next[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    next[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    next[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      row[i + 2 * j] = _mm512_unpacklo_epi64(next[i + j], next[i + 2 + j]);
+      row[i + 2 * j + 1] = _mm512_unpackhi_epi64(next[i + j], next[i + 2 + j]);
+    }
+  // row[4 * i + j] holds, in each of four 128-bit lanes l, column 4 * l + j of rows 4 * i to 4 * i + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low02 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x88), low13 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xdd);
+    const __m512i high02 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x88),
+                  high13 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xdd);
+    next[j] = _mm512_shuffle_i32x4(low02, high02, 0x88);
+    next[8 + j] = _mm512_shuffle_i32x4(low02, high02, 0xdd);
+    next[4 + j] = _mm512_shuffle_i32x4(low13, high13, 0x88);
+    next[12 + j] = _mm512_shuffle_i32x4(low13, high13, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) row[i] = next[i];
 }
 
-template <int rows>
-__attribute__((noinline)) void product_strip(const int16_t* x, const Int16Scale* scale, const int16_t* packed, int64_t begin,
-                                             int64_t end, int64_t size, const float* w_scale, float* scores) {
+// [64 features][size] to [size / 2][64 features][2]; features from `count` on are zeros. Rows are padded to whole vectors.
+void pack_int16(const int16_t* w, int64_t count, int64_t size, int16_t* packed) {
   const int64_t stride = int16_stride(size);
+  for (int64_t i = 0; i < size; i += 32)
+    for (int64_t first = 0; first < panel_features; first += 16) {
+      __m512i row[16];
+#pragma GCC unroll 16
+      for (int64_t f = 0; f < 16; ++f)
+        row[f] = first + f < count ? _mm512_loadu_si512(w + (first + f) * stride + i) : _mm512_setzero_si512();
+      transpose(row);
+#pragma GCC unroll 16
+      for (int64_t pair = 0; pair < 16; ++pair)
+        _mm512_storeu_si512(packed + (i + 2 * pair) * panel_features + 2 * first, row[pair]);
+    }
+}
+
+// Inputs [begin, end) of a strip of rows times a panel; sums in between are kept in the scores' place.
+struct Depth {
+  int64_t begin, end, size;
+  const int16_t* packed;
+  const float* w_scale;
+  Ahead& ahead;
+  int64_t lines;
+};
+
+template <int rows>
+__attribute__((noinline)) void product_strip(const Depth& depth, const int16_t* x, const Int16Scale* scale, float* scores) {
   __m512i sum[rows][4];
   auto* partial = reinterpret_cast<int32_t*>(scores);
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v)
-      sum[r][v] = begin == 0 ? _mm512_setzero_si512() : _mm512_loadu_si512(partial + r * panel_features + 16 * v);
-  multiply<Int16, rows>(reinterpret_cast<const char*>(x + begin), 2 * stride,
-                        reinterpret_cast<const char*>(packed + begin * panel_features), (end - begin + 1) / 2, sum);
+      sum[r][v] = depth.begin == 0 ? _mm512_setzero_si512() : _mm512_loadu_si512(partial + r * panel_features + 16 * v);
+  multiply<Int16, rows>(x + depth.begin, 2 * int16_stride(depth.size), depth.packed + depth.begin * panel_features,
+                        (depth.end - depth.begin + 1) / 2, sum, [&] { depth.ahead.fetch(depth.lines); });
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale[r].scale), _mm512_loadu_ps(w_scale + 16 * v));
-      if (end < size)
+      if (depth.end < depth.size) {
         _mm512_storeu_si512(partial + r * panel_features + 16 * v, sum[r][v]);
-      else
+      } else {
+        const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale[r].scale), _mm512_loadu_ps(depth.w_scale + 16 * v));
         _mm512_storeu_ps(scores + r * panel_features + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), both));
+      }
     }
 }
 
 void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale, int64_t count,
-                   int64_t size, int16_t* packed, float* scores) {
-  constexpr void (*strips[])(const int16_t*, const Int16Scale*, const int16_t*, int64_t, int64_t, int64_t, const float*,
-                             float*) = {product_strip<1>, product_strip<2>, product_strip<3>,
-                                        product_strip<4>, product_strip<5>, product_strip<6>};
-  constexpr int64_t depth = 128;  // 16 KiB of the panel stay in L1 while the rows pass
+                   int64_t size, int16_t* packed, float* scores, Ahead& ahead) {
+  static constexpr void (*strips[])(const Depth&, const int16_t*, const Int16Scale*, float*) = {
+      product_strip<1>, product_strip<2>, product_strip<3>, product_strip<4>, product_strip<5>, product_strip<6>};
+  constexpr int64_t most = 128;  // 16 KiB of the panel stay in L1 while the rows pass
   pack_int16(w, count, size, packed);
   float w_scales[panel_features] = {};
   std::copy(w_scale, w_scale + count, w_scales);
-  for (int64_t begin = 0; begin < size; begin += depth)
-    for (int64_t r = 0; r < rows; r += strip_rows)
-      strips[std::min<int64_t>(strip_rows, rows - r) - 1](x + r * int16_stride(size), scale + r, packed, begin,
-                                                          std::min(begin + depth, size), size, w_scales,
-                                                          scores + r * panel_features);
+  const int64_t steps = (size + 1) / 2 * ((rows + strip_rows - 1) / strip_rows), lines = (ahead.lines() + steps - 1) / steps;
+  for (int64_t begin = 0; begin < size; begin += most) {
+    const Depth depth = {begin, std::min(begin + most, size), size, packed, w_scales, ahead, lines};
+    for (int64_t r = 0; r < rows; r += strip_rows) {
+      const int64_t strip = std::min<int64_t>(strip_rows, rows - r);
+      strips[strip - 1](depth, x + r * int16_stride(size), scale + r, scores + r * panel_features);
+    }
+  }
 }
 
 int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,

@@ -100,7 +100,7 @@ int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
 }
 
 void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale, int64_t count,
-                   int64_t size, int16_t*, float* scores) {
+                   int64_t size, int16_t*, float* scores, Ahead&) {
   const int64_t stride = int16_stride(size);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t f = 0; f < count; ++f)
