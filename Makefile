@@ -1,18 +1,27 @@
-# make test | demo | bench | asan | tsan: each sets up what it needs in .venv. Needs python3 (3.10 or later), g++ and make.
+# make test | soundness | demo | bench | asan | tsan: each sets up what it needs in .venv. Needs python3 (3.10 or later), g++ and make.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+PAIRS ?= 1e9
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 BUILD_TOOLS := numpy pybind11==3.1.0 scikit-build-core cmake ninja nlohmann-json
 TEST_TOOLS := pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
 
-.PHONY: test demo bench asan tsan stub check-machine clean
+.PHONY: test soundness demo bench asan tsan stub check-machine clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m pytest
 	@echo "make test: every test passed with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+
+# How far every screen is from exact, against the margin it claims, on 1e9 pairs.
+soundness: $(VENV)/.installed
+	@mkdir -p build
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; prefix=$$(python -c 'import sparse_transcoder; print(sparse_transcoder.cmake_prefix_path)'); \
+	{ cmake -S tests/cpp -B build/soundness -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$$prefix" && \
+	  cmake --build build/soundness; } >build/soundness.log 2>&1 || { cat build/soundness.log; exit 1; }
+	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/cpp_tests soundness_
 
 demo: $(VENV)/.installed $(VENV)/.demo-tools
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(DEMO)
