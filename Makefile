@@ -16,6 +16,7 @@ test: $(VENV)/.installed $(VENV)/.test-tools
 	@echo "make test: every test passed with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 
 demo: $(VENV)/.installed $(VENV)/.demo-tools
+	@echo "starting torch and transformers ..."
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(DEMO)
 
 bench: $(VENV)/.installed
