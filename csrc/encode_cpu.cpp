@@ -26,7 +26,7 @@ using kernels::TopList;
 
 constexpr int64_t panel_size = 512;       // features of a float32 panel: its weights stay in L3
 constexpr int64_t block_rows = 64;        // rows screened at a time in float32: their scores stay in L2
-constexpr int64_t strip_rows = 512;       // rows screened at a time in int8 and int16: their scores stay in L2
+constexpr int64_t strip_rows = 256;       // rows screened at a time in int8 and int16: with their scores they stay in L2
 constexpr int64_t rows_per_unit = 16;     // of prepare and finish
 constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
 
