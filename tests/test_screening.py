@@ -82,6 +82,7 @@ def ordinary():
     for kind in kinds:
         for dtype in dtypes:
             layer = make_layer(700, 300, kind=kind, dtype=dtype)
+            layer["b_enc"] -= 2  # few are active
             yield f"{kind} with weights in {dtype}", (layer, planted(70, layer, 3), 20, 0.5)
 
 
