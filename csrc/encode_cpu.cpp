@@ -12,8 +12,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <limits>
+#include <numeric>
 
 #include "encode.h"
 #include "lanes.h"
@@ -84,7 +84,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   RowMargin& margin = w.margin[slot];
   margin = {{product, 0}, {product, 0}};
   w.tally[lane].fallback_rows += std::isinf(product);
-  if (job.choice.sparse == Arithmetic::int8)
+  if (job.choice.sparse == Arithmetic::int8 && is_finite(margin))
     kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
                         w.bounds + lane * 2 * w.plan.int8_groups);
   if (layer.copies.int16.defined()) {
@@ -106,22 +106,22 @@ float screen_bound(const Layer& layer, const TopList& list) {
   return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - underflow(layer.hidden_size));
 }
 
-// Keeps each row's best in the lane's lists.
+// Keeps each row's k best in the lane's lists.
 struct TopSink {
   const Workspace& w;
   const Job& job;
-  const int64_t lane;
+  const int64_t lane, k;
   const Exact exact{job.layer()};
 
   TopList& list(int64_t row) const { return list_of(w, job, row, lane); }
   float bound(int64_t row) const { return screen_bound(job.layer(), list(row)); }
   int64_t& active(int64_t row) const { return list(row).certain; }
   void keep(int64_t row, int64_t feature, float value) const {
-    list(row).push(kernels::make_key(value, feature), job.layer().selected, w.plan.capacity);
+    list(row).push(kernels::make_key(value, feature), k, w.plan.capacity);
   }
   bool defer(int64_t row, const kernels::Bounded& feature) const {
     TopList& list = this->list(row);
-    if (list.defer(feature, job.layer().selected, w.plan.capacity)) return true;
+    if (list.defer(feature, k, w.plan.capacity)) return true;
     compute_open(row, list, w.plan.capacity);
     return false;
   }
@@ -132,18 +132,32 @@ struct TopSink {
     for (int64_t i = 0; i < list.open_size; ++i) {
       if (i + 1 < list.open_size) fetch(exact.weights(list.open[i + 1].feature), exact.row_bytes());
       const int64_t feature = list.open[i].feature;
-      list.push(kernels::make_key(exact.activation(x, feature), feature), job.layer().selected, capacity);
+      list.push(kernels::make_key(exact.activation(x, feature), feature), k, capacity);
     }
     w.tally[lane].rescored += list.open_size;
     list.open_size = 0;
   }
 };
 
+// The k best of all lanes' lists, in no order, in the lane's room for them.
+TopList merge_lists(const Workspace& w, const Job& job, int64_t row, int64_t lane, int64_t k) {
+  const int64_t room = w.plan.lanes * w.plan.capacity;
+  TopList all = {w.merged + lane * room, w.merged_open + lane * room, 0, 0, 0, 0, 0};
+  for (int64_t i = 0; i < w.plan.lanes; ++i) {
+    const TopList& list = list_of(w, job, row, i);
+    all.size = std::copy(list.keys, list.keys + list.size, all.keys + all.size) - all.keys;
+    all.open_size = std::copy(list.open, list.open + list.open_size, all.open + all.open_size) - all.open;
+    all.certain += list.certain;
+  }
+  all.thin(k);
+  TopSink{w, job, lane, k}.compute_open(row, all, room);
+  all.cut(k);
+  return all;
+}
+
 // Writes one row: the winners, then the lowest features that are not among them with activation 0.
 void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
-  const int64_t room = w.plan.lanes * w.plan.capacity;
-  uint64_t* merged = w.merged + lane * room;
   const Features& out = job.request->out;
   const int64_t output_row = job.first_row + row;
   float* activations = out.activations.mutable_data_ptr<float>() + output_row * layer.top_k;
@@ -157,16 +171,7 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
     *sparsity = nan;
     return;
   }
-  TopList all = {merged, w.merged_open + lane * room, 0, 0, 0, 0, 0};
-  for (int64_t i = 0; i < w.plan.lanes; ++i) {
-    const TopList& list = list_of(w, job, row, i);
-    all.size = std::copy(list.keys, list.keys + list.size, all.keys + all.size) - all.keys;
-    all.open_size = std::copy(list.open, list.open + list.open_size, all.open + all.open_size) - all.open;
-    all.certain += list.certain;
-  }
-  all.thin(layer.selected);
-  TopSink{w, job, lane}.compute_open(row, all, room);
-  all.cut(layer.selected);
+  const TopList all = merge_lists(w, job, row, lane, layer.selected);
   std::sort(all.keys, all.keys + all.size, std::greater<>());
   for (int64_t i = 0; i < all.size; ++i) {
     activations[i] = kernels::key_value(all.keys[i]);
@@ -175,7 +180,7 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   *sparsity = static_cast<float>(static_cast<double>(std::min(all.certain, layer.most_active)) / layer.features);
 
   if (all.size == layer.top_k) return;
-  auto* taken = reinterpret_cast<int64_t*>(merged);  // the keys are written out: their slots sort the winners' indices
+  auto* taken = reinterpret_cast<int64_t*>(all.keys);  // the keys are written out: their slots sort the winners' indices
   std::copy(indices, indices + all.size, taken);
   std::sort(taken, taken + all.size);
   for (int64_t slot = all.size, feature = 0, next = 0; slot < layer.top_k; ++feature) {
@@ -191,18 +196,17 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
 // Runs the stages of a wave on the lanes. Units are computed from their numbers, so that nothing is allocated.
 class Wave {
  public:
-  Wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers)
+  // units: parts that a job's features are shared out in; 0 chooses.
+  Wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers, int64_t units = 0)
       : jobs_(jobs),
         w_(w),
         workers_(workers),
         lanes_(at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads())),
         rows_(jobs.back().slot + jobs.back().rows),
         // Enough to keep every lane busy to the end, though one be slowed by other work.
-        units_(std::max<int64_t>(2, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
+        units_(units > 0 ? units : std::max<int64_t>(2, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
     for (Job& job : jobs) job.choice = choose_screen(job.layer().copies, job.rows);
   }
-
-  int64_t units() const { return units_; }  // of a job
 
   // body(lane, job, row) for every row.
   template <typename Body>
@@ -220,7 +224,11 @@ class Wave {
     });
   }
 
-  // body(lane, number, unit) for every unit of every job.
+  void prepare() {
+    by_rows(prepare_phase, [this](int64_t lane, const Job& job, int64_t row) { prepare_row(w_, job, row, lane); });
+  }
+
+  // body(lane, unit) for every unit of every job.
   template <typename Body>
   void by_features(const Body& body) {
     workers_.run(lanes_, static_cast<int64_t>(jobs_.size()) * units_, [&](int64_t lane, int64_t index) {
@@ -229,7 +237,7 @@ class Wave {
       const int64_t panels = (features + kernels::panel_features - 1) / kernels::panel_features;
       const auto begin = [&](int64_t i) { return std::min(i * panels / units_ * kernels::panel_features, features); };
       const Unit unit = {&job, begin(number), begin(number + 1)};
-      if (unit.first < unit.last) body(lane, number, unit);
+      if (unit.first < unit.last) body(lane, unit);
     });
   }
 
@@ -242,92 +250,97 @@ class Wave {
 
 void run_wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
   Wave wave(jobs, w, workers);
-  wave.by_rows(prepare_phase, [&](int64_t lane, const Job& job, int64_t row) { prepare_row(w, job, row, lane); });
-  wave.by_features([&](int64_t lane, int64_t, const Unit& unit) { Scan(w, unit, lane, TopSink{w, *unit.job, lane}).run(); });
+  wave.prepare();
+  wave.by_features([&](int64_t lane, const Unit& unit) {
+    Scan(w, unit, lane, TopSink{w, *unit.job, lane, unit.job->layer().selected}).run();
+  });
   wave.by_rows(finish_phase, [&](int64_t lane, const Job& job, int64_t row) { finish_row(w, job, row, lane); });
 }
 
-// Every active feature of a chunk of rows, row after row, features ascending.
-struct ChunkFeatures {
-  std::vector<int64_t> counts;  // [rows]
-  std::vector<int32_t> features;
-  std::vector<float> values;
-};
-
-struct Active {
-  int32_t row, feature;
-  float value;
-};
-
-// Keeps every active feature of the unit.
-struct AllSink {
+// Counts the active features of each row in the lane's lists.
+struct CountSink {
   const Workspace& w;
   const Job& job;
   const int64_t lane;
-  std::vector<Active>& found;
+
+  float bound(int64_t) const { return std::numeric_limits<float>::infinity(); }
+  int64_t& active(int64_t row) const { return list_of(w, job, row, lane).certain; }
+  void keep(int64_t, int64_t, float) const {}
+  bool defer(int64_t, const kernels::Bounded&) const { return true; }
+};
+
+// Writes the active features of each row where they belong: one lane has all features of a row, ascending.
+struct WriteSink {
+  const Workspace& w;
+  const Job& job;
+  const int64_t lane;
+  const SparseFeatures& out;
 
   float bound(int64_t) const { return -std::numeric_limits<float>::infinity(); }
   int64_t& active(int64_t row) const { return list_of(w, job, row, lane).certain; }
-  void keep(int64_t row, int64_t feature, float value) const {
-    found.push_back({static_cast<int32_t>(row), static_cast<int32_t>(feature), value});
-  }
   bool defer(int64_t, const kernels::Bounded&) const { return false; }
+  void keep(int64_t row, int64_t feature, float value) const {
+    const int64_t* begin = out.row_begin.const_data_ptr<int64_t>() + job.first_row + row;
+    const int64_t slot = begin[0] + list_of(w, job, row, lane).size++;
+    if (slot >= begin[1]) return;  // the caller has changed the hidden states since they were counted
+    out.features.mutable_data_ptr<int64_t>()[slot] = feature;
+    out.activations.mutable_data_ptr<float>()[slot] = value;
+  }
 };
 
-ChunkFeatures encode_sparse_chunk(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
-  const Job& job = jobs.front();
-  const Layer& layer = job.layer();
-  Wave wave(jobs, w, workers);
-  std::vector<std::vector<Active>> found(wave.units());
-  wave.by_rows(prepare_phase, [&](int64_t lane, const Job& job, int64_t row) { prepare_row(w, job, row, lane); });
-  wave.by_features(
-      [&](int64_t lane, int64_t number, const Unit& unit) { Scan(w, unit, lane, AllSink{w, job, lane, found[number]}).run(); });
-  ChunkFeatures chunk;
-  std::vector<int64_t> next(job.rows + 1);
-  for (const auto& group : found)
-    for (const Active& active : group) ++next[active.row + 1];
-  for (int64_t row = 0; row < job.rows; ++row) {
-    if (!is_finite(w.margin[job.slot + row])) next[row + 1] = 1;
-    next[row + 1] += next[row];
+// Rows [first, first + rows) of the request in parts of nearly one size.
+std::vector<Job> split(const Request& request, int64_t first, int64_t rows, int64_t parts) {
+  std::vector<Job> jobs;
+  for (int64_t i = 0, slot = 0; i < parts; ++i) {
+    const int64_t count = (rows - slot) / (parts - i);
+    if (count > 0) jobs.push_back({&request, first + slot, count, slot, {}});
+    slot += count;
   }
-  chunk.features.resize(next.back());
-  chunk.values.resize(next.back());
-  for (int64_t row = 0; row < job.rows; ++row)
-    if (!is_finite(w.margin[job.slot + row])) chunk.values[next[row]] = std::numeric_limits<float>::quiet_NaN();
-  std::vector<int64_t> begin = next;
-  for (const auto& group : found)
-    for (const Active& active : group) {
-      const int64_t slot = next[active.row]++;
-      chunk.features[slot] = active.feature;
-      chunk.values[slot] = active.value;
-    }
-  chunk.counts.resize(job.rows);
-  for (int64_t row = 0; row < job.rows; ++row) chunk.counts[row] = begin[row + 1] - begin[row];
-  if (layer.most_active == layer.features) return chunk;
+  return jobs;
+}
 
-  // A top-k coder keeps only its k largest.
-  std::vector<uint64_t> keys;
-  int64_t out = 0;
+// row_begin[1 + r] becomes row r's number of active features.
+void count_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, int64_t* row_begin) {
+  Wave wave(jobs, w, workers);
+  wave.prepare();
+  wave.by_features([&](int64_t lane, const Unit& unit) { Scan(w, unit, lane, CountSink{w, *unit.job, lane}).run(); });
+  const Job& job = jobs.front();
   for (int64_t row = 0; row < job.rows; ++row) {
-    const int64_t first = begin[row], last = begin[row + 1];
-    uint64_t least = 0;
-    if (last - first > layer.most_active) {
-      keys.clear();
-      for (int64_t i = first; i < last; ++i) keys.push_back(kernels::make_key(chunk.values[i], chunk.features[i]));
-      std::nth_element(keys.begin(), keys.begin() + layer.most_active - 1, keys.end(), std::greater<>());
-      least = keys[layer.most_active - 1];
-    }
-    const int64_t row_begin = out;
-    for (int64_t i = first; i < last; ++i) {
-      if (least != 0 && kernels::make_key(chunk.values[i], chunk.features[i]) < least) continue;
-      chunk.features[out] = chunk.features[i];
-      chunk.values[out++] = chunk.values[i];
-    }
-    chunk.counts[row] = out - row_begin;
+    int64_t active = 0;
+    for (int64_t lane = 0; lane < w.plan.lanes; ++lane) active += list_of(w, job, row, lane).certain;
+    row_begin[1 + job.first_row + row] = is_finite(w.margin[job.slot + row]) ? std::min(active, job.layer().most_active) : 1;
   }
-  chunk.features.resize(out);
-  chunk.values.resize(out);
-  return chunk;
+}
+
+// The counts are known: the features and activations are written.
+void write_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, const SparseFeatures& out) {
+  const Layer& layer = jobs.front().layer();
+  const bool coder = layer.most_active < layer.features;  // top-k: keeps only its k largest
+  Wave wave(jobs, w, workers, coder ? 0 : 1);
+  wave.prepare();
+  wave.by_features([&](int64_t lane, const Unit& unit) {
+    if (coder)
+      Scan(w, unit, lane, TopSink{w, *unit.job, lane, layer.most_active}).run();
+    else
+      Scan(w, unit, lane, WriteSink{w, *unit.job, lane, out}).run();
+  });
+  wave.by_rows(finish_phase, [&](int64_t lane, const Job& job, int64_t row) {
+    const int64_t* begin = out.row_begin.const_data_ptr<int64_t>() + job.first_row + row;
+    int64_t* features = out.features.mutable_data_ptr<int64_t>() + begin[0];
+    float* activations = out.activations.mutable_data_ptr<float>() + begin[0];
+    if (!is_finite(w.margin[job.slot + row])) {
+      features[0] = 0;
+      activations[0] = std::numeric_limits<float>::quiet_NaN();
+    } else if (coder) {
+      const TopList best = merge_lists(w, job, row, lane, layer.most_active);
+      std::sort(best.keys, best.keys + best.size,
+                [](uint64_t a, uint64_t b) { return kernels::key_feature(a) < kernels::key_feature(b); });
+      for (int64_t i = 0; i < std::min(best.size, begin[1] - begin[0]); ++i) {
+        features[i] = kernels::key_feature(best.keys[i]);
+        activations[i] = kernels::key_value(best.keys[i]);
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -337,8 +350,10 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
   plan.lanes = options.lanes > 0 ? options.lanes : at::get_num_threads();
   for (const Layer* layer : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
-    plan.top_k = std::max(plan.top_k, layer->selected);
-    plan.capacity = std::max(plan.capacity, kernels::list_capacity(layer->selected, layer->features));
+    // encode_sparse keeps all that a top-k coder does.
+    const int64_t kept = layer->most_active < layer->features ? layer->most_active : layer->selected;
+    plan.top_k = std::max(plan.top_k, kept);
+    plan.capacity = std::max(plan.capacity, kernels::list_capacity(kept, layer->features));
     plan.panel = std::max(plan.panel, std::min(panel_size, layer->features));
     if (layer->copies.int8.defined()) {
       const kernels::Int8Layout layout(layer->hidden_size);
@@ -398,28 +413,19 @@ void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers, E
   }
 }
 
+// Two passes: count, then write, so that nothing is held but the result.
 SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers) {
   const int64_t rows = request.rows(), slots = workspace.plan.rows;
   const at::TensorOptions options = request.hidden.options().requires_grad(false);
   SparseFeatures out = {at::zeros({rows + 1}, options.dtype(at::kLong)), {}, {}};
   int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
-  std::deque<ChunkFeatures> chunks;
-  for (int64_t first = 0; first < rows; first += slots) {
-    std::vector<Job> jobs = {{&request, first, std::min(slots, rows - first), 0, {}}};
-    chunks.push_back(encode_sparse_chunk(jobs, workspace, workers));
-    for (const int64_t count : chunks.back().counts) {
-      row_begin[1] = row_begin[0] + count;
-      ++row_begin;
-    }
-  }
-  out.features = at::empty({*row_begin}, options.dtype(at::kLong));
-  out.activations = at::empty({*row_begin}, options.dtype(at::kFloat));
-  int64_t* features = out.features.mutable_data_ptr<int64_t>();
-  float* activations = out.activations.mutable_data_ptr<float>();
-  for (; !chunks.empty(); chunks.pop_front()) {  // each is freed once copied: the result is never held twice
-    features = std::copy(chunks.front().features.begin(), chunks.front().features.end(), features);
-    activations = std::copy(chunks.front().values.begin(), chunks.front().values.end(), activations);
-  }
+  for (int64_t first = 0; first < rows; first += slots)
+    count_active(split(request, first, std::min(slots, rows - first), 1), workspace, workers, row_begin);
+  std::partial_sum(row_begin, row_begin + rows + 1, row_begin);
+  out.features = at::empty({row_begin[rows]}, options.dtype(at::kLong));
+  out.activations = at::empty({row_begin[rows]}, options.dtype(at::kFloat));
+  for (int64_t first = 0; first < rows; first += slots)
+    write_active(split(request, first, std::min(slots, rows - first), 2 * workspace.plan.lanes), workspace, workers, out);
   return out;
 }
 
