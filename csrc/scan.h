@@ -235,7 +235,7 @@ class Scan {
     for (int64_t i = 0; i < list.size; ++i) {
       const int64_t row = list.pairs[i].row, feature = list.pairs[i].id();
       const auto product = static_cast<float>(kernel_.dot_int16(rows + row * stride, int16_ + feature * stride, size));
-      const float score = product * scale_[row].scale * int16_scale_[feature];
+      const float score = product * (scale_[row].scale * int16_scale_[feature]);
       const kernels::Margin margin = margin_[row].int16;
       const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
       const float upper = score + slack;

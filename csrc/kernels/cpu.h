@@ -122,8 +122,8 @@ struct CpuKernels {
   Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);
   // Exact: quantise_int16 keeps every partial sum within int32.
   int32_t (*dot_int16)(const int16_t* x, const int16_t* w, int64_t size);
-  // scores[r * 64 + f] = (x[r] . w[f]) * scale[r] * w_scale[f] for a panel of count <= 64 features, in this order: the scales'
-  // product alone may underflow. Rows int16_stride(size) apart; packed [64 * int16_stride(size)] is scratch.
+  // scores[r * 64 + f] = scale[r] * w_scale[f] * (x[r] . w[f]) for a panel of count <= 64 features; rows int16_stride(size)
+  // apart; packed [64 * int16_stride(size)] is scratch.
   void (*product_int16)(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale,
                         int64_t count, int64_t size, int16_t* packed, float* scores, Ahead& ahead);
 };

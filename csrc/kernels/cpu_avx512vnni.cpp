@@ -204,8 +204,8 @@ __attribute__((noinline)) void product_strip(const Depth& depth, const int16_t* 
       if (depth.end < depth.size) {
         _mm512_storeu_si512(partial + r * panel_features + 16 * v, sum[r][v]);
       } else {
-        const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_set1_ps(scale[r].scale));
-        _mm512_storeu_ps(scores + r * panel_features + 16 * v, _mm512_mul_ps(part, _mm512_loadu_ps(depth.w_scale + 16 * v)));
+        const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale[r].scale), _mm512_loadu_ps(depth.w_scale + 16 * v));
+        _mm512_storeu_ps(scores + r * panel_features + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), both));
       }
     }
 }

@@ -105,7 +105,7 @@ void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, cons
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t f = 0; f < count; ++f)
       scores[r * panel_features + f] =
-          static_cast<float>(dot_int16(x + r * stride, w + f * stride, size)) * scale[r].scale * w_scale[f];
+          static_cast<float>(dot_int16(x + r * stride, w + f * stride, size)) * (scale[r].scale * w_scale[f]);
 }
 
 }  // namespace
