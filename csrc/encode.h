@@ -51,5 +51,6 @@ SparseFeatures encode_sparse_cuda(const Request& request, const Options& options
 Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options);
 SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers);
 void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace, Lanes& workers);
+void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers, Explanation& explanation);
 
 }  // namespace sparse_transcoder

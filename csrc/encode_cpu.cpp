@@ -12,42 +12,26 @@
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <limits>
+#include <numeric>
 
 #include "encode.h"
 #include "lanes.h"
+#include "scan.h"
 
 namespace sparse_transcoder {
 namespace {
 
 using kernels::TopList;
 
-constexpr int64_t panel_size = 512;       // features of a panel: its weights stay in L3
-constexpr int64_t block_rows = 64;        // rows screened at a time: their scores stay in L2
+constexpr int64_t panel_size = 512;       // features of a float32 panel: its weights stay in L3
+constexpr int64_t block_rows = 64;        // rows screened at a time in float32: their scores stay in L2
+constexpr int64_t strip_rows = 256;       // rows screened at a time in int8 and int16: with their scores they stay in L2
 constexpr int64_t rows_per_unit = 16;     // of prepare and finish
 constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
 
-// Rows [first_row, first_row + rows) of one request, in slots [slot, slot + rows).
-struct Job {
-  const Request* request;
-  int64_t first_row, rows, slot, groups;
-
-  const Layer& layer() const { return *request->layer; }
-};
-
-// Features [first, last) of a job, whose lists are those of the group.
-struct Unit {
-  const Job* job;
-  int64_t first, last, group;
-};
-
-float* hidden_row(const Workspace& w, const Job& job, int64_t row) {
-  return w.hidden + (job.slot * w.plan.hidden_size) + row * job.layer().hidden_size;
-}
-
-TopList& list_of(const Workspace& w, const Job& job, int64_t row, int64_t group) {
-  return w.lists[(job.slot + row) * w.plan.lanes + group];
+TopList& list_of(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
+  return w.lists[(job.slot + row) * w.plan.lanes + lane];
 }
 
 // x = norm(h) in float32, from any dtype and stride.
@@ -90,92 +74,89 @@ float product_margin(const Layer& layer, double squared_norm) {
   return static_cast<float>(roundoff / (1 - roundoff) * norm * (1 + 0x1p-20));
 }
 
-void prepare_row(const Workspace& w, const Job& job, int64_t row) {
+void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
-  const auto dot = kernels::cpu_kernels().dot[static_cast<int>(kernels::Dtype::float32)];
+  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
+  const int64_t slot = job.slot + row;
   float* x = hidden_row(w, job, row);
   load_row(layer, job.request->hidden, job.first_row + row, x);
-  w.margin[job.slot + row] = product_margin(layer, dot(x, x, layer.hidden_size));
-  for (int64_t group = 0; group < job.groups; ++group) {
-    TopList& list = list_of(w, job, row, group);
-    list = {w.keys + (&list - w.lists) * w.plan.capacity, 0, 0, 0};
+  const float product = product_margin(layer, kernel.dot[0](x, x, layer.hidden_size));
+  RowMargin& margin = w.margin[slot];
+  margin = {{product, 0}, {product, 0}};
+  w.tally[lane].fallback_rows += std::isinf(product);
+  if (job.choice.sparse == Arithmetic::int8 && is_finite(margin))
+    kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
+                        w.bounds + lane * 2 * w.plan.int8_groups);
+  if (layer.copies.int16.defined()) {
+    const kernels::Int16Scale scale = kernel.quantise_int16(x, layer.hidden_size, int16_row(w, job, row));
+    w.int16_scale[slot] = scale;
+    if (is_screened(margin)) margin.int16 = {scale.residual, scale.norm};
+  }
+  for (int64_t i = 0; i < w.plan.lanes; ++i) {
+    TopList& list = list_of(w, job, row, i);
+    const int64_t first = (&list - w.lists) * w.plan.capacity;
+    list = {w.keys + first, w.open + first, 0, 0, 0, 0, 0};
   }
 }
-
-struct ExactDot {
-  const Layer& layer;
-  double (*dot)(const float*, const void*, int64_t);
-  const char* weights;
-  int64_t row_bytes;
-  kernels::Gate gate;
-
-  explicit ExactDot(const Layer& layer)
-      : layer(layer),
-        dot(kernels::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
-        weights(static_cast<const char*>(layer.W_enc.const_data_ptr())),
-        row_bytes(layer.hidden_size * layer.W_enc.element_size()),
-        gate(layer.gate_at(0)) {}
-
-  float activation(int64_t feature, const float* x) const {
-    return static_cast<float>(dot(x, weights + feature * row_bytes, layer.hidden_size) + gate.bias[feature]);
-  }
-};
 
 // The smallest screened score, without its bias, that can still reach the k-th best of the list: the same slack as Layer's.
 float screen_bound(const Layer& layer, const TopList& list) {
-  if (list.least == 0) return -std::numeric_limits<float>::infinity();
-  const double value = kernels::key_value(list.least);
-  return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - layer.hidden_size * 0x1p-125);
+  const double value = std::max(list.least == 0 ? 0 : kernels::key_value(list.least), list.open_least);
+  if (value <= 0) return -std::numeric_limits<float>::infinity();
+  return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - underflow(layer.hidden_size));
 }
 
-// Streams over the unit's features for all rows of its job. keep(row, feature, activation) gets every active feature, ascending
-// in each row, whose activation can reach bound(row); count(row) is the row's counter of active features.
-template <typename Bound, typename Count, typename Keep>
-void scan(const Workspace& w, const Unit& unit, int64_t lane, const Bound& bound, const Count& count, const Keep& keep) {
-  const Job& job = *unit.job;
-  const Layer& layer = job.layer();
-  const ExactDot exact(layer);
-  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
-  float* scores = w.scores + lane * w.plan.block * w.plan.panel;
-  uint32_t* candidates = w.candidates + lane * w.plan.panel;
-  const auto product = kernel.product[static_cast<int>(layer.dtype)];
-  for (int64_t first = unit.first; first < unit.last; first += w.plan.panel) {
-    const int64_t width = std::min(w.plan.panel, unit.last - first);
-    const kernels::Gate gate = layer.gate_at(first);
-    for (int64_t row = 0; row < job.rows; ++row) {
-      const float* x = hidden_row(w, job, row);
-      const int64_t in_block = row % block_rows;
-      if (in_block == 0)
-        product(x, std::min(block_rows, job.rows - row), exact.weights + first * exact.row_bytes, width, layer.hidden_size,
-                scores);
-      const float margin = w.margin[job.slot + row];
-      if (std::isnan(margin)) continue;
-      int64_t& active = count(row);
-      const int64_t found = kernel.candidates(scores + in_block * width, gate, width, margin, bound(row), candidates, &active);
-      for (int64_t i = 0; i < found; ++i) {
-        const int64_t feature = first + (candidates[i] >> 1);
-        const float value = exact.activation(feature, x);
-        if (!(value >= exact.gate.gate[feature])) continue;
-        active += candidates[i] & 1;  // the others are counted already
-        keep(row, feature, value);
-      }
-    }
+// Keeps each row's k best in the lane's lists.
+struct TopSink {
+  const Workspace& w;
+  const Job& job;
+  const int64_t lane, k;
+  const Exact exact{job.layer()};
+
+  TopList& list(int64_t row) const { return list_of(w, job, row, lane); }
+  float bound(int64_t row) const { return screen_bound(job.layer(), list(row)); }
+  int64_t& active(int64_t row) const { return list(row).certain; }
+  void keep(int64_t row, int64_t feature, float value) const {
+    list(row).push(kernels::make_key(value, feature), k, w.plan.capacity);
   }
-}
+  bool defer(int64_t row, const kernels::Bounded& feature) const {
+    TopList& list = this->list(row);
+    if (list.defer(feature, k, w.plan.capacity)) return true;
+    compute_open(row, list, w.plan.capacity);
+    return false;
+  }
 
-void scan_top(const Workspace& w, const Unit& unit, int64_t lane) {
-  const Layer& layer = unit.job->layer();
-  const auto list = [&](int64_t row) -> TopList& { return list_of(w, *unit.job, row, unit.group); };
-  scan(
-      w, unit, lane, [&](int64_t row) { return screen_bound(layer, list(row)); },
-      [&](int64_t row) -> int64_t& { return list(row).certain; },
-      [&](int64_t row, int64_t feature, float value) {
-        list(row).push(kernels::make_key(value, feature), layer.selected, w.plan.capacity);
-      });
+  // Computes what the list has left open.
+  void compute_open(int64_t row, TopList& list, int64_t capacity) const {
+    const float* x = hidden_row(w, job, row);
+    for (int64_t i = 0; i < list.open_size; ++i) {
+      if (i + 1 < list.open_size) fetch(exact.weights(list.open[i + 1].feature), exact.row_bytes());
+      const int64_t feature = list.open[i].feature;
+      list.push(kernels::make_key(exact.activation(x, feature), feature), k, capacity);
+    }
+    w.tally[lane].rescored += list.open_size;
+    list.open_size = 0;
+  }
+};
+
+// The k best of all lanes' lists, in no order, in the lane's room for them.
+TopList merge_lists(const Workspace& w, const Job& job, int64_t row, int64_t lane, int64_t k) {
+  const int64_t room = w.plan.lanes * w.plan.capacity;
+  TopList all = {w.merged + lane * room, w.merged_open + lane * room, 0, 0, 0, 0, 0};
+  for (int64_t i = 0; i < w.plan.lanes; ++i) {
+    const TopList& list = list_of(w, job, row, i);
+    all.size = std::copy(list.keys, list.keys + list.size, all.keys + all.size) - all.keys;
+    all.open_size = std::copy(list.open, list.open + list.open_size, all.open + all.open_size) - all.open;
+    all.certain += list.certain;
+  }
+  all.thin(k);
+  TopSink{w, job, lane, k}.compute_open(row, all, room);
+  all.cut(k);
+  return all;
 }
 
 // Writes one row: the winners, then the lowest features that are not among them with activation 0.
-void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merged) {
+void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
   const Features& out = job.request->out;
   const int64_t output_row = job.first_row + row;
@@ -183,22 +164,14 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merge
   int64_t* indices = out.indices.mutable_data_ptr<int64_t>() + output_row * layer.top_k;
   float* sparsity = out.sparsity.mutable_data_ptr<float>() + output_row;
 
-  if (std::isnan(w.margin[job.slot + row])) {
+  if (!is_finite(w.margin[job.slot + row])) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     std::fill(activations, activations + layer.top_k, nan);
     for (int64_t i = 0; i < layer.top_k; ++i) indices[i] = i;
     *sparsity = nan;
     return;
   }
-  TopList all = {merged, 0, 0, 0};
-  for (int64_t group = 0; group < job.groups; ++group) {
-    TopList& list = list_of(w, job, row, group);
-    list.cut(layer.selected);
-    std::copy(list.keys, list.keys + list.size, all.keys + all.size);
-    all.size += list.size;
-    all.certain += list.certain;
-  }
-  all.cut(layer.selected);
+  const TopList all = merge_lists(w, job, row, lane, layer.selected);
   std::sort(all.keys, all.keys + all.size, std::greater<>());
   for (int64_t i = 0; i < all.size; ++i) {
     activations[i] = kernels::key_value(all.keys[i]);
@@ -207,7 +180,7 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merge
   *sparsity = static_cast<float>(static_cast<double>(std::min(all.certain, layer.most_active)) / layer.features);
 
   if (all.size == layer.top_k) return;
-  auto* taken = reinterpret_cast<int64_t*>(merged);  // the keys are written out: their slots sort the winners' indices
+  auto* taken = reinterpret_cast<int64_t*>(all.keys);  // the keys are written out: their slots sort the winners' indices
   std::copy(indices, indices + all.size, taken);
   std::sort(taken, taken + all.size);
   for (int64_t slot = all.size, feature = 0, next = 0; slot < layer.top_k; ++feature) {
@@ -223,129 +196,151 @@ void finish_row(const Workspace& w, const Job& job, int64_t row, uint64_t* merge
 // Runs the stages of a wave on the lanes. Units are computed from their numbers, so that nothing is allocated.
 class Wave {
  public:
-  Wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers)
+  // units: parts that a job's features are shared out in; 0 chooses.
+  Wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers, int64_t units = 0)
       : jobs_(jobs),
+        w_(w),
         workers_(workers),
         lanes_(at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads())),
         rows_(jobs.back().slot + jobs.back().rows),
-        // Enough units to keep every lane busy; few groups make fewer lists to fill and merge.
-        groups_(std::min<int64_t>(lanes_, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
-    for (Job& job : jobs) job.groups = groups_;
+        // Enough to keep every lane busy to the end, though one be slowed by other work.
+        units_(units > 0 ? units : std::max<int64_t>(2, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
+    for (Job& job : jobs) job.choice = choose_screen(job.layer().copies, job.rows);
   }
-
-  int64_t groups() const { return groups_; }
 
   // body(lane, job, row) for every row.
   template <typename Body>
-  void by_rows(const Body& body) {
+  void by_rows(Phase phase, const Body& body) {
     workers_.run(lanes_, (rows_ + rows_per_unit - 1) / rows_per_unit, [&](int64_t lane, int64_t unit) {
       const int64_t last = std::min((unit + 1) * rows_per_unit, rows_);
+      Stopwatch watch(w_.tally[lane], w_.timed);
       for (int64_t slot = unit * rows_per_unit; slot < last; ++slot) {
         const auto after =
             std::upper_bound(jobs_.begin(), jobs_.end(), slot, [](int64_t value, const Job& job) { return value < job.slot; });
         const Job& job = *std::prev(after);
         body(lane, job, slot - job.slot);
       }
+      watch.add_to(phase);
     });
   }
 
-  // body(lane, unit) for every job and group of features.
+  void prepare() {
+    by_rows(prepare_phase, [this](int64_t lane, const Job& job, int64_t row) { prepare_row(w_, job, row, lane); });
+  }
+
+  // body(lane, unit) for every unit of every job.
   template <typename Body>
   void by_features(const Body& body) {
-    workers_.run(lanes_, static_cast<int64_t>(jobs_.size()) * groups_, [&](int64_t lane, int64_t unit) {
-      const Job& job = jobs_[unit / groups_];
-      const int64_t group = unit % groups_, share = (job.layer().features + groups_ * 16 - 1) / (groups_ * 16) * 16;
-      body(lane, Unit{&job, group * share, std::min((group + 1) * share, job.layer().features), group});
+    workers_.run(lanes_, static_cast<int64_t>(jobs_.size()) * units_, [&](int64_t lane, int64_t index) {
+      const Job& job = jobs_[index / units_];
+      const int64_t number = index % units_, features = job.layer().features;
+      const int64_t panels = (features + kernels::panel_features - 1) / kernels::panel_features;
+      const auto begin = [&](int64_t i) { return std::min(i * panels / units_ * kernels::panel_features, features); };
+      const Unit unit = {&job, begin(number), begin(number + 1)};
+      if (unit.first < unit.last) body(lane, unit);
     });
   }
 
  private:
   std::vector<Job>& jobs_;
+  const Workspace& w_;
   Lanes& workers_;
-  const int64_t lanes_, rows_, groups_;
+  const int64_t lanes_, rows_, units_;
 };
 
 void run_wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
   Wave wave(jobs, w, workers);
-  wave.by_rows([&](int64_t, const Job& job, int64_t row) { prepare_row(w, job, row); });
-  wave.by_features([&](int64_t lane, const Unit& unit) { scan_top(w, unit, lane); });
-  wave.by_rows([&](int64_t lane, const Job& job, int64_t row) {
-    finish_row(w, job, row, w.merged + lane * w.plan.lanes * w.plan.capacity);
+  wave.prepare();
+  wave.by_features([&](int64_t lane, const Unit& unit) {
+    Scan(w, unit, lane, TopSink{w, *unit.job, lane, unit.job->layer().selected}).run();
   });
+  wave.by_rows(finish_phase, [&](int64_t lane, const Job& job, int64_t row) { finish_row(w, job, row, lane); });
 }
 
-// Every active feature of a chunk of rows, row after row, features ascending.
-struct ChunkFeatures {
-  std::vector<int64_t> counts;  // [rows]
-  std::vector<int32_t> features;
-  std::vector<float> values;
+// Counts the active features of each row in the lane's lists.
+struct CountSink {
+  const Workspace& w;
+  const Job& job;
+  const int64_t lane;
+
+  float bound(int64_t) const { return std::numeric_limits<float>::infinity(); }
+  int64_t& active(int64_t row) const { return list_of(w, job, row, lane).certain; }
+  void keep(int64_t, int64_t, float) const {}
+  bool defer(int64_t, const kernels::Bounded&) const { return true; }
 };
 
-struct Active {
-  int32_t row, feature;
-  float value;
+// Writes the active features of each row where they belong: one lane has all features of a row, ascending.
+struct WriteSink {
+  const Workspace& w;
+  const Job& job;
+  const int64_t lane;
+  const SparseFeatures& out;
+
+  float bound(int64_t) const { return -std::numeric_limits<float>::infinity(); }
+  int64_t& active(int64_t row) const { return list_of(w, job, row, lane).certain; }
+  bool defer(int64_t, const kernels::Bounded&) const { return false; }
+  void keep(int64_t row, int64_t feature, float value) const {
+    const int64_t* begin = out.row_begin.const_data_ptr<int64_t>() + job.first_row + row;
+    const int64_t slot = begin[0] + list_of(w, job, row, lane).size++;
+    if (slot >= begin[1]) return;  // the caller has changed the hidden states since they were counted
+    out.features.mutable_data_ptr<int64_t>()[slot] = feature;
+    out.activations.mutable_data_ptr<float>()[slot] = value;
+  }
 };
 
-ChunkFeatures encode_sparse_chunk(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
-  const Job& job = jobs.front();
-  const Layer& layer = job.layer();
+// Rows [first, first + rows) of the request in parts of nearly one size.
+std::vector<Job> split(const Request& request, int64_t first, int64_t rows, int64_t parts) {
+  std::vector<Job> jobs;
+  for (int64_t i = 0, slot = 0; i < parts; ++i) {
+    const int64_t count = (rows - slot) / (parts - i);
+    if (count > 0) jobs.push_back({&request, first + slot, count, slot, {}});
+    slot += count;
+  }
+  return jobs;
+}
+
+// row_begin[1 + r] becomes row r's number of active features.
+void count_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, int64_t* row_begin) {
   Wave wave(jobs, w, workers);
-  std::vector<std::vector<Active>> found(wave.groups());
-  wave.by_rows([&](int64_t, const Job& job, int64_t row) { prepare_row(w, job, row); });
-  wave.by_features([&](int64_t lane, const Unit& unit) {
-    scan(
-        w, unit, lane, [](int64_t) { return -std::numeric_limits<float>::infinity(); },
-        [&](int64_t row) -> int64_t& { return list_of(w, job, row, unit.group).certain; },
-        [&](int64_t row, int64_t feature, float value) {
-          found[unit.group].push_back({static_cast<int32_t>(row), static_cast<int32_t>(feature), value});
-        });
-  });
-  ChunkFeatures chunk;
-  std::vector<int64_t> next(job.rows + 1);
-  for (const auto& group : found)
-    for (const Active& active : group) ++next[active.row + 1];
+  wave.prepare();
+  wave.by_features([&](int64_t lane, const Unit& unit) { Scan(w, unit, lane, CountSink{w, *unit.job, lane}).run(); });
+  const Job& job = jobs.front();
   for (int64_t row = 0; row < job.rows; ++row) {
-    if (std::isnan(w.margin[job.slot + row])) next[row + 1] = 1;
-    next[row + 1] += next[row];
+    int64_t active = 0;
+    for (int64_t lane = 0; lane < w.plan.lanes; ++lane) active += list_of(w, job, row, lane).certain;
+    row_begin[1 + job.first_row + row] = is_finite(w.margin[job.slot + row]) ? std::min(active, job.layer().most_active) : 1;
   }
-  chunk.features.resize(next.back());
-  chunk.values.resize(next.back());
-  for (int64_t row = 0; row < job.rows; ++row)
-    if (std::isnan(w.margin[job.slot + row])) chunk.values[next[row]] = std::numeric_limits<float>::quiet_NaN();
-  std::vector<int64_t> begin = next;
-  for (const auto& group : found)
-    for (const Active& active : group) {
-      const int64_t slot = next[active.row]++;
-      chunk.features[slot] = active.feature;
-      chunk.values[slot] = active.value;
-    }
-  chunk.counts.resize(job.rows);
-  for (int64_t row = 0; row < job.rows; ++row) chunk.counts[row] = begin[row + 1] - begin[row];
-  if (layer.most_active == layer.features) return chunk;
+}
 
-  // A top-k coder keeps only its k largest.
-  std::vector<uint64_t> keys;
-  int64_t out = 0;
-  for (int64_t row = 0; row < job.rows; ++row) {
-    const int64_t first = begin[row], last = begin[row + 1];
-    uint64_t least = 0;
-    if (last - first > layer.most_active) {
-      keys.clear();
-      for (int64_t i = first; i < last; ++i) keys.push_back(kernels::make_key(chunk.values[i], chunk.features[i]));
-      std::nth_element(keys.begin(), keys.begin() + layer.most_active - 1, keys.end(), std::greater<>());
-      least = keys[layer.most_active - 1];
+// The counts are known: the features and activations are written.
+void write_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, const SparseFeatures& out) {
+  const Layer& layer = jobs.front().layer();
+  const bool coder = layer.most_active < layer.features;  // top-k: keeps only its k largest
+  Wave wave(jobs, w, workers, coder ? 0 : 1);
+  wave.prepare();
+  wave.by_features([&](int64_t lane, const Unit& unit) {
+    if (coder)
+      Scan(w, unit, lane, TopSink{w, *unit.job, lane, layer.most_active}).run();
+    else
+      Scan(w, unit, lane, WriteSink{w, *unit.job, lane, out}).run();
+  });
+  wave.by_rows(finish_phase, [&](int64_t lane, const Job& job, int64_t row) {
+    const int64_t* begin = out.row_begin.const_data_ptr<int64_t>() + job.first_row + row;
+    int64_t* features = out.features.mutable_data_ptr<int64_t>() + begin[0];
+    float* activations = out.activations.mutable_data_ptr<float>() + begin[0];
+    if (!is_finite(w.margin[job.slot + row])) {
+      features[0] = 0;
+      activations[0] = std::numeric_limits<float>::quiet_NaN();
+    } else if (coder) {
+      const TopList best = merge_lists(w, job, row, lane, layer.most_active);
+      std::sort(best.keys, best.keys + best.size,
+                [](uint64_t a, uint64_t b) { return kernels::key_feature(a) < kernels::key_feature(b); });
+      for (int64_t i = 0; i < std::min(best.size, begin[1] - begin[0]); ++i) {
+        features[i] = kernels::key_feature(best.keys[i]);
+        activations[i] = kernels::key_value(best.keys[i]);
+      }
     }
-    const int64_t row_begin = out;
-    for (int64_t i = first; i < last; ++i) {
-      if (least != 0 && kernels::make_key(chunk.values[i], chunk.features[i]) < least) continue;
-      chunk.features[out] = chunk.features[i];
-      chunk.values[out++] = chunk.values[i];
-    }
-    chunk.counts[row] = out - row_begin;
-  }
-  chunk.features.resize(out);
-  chunk.values.resize(out);
-  return chunk;
+  });
 }
 
 }  // namespace
@@ -355,13 +350,22 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
   plan.lanes = options.lanes > 0 ? options.lanes : at::get_num_threads();
   for (const Layer* layer : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
-    plan.top_k = std::max(plan.top_k, layer->selected);
-    plan.capacity = std::max(plan.capacity, kernels::list_capacity(layer->selected, layer->features));
+    // encode_sparse keeps all that a top-k coder does.
+    const int64_t kept = layer->most_active < layer->features ? layer->most_active : layer->selected;
+    plan.top_k = std::max(plan.top_k, kept);
+    plan.capacity = std::max(plan.capacity, kernels::list_capacity(kept, layer->features));
     plan.panel = std::max(plan.panel, std::min(panel_size, layer->features));
+    if (layer->copies.int8.defined()) {
+      const kernels::Int8Layout layout(layer->hidden_size);
+      plan.int8_bytes = std::max(plan.int8_bytes, 2 * layout.row_bytes());
+      plan.int8_groups = std::max(plan.int8_groups, layout.groups);
+    }
+    if (layer->copies.int16.defined()) plan.int16_stride = std::max(plan.int16_stride, kernels::int16_stride(layer->hidden_size));
   }
-  const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t));
+  const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(kernels::Bounded));
   plan.rows = std::clamp<int64_t>(list_bytes / std::max<int64_t>(1, row_bytes), 1, options.chunk_size);
   plan.block = std::min(block_rows, plan.rows);
+  plan.strip = std::min(strip_rows, plan.rows);
   return plan;
 }
 
@@ -379,7 +383,7 @@ void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace
         wave.clear();
         used = 0;
       }
-      wave.push_back({&request, first, count, used, 0});
+      wave.push_back({&request, first, count, used, {}});
       used += count;
       first += count;
     }
@@ -387,28 +391,41 @@ void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace
   if (!wave.empty()) run_wave(wave, workspace, workers);
 }
 
+void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers, Explanation& explanation) {
+  std::fill(workspace.tally, workspace.tally + workspace.plan.lanes, Tally{});
+  workspace.timed = true;
+  encode_cpu({request}, workspace, workers);
+  workspace.timed = false;
+  for (int64_t lane = 0; lane < workspace.plan.lanes; ++lane) {
+    const Tally& tally = workspace.tally[lane];
+    explanation.fallback_rows += tally.fallback_rows;
+    explanation.pairs_float32 += tally.pairs[static_cast<int>(Arithmetic::float32)];
+    explanation.pairs_int16 += tally.pairs[static_cast<int>(Arithmetic::int16)];
+    explanation.pairs_int8 += tally.pairs[static_cast<int>(Arithmetic::int8)];
+    explanation.survivors += tally.survivors;
+    explanation.ambiguous += tally.ambiguous;
+    explanation.rescored += tally.rescored;
+    explanation.prepare_ms += tally.ms[prepare_phase];
+    explanation.screen_ms += tally.ms[screen_phase];
+    explanation.refine_ms += tally.ms[refine_phase];
+    explanation.rescore_ms += tally.ms[rescore_phase];
+    explanation.finish_ms += tally.ms[finish_phase];
+  }
+}
+
+// Two passes: count, then write, so that nothing is held but the result.
 SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers) {
   const int64_t rows = request.rows(), slots = workspace.plan.rows;
   const at::TensorOptions options = request.hidden.options().requires_grad(false);
   SparseFeatures out = {at::zeros({rows + 1}, options.dtype(at::kLong)), {}, {}};
   int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
-  std::deque<ChunkFeatures> chunks;
-  for (int64_t first = 0; first < rows; first += slots) {
-    std::vector<Job> jobs = {{&request, first, std::min(slots, rows - first), 0, 0}};
-    chunks.push_back(encode_sparse_chunk(jobs, workspace, workers));
-    for (const int64_t count : chunks.back().counts) {
-      row_begin[1] = row_begin[0] + count;
-      ++row_begin;
-    }
-  }
-  out.features = at::empty({*row_begin}, options.dtype(at::kLong));
-  out.activations = at::empty({*row_begin}, options.dtype(at::kFloat));
-  int64_t* features = out.features.mutable_data_ptr<int64_t>();
-  float* activations = out.activations.mutable_data_ptr<float>();
-  for (; !chunks.empty(); chunks.pop_front()) {  // each is freed once copied: the result is never held twice
-    features = std::copy(chunks.front().features.begin(), chunks.front().features.end(), features);
-    activations = std::copy(chunks.front().values.begin(), chunks.front().values.end(), activations);
-  }
+  for (int64_t first = 0; first < rows; first += slots)
+    count_active(split(request, first, std::min(slots, rows - first), 1), workspace, workers, row_begin);
+  std::partial_sum(row_begin, row_begin + rows + 1, row_begin);
+  out.features = at::empty({row_begin[rows]}, options.dtype(at::kLong));
+  out.activations = at::empty({row_begin[rows]}, options.dtype(at::kFloat));
+  for (int64_t first = 0; first < rows; first += slots)
+    write_active(split(request, first, std::min(slots, rows - first), 2 * workspace.plan.lanes), workspace, workers, out);
   return out;
 }
 

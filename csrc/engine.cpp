@@ -194,6 +194,19 @@ at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::T
   return y.view(shape);
 }
 
+Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
+  const Layer& layer = state_->layer(id);
+  check_hidden(layer, hidden);
+  TORCH_CHECK_VALUE(hidden.is_cpu(), "layer ", id, ": explain needs hidden on cpu, got ", hidden.device());
+  Explanation explanation = {};
+  explanation.features = layer.features;
+  if (hidden.numel() == 0) return explanation;
+  const Request request = {&layer, as_batch(hidden), allocate(layer, hidden)};
+  explanation.rows = request.rows();
+  explain_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes, explanation);
+  return explanation;
+}
+
 std::vector<int64_t> Engine::layers() const {
   std::vector<int64_t> ids;
   for (const auto& [id, layer] : state_->layers) ids.push_back(id);
@@ -209,6 +222,7 @@ Memory Engine::memory() const {
   for (const auto& [id, layer] : state_->layers) {
     memory.weight_bytes += layer.weight_bytes();
     memory.gate_bytes += layer.gate_bytes();
+    memory.screening_bytes += layer.copies.bytes();
   }
   if (state_->cpu_pool) memory.workspace_bytes += state_->cpu_pool->bytes();
   for (const auto& [index, pool] : state_->cuda_pools) memory.workspace_bytes += pool->bytes();

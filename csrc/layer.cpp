@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "lanes.h"
+
 namespace sparse_transcoder {
 namespace {
 
@@ -83,6 +85,7 @@ void check_weights(int64_t id, const LayerWeights& weights) {
 }
 
 Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id), weights(std::move(declared)) {
+  const DefaultFloatingPoint environment;
   const std::string who = describe(id, weights);
   check_weights(id, weights);
   features = weights.W_enc.size(0);
@@ -101,7 +104,11 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id)
   ln_bias = as_float(weights.ln_bias);
   const at::Tensor threshold = as_float(weights.threshold);
 
-  const at::Tensor exact_norm = row_norms(W_enc);
+  at::Tensor exact_norm;
+  if (W_enc.is_cpu())
+    copies = make_copies(W_enc, options.screening, who, exact_norm);
+  else
+    exact_norm = row_norms(W_enc);
   const at::Tensor broken = at::isfinite(exact_norm).logical_not_();
   TORCH_CHECK_VALUE(!broken.any().item<bool>(), who, ": W_enc must be finite, got NaN or Inf in feature ",
                     broken.nonzero()[0][0].item<int64_t>());
@@ -116,10 +123,12 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id)
 
   // Proof of the slack: near the gate every float32 operation of the screen (score +- margin, the rounding of the exact value to
   // float32) works on numbers no larger than |gate| + |bias|, each with a relative error of at most unit_roundoff; there are
-  // fewer than eight. Underflow in the product adds at most 2^-126 per term, flushed or not.
+  // fewer than eight.
   const at::Tensor wide_gate = gate.to(at::kDouble), wide_bias = bias.to(at::kDouble);
-  const at::Tensor slack = (wide_gate.abs() + wide_bias.abs()) * (8 * unit_roundoff) + hidden_size * 0x1p-125;
-  low = (wide_gate - wide_bias - slack).to(at::kFloat);
+  const at::Tensor slack = (wide_gate.abs() + wide_bias.abs()) * (8 * unit_roundoff) + underflow(hidden_size);
+  constexpr int64_t panel = kernels::panel_features;
+  low = at::full({(features + panel - 1) / panel * panel}, std::numeric_limits<float>::infinity(), bias.options());
+  low.narrow(0, 0, features).copy_(wide_gate - wide_bias - slack);
   high = (wide_gate - wide_bias + slack).to(at::kFloat);
   largest_norm = norm.max().item<float>();
   largest_bias = bias.abs().max().item<float>();

@@ -4,8 +4,12 @@
 #include <sparse_transcoder/engine.h>
 
 #include "kernels/cpu.h"
+#include "screening.h"
 
 namespace sparse_transcoder {
+
+// What float32 operations under the normal range, flushed to zero or not, can add up to in a score.
+inline double underflow(int64_t hidden_size) { return (hidden_size + 128) * 0x1p-125; }
 
 struct Layer {
   Layer(int64_t id, LayerWeights declared, const Options& options);
@@ -13,12 +17,13 @@ struct Layer {
   int64_t id;
   LayerWeights weights;
   int64_t features, hidden_size;
-  int64_t top_k;                              // slots in the output
-  int64_t selected;                           // features that may fill them: top_k, or the coder's own k where that is smaller
-  int64_t most_active;                        // features that can be active in a row: the coder's k, or all
-  kernels::Dtype dtype;                       // of W_enc
-  at::Tensor W_enc;                           // [F, H] contiguous
-  at::Tensor norm, bias, gate, low, high;     // [F] float32, see kernels::Gate
+  int64_t top_k;                           // slots in the output
+  int64_t selected;                        // features that may fill them: top_k, or the coder's own k where that is smaller
+  int64_t most_active;                     // features that can be active in a row: the coder's k, or all
+  kernels::Dtype dtype;                    // of W_enc
+  at::Tensor W_enc;                        // [F, H] contiguous
+  at::Tensor norm, bias, gate, low, high;  // [F] float32, see kernels::Gate; low: infinite up to whole panels
+  ScreeningCopies copies;
   at::Tensor input_bias, ln_weight, ln_bias;  // [H] float32, or undefined
   float largest_norm, largest_bias;
 

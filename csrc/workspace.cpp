@@ -26,12 +26,22 @@ class Carver {
 int64_t carve(Workspace& w, const Plan& plan, char* base) {
   Carver carver(base);
   carver.take(w.hidden, plan.rows * plan.hidden_size);
+  carver.take(w.int8, plan.rows * plan.int8_bytes);
+  carver.take(w.int16, plan.rows * plan.int16_stride);
+  carver.take(w.int16_scale, plan.rows);
   carver.take(w.margin, plan.rows);
   carver.take(w.lists, plan.rows * plan.lanes);
   carver.take(w.keys, plan.rows * plan.lanes * plan.capacity);
-  carver.take(w.scores, plan.lanes * plan.block * plan.panel);
+  carver.take(w.open, plan.rows * plan.lanes * plan.capacity);
+  carver.take(w.scores, plan.lanes * plan.scores());
   carver.take(w.candidates, plan.lanes * plan.panel);
+  carver.take(w.masks, plan.lanes * plan.strip);
+  carver.take(w.survivors, plan.lanes * 3 * plan.strip * kernels::panel_features);
+  carver.take(w.packed, plan.lanes * kernels::panel_features * plan.int16_stride);
+  carver.take(w.bounds, plan.lanes * 2 * plan.int8_groups);
+  carver.take(w.tally, plan.lanes);
   carver.take(w.merged, plan.lanes * plan.lanes * plan.capacity);
+  carver.take(w.merged_open, plan.lanes * plan.lanes * plan.capacity);
   return carver.used();
 }
 
@@ -47,6 +57,7 @@ Workspace::Workspace(const Plan& plan) : plan(plan) {
   }
   auto address = reinterpret_cast<uintptr_t>(storage_.mutable_data_ptr());
   carve(*this, plan, reinterpret_cast<char*>((address + 63) / 64 * 64));
+  std::fill(tally, tally + plan.lanes, Tally{});
 }
 
 }  // namespace sparse_transcoder

@@ -3,11 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "kernels/cpu.h"
 #include "kernels/select.h"
 
 namespace sparse_transcoder {
@@ -15,11 +17,37 @@ namespace sparse_transcoder {
 // What the buffers depend on; nothing here grows with the number of tokens.
 struct Plan {
   int64_t rows;          // rows in flight, over all jobs of a wave
-  int64_t lanes;         // workers; each row keeps one list per group of features, at most one group a lane
-  int64_t block, panel;  // rows and features screened at a time
-  int64_t hidden_size;   // the largest
+  int64_t lanes;         // workers; each row keeps one list per lane
+  int64_t block, panel;  // rows and features screened at a time in float32
+  int64_t hidden_size;   // the largest; of the layers that have such a copy, for the next two
+  int64_t int8_bytes;    // of a row, both planes
+  int64_t int8_groups;
+  int64_t int16_stride;  // elements of a row
+  int64_t strip;         // rows screened at a time against a panel of 64 features in int8 or int16
   int64_t top_k;         // the largest
   int64_t capacity;      // keys a list holds
+
+  int64_t scores() const { return std::max(block * panel, strip * kernels::panel_features); }
+};
+
+// A pair that a screen let through.
+struct Survivor {
+  int32_t row;       // of the job
+  uint32_t feature;  // << 1 | ambiguous: too near its gate to be counted unseen
+
+  int64_t id() const { return feature >> 1; }
+};
+
+// How far a row's scores are from its exact dot products. float32: NaN marks a row that is not finite, infinity one too large to
+// screen.
+struct RowMargin {
+  kernels::Margin float32, int16;
+};
+
+// What a lane did in a call; see Explanation.
+struct Tally {
+  int64_t pairs[3], survivors, ambiguous, rescored, fallback_rows;
+  double ms[5];
 };
 
 // Buffers of one CPU call. Rows are addressed by their slot, 0 <= slot < plan.rows.
@@ -27,14 +55,25 @@ struct Workspace {
   explicit Workspace(const Plan& plan);
 
   Plan plan;
-  float* hidden;            // [rows, hidden_size] normed float32 rows
-  float* margin;            // [rows] score error per unit of ||w||; NaN marks a row that is not finite
-  kernels::TopList* lists;  // [rows, lanes]
-  uint64_t* keys;           // [rows, lanes, capacity] what the lists hold
-  float* scores;            // [lanes, block, panel]
-  uint32_t* candidates;     // [lanes, panel]
-  uint64_t* merged;         // [lanes, lanes * capacity]
+  float* hidden;                     // [rows, hidden_size] normed float32 rows
+  int8_t* int8;                      // [rows, int8_bytes]
+  int16_t* int16;                    // [rows, int16_stride]
+  kernels::Int16Scale* int16_scale;  // [rows]
+  RowMargin* margin;                 // [rows]
+  kernels::TopList* lists;           // [rows, lanes]
+  uint64_t* keys;                    // [rows, lanes, capacity] what the lists hold
+  kernels::Bounded* open;            // [rows, lanes, capacity]
+  float* scores;                     // [lanes, plan.scores()]
+  uint32_t* candidates;              // [lanes, panel]
+  uint64_t* masks;                   // [lanes, strip]
+  Survivor* survivors;               // [lanes, 3, strip * 64]
+  int16_t* packed;                   // [lanes, 64 * int16_stride]
+  double* bounds;                    // [lanes, 2 * int8_groups]
+  Tally* tally;                      // [lanes]
+  uint64_t* merged;                  // [lanes, lanes * capacity]
+  kernels::Bounded* merged_open;     // [lanes, lanes * capacity]
   int64_t bytes;
+  bool timed = false;  // whether the lanes look at the clock
 
  private:
   at::Tensor storage_;

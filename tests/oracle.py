@@ -8,7 +8,7 @@ import math
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCREENINGS = ("auto", "off")  # every value of the option
+SCREENINGS = ("auto", "off", "int16", "int8")  # every value of the option
 
 
 def normal(*shape, seed=0):

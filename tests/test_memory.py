@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from oracle import make_layer, normal, on
+from oracle import SCREENINGS, make_layer, normal, on
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
 TOP_K = 20
@@ -46,10 +46,11 @@ def outputs(tokens, layers=1):
         (1500, torch.bfloat16, "topk", "strided"),
     ],
 )
-def test_torch_allocates_the_outputs_alone(device, tokens, dtype, kind, view):
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_torch_allocates_the_outputs_alone(device, tokens, dtype, kind, view, screening):
     norm = {"ln_weight": torch.ones(64), "ln_bias": torch.zeros(64)} if kind == "layer norm" else {}
     layer = make_layer(3000, 64, kind="relu" if norm else kind, **norm)
-    encoder = build({0: layer, 1: layer}, device)
+    encoder = build({0: layer, 1: layer}, device, screening=screening)
     hidden = normal(tokens, 64).to(device, dtype)
     if view == "strided":
         hidden = torch.cat([hidden, hidden], 1)[:, ::2]
@@ -114,9 +115,12 @@ def watched(call):
 
 layers = {i: TranscoderWeights(**make_layer(3000 + i, 64)) for i in range(3)}
 encoder = SparseTranscoderEncoder(layers, 20, chunk_size=1024)
+others = {name: SparseTranscoderEncoder(layers, 20, chunk_size=1024, screening=name) for name in ("int8", "int16")}
 hidden = normal(2500, 64)
 print(json.dumps({
     "one": watched(lambda: encoder.encode_layer(0, hidden)),
+    "int16": watched(lambda: others["int16"].encode_layer(0, hidden)),
+    "int8": watched(lambda: others["int8"].encode_layer(0, hidden)),
     "bfloat16": watched(lambda: encoder.encode_layer(0, hidden.bfloat16())),
     "all": watched(lambda: encoder.encode_all_layers(dict.fromkeys(layers, hidden))),
     "short": watched(lambda: encoder.encode_all_layers(dict.fromkeys(layers, hidden[:3]))),
@@ -142,7 +146,7 @@ def test_the_process_allocates_the_outputs_alone(tmp_path):
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
     got = python(COUNT, LD_PRELOAD=str(library))
     assert got["torch"] == [20_000]  # the watch sees what it should
-    assert got["one"] == outputs(2500)
+    assert got["one"] == got["int16"] == got["int8"] == outputs(2500)
     copy = 2500 * 64 * 2  # hidden.bfloat16() itself
     assert got["bfloat16"] == sorted([*outputs(2500), copy])
     assert got["all"] == outputs(2500, layers=3)
@@ -152,8 +156,9 @@ def test_the_process_allocates_the_outputs_alone(tmp_path):
 # Planned once
 
 
-def test_workspace_is_planned_at_construction(device):
-    encoder = build({0: make_layer(3000, 64), 1: make_layer(100, 64)}, device)
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_workspace_is_planned_at_construction(device, screening):
+    encoder = build({0: make_layer(3000, 64), 1: make_layer(100, 64)}, device, screening=screening)
     planned = encoder.workspace_bytes
     assert type(planned) is int and planned > 0
     for tokens in (64, 4096, 1):
@@ -162,8 +167,10 @@ def test_workspace_is_planned_at_construction(device):
         assert encoder.workspace_bytes == planned
 
 
-def test_workspace_does_not_grow_with_features(device):
-    sizes = [build({0: make_layer(features, 8)}, device).workspace_bytes for features in (40_000, 120_000)]
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_workspace_does_not_grow_with_features(device, screening):
+    layers = [{0: make_layer(features, 8)} for features in (40_000, 120_000)]
+    sizes = [build(layer, device, screening=screening).workspace_bytes for layer in layers]
     assert sizes[0] == sizes[1]
 
 
@@ -176,7 +183,7 @@ def test_workspace_grows_with_chunk_size(device):
 def test_memory_reports_what_is_held(device, dtype):
     layer = make_layer(3000, 64, dtype=dtype)
     held = sum(layer[name].nbytes for name in ("W_enc", "b_enc"))
-    for screening in ("auto", "off"):
+    for screening in SCREENINGS:
         encoder = build({0: layer}, device, screening=screening)
         memory = encoder.memory()
         assert all(type(value) is int and value >= 0 for value in memory.values())
@@ -213,6 +220,7 @@ with open("/proc/self/clear_refs", "w") as peak:
     peak.write("5")
 before = kib("VmRSS")
 encoder = SparseTranscoderEncoder({0: weights}, top_k)
+before += encoder.memory()["screening_bytes"] // 1024
 result = encoder.encode_layer(0, hidden)
 grown = kib("VmHWM") - before
 outputs = sum(result[name].nbytes for name in ("activations", "indices", "sparsity"))

@@ -45,6 +45,39 @@ def test_any_layer(tokens, hidden_size, features, top_k, tau, kind, dtypes, deca
     check(encoder.encode_layer(0, hidden), hidden, layer, top_k, tau, unit=False)
 
 
+@bounded(120)
+@given(
+    tokens=st.one_of(st.integers(1, 8), st.integers(9, 90)),
+    hidden_size=st.one_of(st.integers(1, 20), st.integers(1, 600)),
+    features=st.one_of(SIZES, st.integers(1, 1500)),
+    top_k=st.one_of(st.integers(1, 60), st.just(1500)),
+    kind=KINDS,
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)),
+    scales=st.tuples(st.floats(-20, 15), st.floats(-20, 15)),
+    spread=st.tuples(st.sampled_from([0, 0, 1, 2.5]), st.sampled_from([0, 0, 1, 2.5])),
+    strength=st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0]),
+    bias=st.sampled_from([-2.0, 0.0, 1.0, 4.0]),
+    options=OPTIONS,
+    seed=st.integers(0, 10_000),
+)
+def test_any_scale(tokens, hidden_size, features, top_k, kind, dtypes, scales, spread, strength, bias, options, seed):
+    """Weights and rows of any size, with tails as heavy as may be; thresholds and biases among the activations."""
+    layer = make_layer(features, hidden_size, seed=seed, kind=kind, dtype=torch.float32)
+    layer["W_enc"] *= torch.exp(spread[0] * normal(features, hidden_size, seed=seed + 5)) * 10.0 ** scales[0]
+    layer["W_enc"] = layer["W_enc"].clamp(-65000, 65000) if dtypes[0] == torch.float16 else layer["W_enc"]
+    layer["W_enc"] = layer["W_enc"].to(dtypes[0])
+    hidden = normal(tokens, hidden_size, seed=seed + 9)
+    hidden *= torch.exp(spread[1] * normal(tokens, hidden_size, seed=seed + 6)) * 10.0 ** scales[1]
+    hidden = (hidden.clamp(-65000, 65000) if dtypes[1] == torch.float16 else hidden).to(dtypes[1])
+    unit = float((hidden.double() @ layer["W_enc"].double().T).square().mean().sqrt())
+    layer["b_enc"] = ((layer["b_enc"] + bias) * unit).float()
+    if "threshold" in layer:
+        layer["threshold"] = (layer["threshold"] * unit).float()
+    tau = strength * unit
+    encoder = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, top_k, tau, **options)
+    check(encoder.encode_layer(0, hidden), hidden, layer, top_k, tau, unit=False)
+
+
 @bounded(150)
 @given(
     tokens=st.integers(1, 40),

@@ -81,7 +81,25 @@ PYBIND11_MODULE(_C, m) {
 
   py::enum_<Screening>(m, "Screening", "Which approximate arithmetic finds the candidates.")
       .value("auto", Screening::automatic)
-      .value("off", Screening::off);
+      .value("off", Screening::off)
+      .value("int16", Screening::int16)
+      .value("int8", Screening::int8);
+
+  py::class_<Explanation>(m, "Explanation", "What a call did; see sparse_transcoder.SparseTranscoderEncoder.explain.")
+      .def_readonly("rows", &Explanation::rows)
+      .def_readonly("features", &Explanation::features)
+      .def_readonly("fallback_rows", &Explanation::fallback_rows)
+      .def_readonly("pairs_int8", &Explanation::pairs_int8)
+      .def_readonly("pairs_int16", &Explanation::pairs_int16)
+      .def_readonly("pairs_float32", &Explanation::pairs_float32)
+      .def_readonly("survivors", &Explanation::survivors)
+      .def_readonly("ambiguous", &Explanation::ambiguous)
+      .def_readonly("rescored", &Explanation::rescored)
+      .def_readonly("prepare_ms", &Explanation::prepare_ms)
+      .def_readonly("screen_ms", &Explanation::screen_ms)
+      .def_readonly("refine_ms", &Explanation::refine_ms)
+      .def_readonly("rescore_ms", &Explanation::rescore_ms)
+      .def_readonly("finish_ms", &Explanation::finish_ms);
 
   py::class_<Features>(m, "Features", "Top-k activations, their feature indices, and the fraction active.")
       .def_readonly("activations", &Features::activations)
@@ -125,6 +143,8 @@ PYBIND11_MODULE(_C, m) {
             return engine.decode(layer, features, hidden.value_or(at::Tensor()));
           },
           py::arg("layer"), py::arg("features"), py::arg("hidden"), release_gil(), "Reconstruction from all active features.")
+      .def("explain", &Engine::explain, py::arg("layer"), py::arg("hidden"), release_gil(),
+           "Encodes one layer's hidden states on the CPU and tells how.")
       .def_property_readonly("layers", &Engine::layers)
       .def("memory", &Engine::memory, "Bytes held beside the caller's weights.");
 }

@@ -1,7 +1,9 @@
-// The inner loops of the CPU engine. Torch-free: raw pointers and sizes. One file an instruction set; all give the same bits.
+// The inner loops of the CPU engine. Torch-free: raw pointers and sizes. One file an instruction set; the exact ones give the
+// same bits on all.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace sparse_transcoder::kernels {
 
@@ -18,8 +20,78 @@ struct Gate {
   const float* high;
 };
 
+// How far scores of a screen may be from the exact dot products: |score - x.w| <= per_norm * ||w|| + per_residual * residual(w).
+// A margin that is not finite rules nothing out.
+struct Margin {
+  float per_norm, per_residual;
+};
+
+constexpr int64_t panel_features = 64;  // of the int8 and int16 screens: one bit each in a 64-bit mask
+
+// How the int8 screen lays out the inputs: `groups` of `depth` inputs, each with a scale of its own, then one group more whose
+// product is the margin (quantise.h). Rows and panels are padded with zeros.
+struct Int8Layout {
+  static constexpr int64_t most_depth = 256;  // a group of a panel stays in L1
+  int64_t size, groups, depth, margin_depth;
+
+  explicit Int8Layout(int64_t size)
+      : size(size),
+        groups((size + most_depth - 1) / most_depth),
+        depth(((size + groups - 1) / groups + 3) / 4 * 4),
+        margin_depth((2 * groups + 3) / 4 * 4) {}
+
+  int64_t inputs() const { return groups * depth + margin_depth; }
+  // Of a row: int8 inputs, then a float scale and an int32 start of the sum for each group. An odd number of cache lines, so that
+  // rows do not share their place in the caches.
+  int64_t row_bytes() const { return (inputs() + 8 * (groups + 1) + 63) / 128 * 128 + 64; }
+  // Of a panel: [inputs / 4][64 features][4] uint8 (weight + 128), then [groups + 1][64] float scales.
+  int64_t panel_bytes() const { return panel_features * (inputs() + 4 * (groups + 1)); }
+};
+
+// Memory to bring into the cache while a screen computes, evenly over its course: a burst would hold it up.
+class Ahead {
+ public:
+  int64_t lines() const { return lines_; }
+  void clear() { count_ = lines_ = next_ = 0, at_ = end_ = nullptr; }
+  void add(const void* begin, int64_t bytes) {
+    ranges_[count_++] = {static_cast<const char*>(begin), bytes};
+    lines_ += (bytes + 63) / 64;
+  }
+  void fetch(int64_t lines) {
+    for (; lines > 0; --lines, at_ += 64) {
+      if (at_ >= end_) {
+        if (next_ == count_) return;
+        at_ = ranges_[next_].begin;
+        end_ = at_ + ranges_[next_++].bytes;
+      }
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  struct Range {
+    const char* begin;
+    int64_t bytes;
+  };
+  Range ranges_[1 + 2 * panel_features];  // a panel, and two rows a feature
+  int64_t count_ = 0, lines_ = 0, next_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
+// A row of int16: x is about scale * q.
+struct Int16Scale {
+  float scale;
+  float residual;  // >= ||x - scale * q||
+  float norm;      // >= ||scale * q||
+};
+
+// Elements between int16 rows: whole vectors, an odd number of cache lines.
+constexpr int64_t int16_stride(int64_t size) { return (size + 31) / 64 * 64 + 32; }
+
 struct CpuKernels {
   const char* name;
+  int64_t int8_rows;  // rows of a call up to which the int8 screen beats the float32 product
+  bool fast_int16;    // the int16 screen beats it
 
   // sum_i x[i] * w[i] in float64: exact products, 32 interleaved partial sums, then a fixed tree. Independent of the instruction
   // set and of fused multiply-add, because a product of two float32 is exact in float64.
@@ -29,19 +101,45 @@ struct CpuKernels {
   void (*product[3])(const float* x, int64_t rows, const void* w, int64_t count, int64_t size, float* scores);
 
   // Features of one row that a screen cannot rule out, as (position << 1 | ambiguous) in ascending order; returns how many.
-  // |score + bias - exact| <= margin * norm. A feature is kept when it may be active and either may reach `bound` (the row's
-  // running k-th best) or is ambiguous: too near its gate to be counted unseen. Those surely active add to *certain.
-  int64_t (*candidates)(const float* scores, const Gate& gate, int64_t count, float margin, float bound, uint32_t* out,
-                        int64_t* certain);
+  // A feature is kept when it may be active and either may reach `bound` (the row's running k-th best) or is ambiguous: too near
+  // its gate to be counted unseen. Those surely active add to *certain.
+  int64_t (*candidates)(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
+                        uint32_t* out, int64_t* certain);
 
   // out[i] = float(w[i]), exactly.
   void (*widen[3])(const void* w, float* out, int64_t size);
+
+  // One row for the int8 screen, row_bytes() a plane: with two planes the second holds what the first leaves. bounds [2 * groups]
+  // is scratch.
+  void (*quantise_row)(const Int8Layout& layout, const float* x, int64_t planes, int8_t* row, double* bounds);
+  // 64 features for the int8 screen; those from `count` on are zeros. w [count, size]; bounds [2 * groups] is scratch.
+  void (*quantise_panel)(const Int8Layout& layout, const float* w, int64_t count, uint8_t* panel, double* bounds);
+  // masks[r] bit f: row r's dot product with feature f of the panel may reach low[f]. tile [rows, 64] is scratch.
+  void (*screen_int8)(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
+                      const float* low, float* tile, uint64_t* masks, Ahead& ahead);
+
+  // q [int16_stride(size)], zeros after `size`.
+  Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);
+  // Exact: quantise_int16 keeps every partial sum within int32.
+  int32_t (*dot_int16)(const int16_t* x, const int16_t* w, int64_t size);
+  // scores[r * 64 + f] = (x[r] . w[f]) * scale[r] * w_scale[f] for a panel of count <= 64 features, in this order: the scales'
+  // product alone may underflow. Rows int16_stride(size) apart; packed [64 * int16_stride(size)] is scratch.
+  void (*product_int16)(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale,
+                        int64_t count, int64_t size, int16_t* packed, float* scores, Ahead& ahead);
 };
 
-// The best that this machine can run, chosen once. SPARSE_TRANSCODER_CPU=portable|avx2 forces one (for tests).
+// The best that this machine can run, chosen once. SPARSE_TRANSCODER_CPU=portable|avx2|avx2vnni|avx512vnni forces one (for
+// tests).
 const CpuKernels& cpu_kernels();
 
-extern const CpuKernels portable_kernels;
-extern const CpuKernels avx2_kernels;
+// All that this machine can run, the portable one first.
+const std::vector<const CpuKernels*>& runnable_cpu_kernels();
+
+// Each replaces what its instruction set does better than what the table holds.
+void use_portable(CpuKernels& kernels);
+void use_avx2(CpuKernels& kernels);
+void use_avx2vnni(CpuKernels& kernels);       // as AVX-VNNI encodes it
+void use_avx2vnni_evex(CpuKernels& kernels);  // as AVX-512 does
+void use_avx512vnni(CpuKernels& kernels);
 
 }  // namespace sparse_transcoder::kernels

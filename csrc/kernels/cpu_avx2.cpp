@@ -2,9 +2,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu.h"
 #include "element.h"
+#include "gate.h"
+#include "quantise.h"
+#include "screen_avx2.h"
 
 namespace sparse_transcoder::kernels {
 namespace {
@@ -32,6 +36,12 @@ double dot(const float* x, const void* weights, int64_t size) {
       sum[2 * part] = _mm256_fmadd_pd(low_half(xv), low_half(wv), sum[2 * part]);
       sum[2 * part + 1] = _mm256_fmadd_pd(high_half(xv), high_half(wv), sum[2 * part + 1]);
     }
+  if (i == size) {  // the order of fold, in registers
+    for (int width = 4; width > 0; width /= 2)
+      for (int part = 0; part < width; ++part) sum[part] = _mm256_add_pd(sum[part], sum[part + width]);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(sum[0]), _mm256_extractf128_pd(sum[0], 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
   double sums[32];
   for (int part = 0; part < 8; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
   for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
@@ -93,14 +103,48 @@ void product(const float* x, int64_t rows, const void* weights, int64_t count, i
   }
 }
 
-int64_t candidates(const float* scores, const Gate& gate, int64_t count, float margin, float bound, uint32_t* out,
-                   int64_t* certain) {
-  const __m256 margins = _mm256_set1_ps(margin);
+// Without VNNI: to 16 bits, four features a vector, where pairs of products add up without saturation.
+struct Widen {
+  static constexpr int features = 8;
+  static void load(const uint8_t* w, __m256i (&wv)[2]) {
+    wv[0] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    wv[1] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16)));
+  }
+  static __m256i input(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof(four));
+    return _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
+  }
+  static void add(__m256i& sum, __m256i w, __m256i x) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+  static void total(const __m256i (&sum)[2], __m256i (&totals)[1]) {
+    totals[0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum[0], sum[1]), 0xd8);
+  }
+};
+
+int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
+  // Rows are padded with zeros to whole vectors.
+  __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  const auto load = [](const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+  int64_t i = 0;
+  for (; i + 64 <= size; i += 64)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(load(x + i + 16 * v), load(w + i + 16 * v)));
+  for (; i < size; i += 16) sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(load(x + i), load(w + i)));
+  const __m256i total = _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  half = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
+  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 1);
+}
+
+int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
+                   uint32_t* out, int64_t* certain) {
+  const __m256 per_norm = _mm256_set1_ps(margin.per_norm), per_residual = _mm256_set1_ps(margin.per_residual);
   const __m256 bounds = _mm256_set1_ps(bound);
   int64_t found = 0, sure_count = 0, i = 0;
   for (; i + 8 <= count; i += 8) {
     const __m256 score = _mm256_loadu_ps(scores + i);
-    const __m256 slack = _mm256_mul_ps(margins, _mm256_loadu_ps(gate.norm + i));
+    const __m256 slack =
+        _mm256_fmadd_ps(per_norm, _mm256_loadu_ps(gate.norm + i), _mm256_mul_ps(per_residual, _mm256_loadu_ps(residual + i)));
     const __m256 upper = _mm256_add_ps(score, slack);
     const int may = _mm256_movemask_ps(_mm256_cmp_ps(upper, _mm256_loadu_ps(gate.low + i), _CMP_NLT_UQ));
     if (may == 0) continue;
@@ -115,10 +159,7 @@ int64_t candidates(const float* scores, const Gate& gate, int64_t count, float m
     }
   }
   *certain += sure_count;
-  const Gate rest = {gate.norm + i, gate.bias + i, gate.gate + i, gate.low + i, gate.high + i};
-  const int64_t more = portable_kernels.candidates(scores + i, rest, count - i, margin, bound, out + found, certain);
-  for (int64_t j = found; j < found + more; ++j) out[j] += static_cast<uint32_t>(i) << 1;
-  return found + more;
+  return candidates_from(i, scores, gate, residual, count, margin, bound, out, found, certain);
 }
 
 template <typename Element>
@@ -131,10 +172,24 @@ void widen(const void* weights, float* out, int64_t size) {
 
 }  // namespace
 
-const CpuKernels avx2_kernels = {"avx2",
-                                 {dot<F32>, dot<BF16>, dot<F16>},
-                                 {product<F32>, product<BF16>, product<F16>},
-                                 candidates,
-                                 {widen<F32>, widen<BF16>, widen<F16>}};
+void use_avx2(CpuKernels& kernels) {
+  kernels.name = "avx2";
+  kernels.int8_rows = std::numeric_limits<int64_t>::max();
+  kernels.dot[0] = dot<F32>;
+  kernels.dot[1] = dot<BF16>;
+  kernels.dot[2] = dot<F16>;
+  kernels.product[0] = product<F32>;
+  kernels.product[1] = product<BF16>;
+  kernels.product[2] = product<F16>;
+  kernels.candidates = candidates;
+  kernels.widen[0] = widen<F32>;
+  kernels.widen[1] = widen<BF16>;
+  kernels.widen[2] = widen<F16>;
+  kernels.quantise_row = quantise_row;
+  kernels.quantise_panel = quantise_panel;
+  kernels.screen_int8 = screen_int8<Widen>;
+  kernels.quantise_int16 = quantise_int16;
+  kernels.dot_int16 = dot_int16;
+}
 
 }  // namespace sparse_transcoder::kernels

@@ -3,6 +3,8 @@
 
 #include "cpu.h"
 #include "element.h"
+#include "gate.h"
+#include "quantise.h"
 
 namespace sparse_transcoder::kernels {
 namespace {
@@ -52,19 +54,9 @@ void product(const float* x, int64_t rows, const void* weights, int64_t count, i
     }
 }
 
-int64_t candidates(const float* scores, const Gate& gate, int64_t count, float margin, float bound, uint32_t* out,
-                   int64_t* certain) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float slack = margin * gate.norm[i];
-    const float upper = scores[i] + slack;
-    const bool sure = scores[i] - slack >= gate.high[i];
-    *certain += sure;
-    // Written so that NaN, the margin of a row too large to screen, counts as "may be".
-    if (!(upper < gate.low[i]) && (!sure || !(upper < bound - gate.bias[i])))
-      out[found++] = static_cast<uint32_t>(i) << 1 | !sure;
-  }
-  return found;
+int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
+                   uint32_t* out, int64_t* certain) {
+  return candidates_from(0, scores, gate, residual, count, margin, bound, out, 0, certain);
 }
 
 template <typename Element>
@@ -73,12 +65,65 @@ void widen(const void* weights, float* out, int64_t size) {
   for (int64_t i = 0; i < size; ++i) out[i] = Element::widen(w[i]);
 }
 
+void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
+                 const float* low, float* tile, uint64_t* masks, Ahead&) {
+  const auto* panel_scales = reinterpret_cast<const float*>(panel + panel_features * layout.inputs());
+  std::fill(tile, tile + count * panel_features, 0.0f);
+  for (int64_t g = 0; g <= layout.groups; ++g) {
+    const int64_t begin = g * layout.depth, depth = g < layout.groups ? layout.depth : layout.margin_depth;
+    for (int64_t r = 0; r < count * planes; ++r) {
+      const int8_t* row = rows + r * layout.row_bytes();
+      const auto* scales = reinterpret_cast<const float*>(row + layout.inputs());
+      const auto* starts = reinterpret_cast<const int32_t*>(scales + layout.groups + 1);
+      int32_t sums[panel_features];
+      std::fill(sums, sums + panel_features, starts[g]);
+      for (int64_t i = begin; i < begin + depth; i += 4) {
+        const uint8_t* four = panel + in_panel(i);
+        for (int64_t f = 0; f < panel_features; ++f)
+          for (int j = 0; j < 4; ++j) sums[f] += int32_t{four[4 * f + j]} * row[i + j];
+      }
+      float* score = tile + r / planes * panel_features;
+      for (int64_t f = 0; f < panel_features; ++f)
+        score[f] += static_cast<float>(sums[f]) * (panel_scales[g * panel_features + f] * scales[g]);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    masks[r] = 0;
+    for (int64_t f = 0; f < panel_features; ++f) masks[r] |= uint64_t{!(tile[r * panel_features + f] < low[f])} << f;
+  }
+}
+
+int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < size; ++i) sum += int32_t{x[i]} * w[i];
+  return sum;
+}
+
+void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale, int64_t count,
+                   int64_t size, int16_t*, float* scores, Ahead&) {
+  const int64_t stride = int16_stride(size);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t f = 0; f < count; ++f)
+      scores[r * panel_features + f] =
+          static_cast<float>(dot_int16(x + r * stride, w + f * stride, size)) * scale[r].scale * w_scale[f];
+}
+
 }  // namespace
 
-const CpuKernels portable_kernels = {"portable",
-                                     {dot<F32>, dot<BF16>, dot<F16>},
-                                     {product<F32>, product<BF16>, product<F16>},
-                                     candidates,
-                                     {widen<F32>, widen<BF16>, widen<F16>}};
+void use_portable(CpuKernels& kernels) {
+  kernels = {"portable",
+             0,
+             false,
+             {dot<F32>, dot<BF16>, dot<F16>},
+             {product<F32>, product<BF16>, product<F16>},
+             candidates,
+             {widen<F32>, widen<BF16>, widen<F16>},
+             quantise_row,
+             quantise_panel,
+             screen_int8,
+             quantise_int16,
+             dot_int16,
+             product_int16};
+}
 
 }  // namespace sparse_transcoder::kernels

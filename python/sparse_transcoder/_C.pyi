@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights', 'read_safetensors']
+__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights', 'read_safetensors']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
@@ -60,9 +60,15 @@ class Screening:
       auto
 
       off
+
+      int16
+
+      int8
     """
     __members__: typing.ClassVar[dict[str, Screening]]
     auto: typing.ClassVar[Screening]
+    int16: typing.ClassVar[Screening]
+    int8: typing.ClassVar[Screening]
     off: typing.ClassVar[Screening]
     @typing.overload
     def __eq__(self, other: Screening) -> bool:
@@ -97,6 +103,52 @@ class Screening:
         ...
     @property
     def value(self) -> int:
+        ...
+class Explanation:
+    """
+    What a call did; see sparse_transcoder.SparseTranscoderEncoder.explain.
+    """
+    @property
+    def ambiguous(self) -> int:
+        ...
+    @property
+    def fallback_rows(self) -> int:
+        ...
+    @property
+    def features(self) -> int:
+        ...
+    @property
+    def finish_ms(self) -> float:
+        ...
+    @property
+    def pairs_float32(self) -> int:
+        ...
+    @property
+    def pairs_int16(self) -> int:
+        ...
+    @property
+    def pairs_int8(self) -> int:
+        ...
+    @property
+    def prepare_ms(self) -> float:
+        ...
+    @property
+    def refine_ms(self) -> float:
+        ...
+    @property
+    def rescore_ms(self) -> float:
+        ...
+    @property
+    def rescored(self) -> int:
+        ...
+    @property
+    def rows(self) -> int:
+        ...
+    @property
+    def screen_ms(self) -> float:
+        ...
+    @property
+    def survivors(self) -> int:
         ...
 class Features:
     """
@@ -167,6 +219,10 @@ class Engine:
     def encode_sparse(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> SparseFeatures:
         """
         Every active feature of one layer's hidden states.
+        """
+    def explain(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> Explanation:
+        """
+        Encodes one layer's hidden states on the CPU and tells how.
         """
     def memory(self) -> Memory:
         """

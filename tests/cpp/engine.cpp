@@ -26,6 +26,8 @@ constexpr at::ScalarType F32 = at::kFloat, BF16 = at::kBFloat16, F16 = at::kHalf
 constexpr float inf = std::numeric_limits<float>::infinity();
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
+constexpr Screening screenings[] = {Screening::automatic, Screening::off, Screening::int16, Screening::int8};
+
 enum class Data {
   coarse,  // multiples of 1/8: every sum is exact in float32, ties abound, and the result has but one right answer
   normal,
@@ -251,13 +253,19 @@ TEST(engine_has_the_one_right_answer) {
   for (const Case& c : cases) {
     const LayerWeights w = make_layer(c, Data::coarse);
     const at::Tensor hidden = random({c.B, c.T, c.H}, Data::coarse).to(c.hidden);
-    const Engine engine({{3, w}},
-                        {.top_k = c.top_k, .activation_threshold = c.threshold, .chunk_size = c.chunk_size, .lanes = c.lanes});
-    const Features out = engine.encode(3, hidden);
-    check_shapes(c, hidden, out);
-    check_exactly(c, reference(c, w, hidden), out);
-    check_exactly(reference(c, w, hidden), engine.encode_sparse(3, hidden));
-    check_shapes(c, hidden[0], engine.encode(3, hidden[0]));
+    const std::vector<Row> rows = reference(c, w, hidden);
+    for (const Screening screening : screenings) {
+      const Engine engine({{3, w}}, {.top_k = c.top_k,
+                                     .activation_threshold = c.threshold,
+                                     .chunk_size = c.chunk_size,
+                                     .lanes = c.lanes,
+                                     .screening = screening});
+      const Features out = engine.encode(3, hidden);
+      check_shapes(c, hidden, out);
+      check_exactly(c, rows, out);
+      check_exactly(rows, engine.encode_sparse(3, hidden));
+      check_shapes(c, hidden[0], engine.encode(3, hidden[0]));
+    }
   }
 }
 
@@ -274,11 +282,17 @@ TEST(engine_is_near_float64) {
           hidden[0][c.T - 1].select(0, c.H / 2) = c.T % 2 ? quiet_nan : -inf;
         }
         hidden = hidden.to(c.hidden);
-        const Engine engine(
-            {{3, w}}, {.top_k = c.top_k, .activation_threshold = c.threshold, .chunk_size = c.chunk_size, .lanes = c.lanes});
-        const Features out = engine.encode(3, hidden);
-        check_shapes(c, hidden, out);
-        check_nearly(c, w, reference(c, w, hidden), out);
+        const std::vector<Row> rows = reference(c, w, hidden);
+        for (const Screening screening : screenings) {
+          const Engine engine({{3, w}}, {.top_k = c.top_k,
+                                         .activation_threshold = c.threshold,
+                                         .chunk_size = c.chunk_size,
+                                         .lanes = c.lanes,
+                                         .screening = screening});
+          const Features out = engine.encode(3, hidden);
+          check_shapes(c, hidden, out);
+          check_nearly(c, w, rows, out);
+        }
       }
 }
 
@@ -296,19 +310,21 @@ TEST(engine_gives_the_same_bits_however_it_is_asked) {
   const Case c = {1100, 72, 2, 37, 24, 0.5f, "jumprelu", BF16, F32};
   const LayerWeights w = make_layer(c, Data::normal), beside = make_layer({300, 9, 1, 1, 1, 1}, Data::normal);
   const at::Tensor hidden = random({2, 37, 72}, Data::normal), other = random({50, 9}, Data::normal);
-  const auto engine = [&](int64_t chunk_size, int64_t lanes) {
-    return Engine({{0, w}, {1, beside}}, {.top_k = 24, .activation_threshold = 0.5f, .chunk_size = chunk_size, .lanes = lanes});
+  const auto engine = [&](int64_t chunk_size, int64_t lanes, Screening screening) {
+    return Engine({{0, w}, {1, beside}},
+                  {.top_k = 24, .activation_threshold = 0.5f, .chunk_size = chunk_size, .lanes = lanes, .screening = screening});
   };
-  const Features first = engine(512, 1).encode(0, hidden);
+  const Features first = engine(512, 1, Screening::off).encode(0, hidden);
   for (const int64_t chunk_size : {1, 2, 5, 36, 37, 74, 100000})
-    for (const int64_t lanes : {0, 1, 2, 3, 8}) {
-      const Engine e = engine(chunk_size, lanes);
-      EXPECT(same_bits(e.encode(0, hidden), first));
-      EXPECT(same_bits(e.encode({{0, hidden}, {1, other}}).at(0), first));
-      const Features row = e.encode(0, hidden[1].narrow(0, 20, 1));
-      EXPECT(same_bits(row.activations[0], first.activations[1][20]) && same_bits(row.indices[0], first.indices[1][20]));
-    }
-  const Engine e = engine(16, 2);
+    for (const int64_t lanes : {0, 1, 2, 3, 8})
+      for (const Screening screening : screenings) {
+        const Engine e = engine(chunk_size, lanes, screening);
+        EXPECT(same_bits(e.encode(0, hidden), first));
+        EXPECT(same_bits(e.encode({{0, hidden}, {1, other}}).at(0), first));
+        const Features row = e.encode(0, hidden[1].narrow(0, 20, 1));
+        EXPECT(same_bits(row.activations[0], first.activations[1][20]) && same_bits(row.indices[0], first.indices[1][20]));
+      }
+  const Engine e = engine(16, 2, Screening::automatic);
   const at::Tensor turned = hidden.permute({2, 1, 0}).contiguous().permute({2, 1, 0});  // strides 1, B, B * T
   const at::Tensor spread = at::stack({hidden, at::zeros_like(hidden)}, 3).select(3, 0);
   EXPECT(!turned.is_contiguous() && !spread.is_contiguous());
@@ -533,14 +549,17 @@ TEST(engine_allocates_its_outputs_and_nothing_else) {
     hidden[id] = random({2, 45, 24 + id}, Data::normal).to(id == 0 ? F16 : F32);
   }
   hidden[1] = hidden[1].transpose(0, 1).contiguous().transpose(0, 1);
-  const Engine engine(weights, {.top_k = 10, .activation_threshold = 0.5f, .chunk_size = 16, .lanes = 3});
-  const int64_t workspace = engine.memory().workspace_bytes;
-  engine.encode(hidden);  // warm-up
-  const int64_t blocks = memory.blocks, bytes = memory.bytes;
-  const auto results = engine.encode(hidden);
-  EXPECT_EQUAL(memory.blocks - blocks, 3 * 3);
-  EXPECT_EQUAL(memory.bytes - bytes, 3 * 90 * (10 * (4 + 8) + 4));
-  EXPECT_EQUAL(engine.memory().workspace_bytes, workspace);
+  for (const Screening screening : screenings) {
+    const Engine engine(weights,
+                        {.top_k = 10, .activation_threshold = 0.5f, .chunk_size = 16, .lanes = 3, .screening = screening});
+    const int64_t workspace = engine.memory().workspace_bytes;
+    engine.encode(hidden);  // warm-up
+    const int64_t blocks = memory.blocks, bytes = memory.bytes;
+    const auto results = engine.encode(hidden);
+    EXPECT_EQUAL(memory.blocks - blocks, 3 * 3);
+    EXPECT_EQUAL(memory.bytes - bytes, 3 * 90 * (10 * (4 + 8) + 4));
+    EXPECT_EQUAL(engine.memory().workspace_bytes, workspace);
+  }
 }
 
 TEST(engine_workspace_does_not_grow_with_the_input) {
@@ -558,7 +577,7 @@ TEST(engine_workspace_does_not_grow_with_the_input) {
 
 TEST(engine_names_the_bytes_it_cannot_have) {
   CountingAllocator& memory = counted();
-  const LayerWeights w = make_layer({40, 8, 1, 1, 1, 1}, Data::normal);
+  const LayerWeights w = make_layer({40, 8, 1, 1, 1, 1}, Data::normal), large = make_layer({400, 64, 1, 1, 1, 1}, Data::normal);
   const at::Tensor hidden = random({1000, 8}, Data::normal);
   const Engine engine({{4, w}}, {.top_k = 10, .chunk_size = 8});
   memory.most_bytes = 9000;
@@ -566,6 +585,9 @@ TEST(engine_names_the_bytes_it_cannot_have) {
                 "layer 4: out of memory: the result needs 124000 bytes; a lower top_k needs less, got top_k 10",
                 engine.encode(4, hidden));
   EXPECT_THROWS(c10::OutOfMemoryError, "a lower chunk_size needs less, got chunk_size 512", Engine({{4, w}}, {.top_k = 10}));
+  EXPECT_THROWS(c10::OutOfMemoryError,
+                "layer 4: out of memory: the screening copy needs 76800 bytes; screening \"off\" makes none",
+                Engine({{4, large}}, {.screening = Screening::int16}));
   memory.most_bytes = std::numeric_limits<int64_t>::max();
   engine.encode(4, hidden);
 }

@@ -21,16 +21,6 @@ constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, at::kHalf};  // i
 constexpr float inf = std::numeric_limits<float>::infinity();
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
-// What this machine can run; the portable one first.
-std::vector<const CpuKernels*> runnable() {
-  std::vector<const CpuKernels*> all = {&portable_kernels};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    all.push_back(&avx2_kernels);
-#endif
-  return all;
-}
-
 // Stored elements of one type in a buffer of exactly their bytes, and what they are worth.
 struct Elements {
   std::vector<char> stored;
@@ -38,6 +28,8 @@ struct Elements {
 
   const char* at(int64_t i) const { return stored.data() + i * (stored.size() / value.size()); }
 };
+
+const CpuKernels& portable_kernels = *runnable_cpu_kernels().front();
 
 std::mt19937 random_bits(7);
 
@@ -68,7 +60,7 @@ TEST(kernels_dot) {
           magnitude += std::fabs(static_cast<long double>(x.value[i]) * w.value[i]);
         }
         const double first = portable_kernels.dot[type](floats(x, skip), w.at(skip), size);
-        for (const CpuKernels* kernel : runnable()) {
+        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
           const double value = kernel->dot[type](floats(x, skip), w.at(skip), size);
           EXPECT(std::fabs(value - exact) <= magnitude * (size * 0x1p-53L));
           EXPECT(std::memcmp(&value, &first, sizeof(value)) == 0);
@@ -81,7 +73,7 @@ TEST(kernels_dot_keeps_its_order) {
   std::vector<float> x(64, 1), w(64, 1);
   x[5] = 0x1p60f;
   w[37] = -0x1p60f;
-  for (const CpuKernels* kernel : runnable()) {
+  for (const CpuKernels* kernel : runnable_cpu_kernels()) {
     EXPECT_EQUAL(kernel->dot[0](x.data(), w.data(), 64), 62.0);
     EXPECT_EQUAL(kernel->dot[0](x.data(), w.data(), 0), 0.0);
   }
@@ -92,7 +84,7 @@ TEST(kernels_widen_every_value) {
     std::vector<uint16_t> stored(65536);
     for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
     const at::Tensor expected = at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
-    for (const CpuKernels* kernel : runnable()) {
+    for (const CpuKernels* kernel : runnable_cpu_kernels()) {
       std::vector<float> wide(65536);
       kernel->widen[type](stored.data(), wide.data(), 65536);
       int64_t wrong = 0;
@@ -109,7 +101,7 @@ TEST(kernels_widen_every_size) {
   for (int type = 0; type < 3; ++type)
     for (const int64_t size : sizes) {
       const Elements w = make(types[type], size);
-      for (const CpuKernels* kernel : runnable()) {
+      for (const CpuKernels* kernel : runnable_cpu_kernels()) {
         std::vector<float> wide(size);
         kernel->widen[type](w.at(0), wide.data(), size);
         for (int64_t i = 0; i < size; ++i) EXPECT_EQUAL(wide[i], w.value[i]);
@@ -124,7 +116,7 @@ TEST(kernels_product_within_its_bound) {
         for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
           Elements x = make(at::kFloat, rows * size), w = make(types[type], count * size);
           const double roundoff = (size + 8) * 0x1p-24, gamma = roundoff / (1 - roundoff);
-          for (const CpuKernels* kernel : runnable()) {
+          for (const CpuKernels* kernel : runnable_cpu_kernels()) {
             std::vector<float> scores(rows * count + 1, quiet_nan);
             scores.back() = 12345;
             kernel->product[type](floats(x), rows, w.at(0), count, size, scores.data());
@@ -146,19 +138,18 @@ namespace {
 
 // A panel of features as a layer prepares it, and one row's true values and scores.
 struct Panel {
-  std::vector<float> norm, bias, gate, low, high, scores;
+  std::vector<float> norm, bias, gate, low, high, residual, scores;
   std::vector<double> exact;
-  float margin;
 
   Gate view() const { return {norm.data(), bias.data(), gate.data(), low.data(), high.data()}; }
   bool active(int64_t i) const { return exact[i] >= gate[i]; }
 };
 
-Panel make_panel(int64_t count, float margin) {
+Panel make_panel(int64_t count, Margin margin) {
   Panel p;
-  p.margin = margin;
   for (int64_t i = 0; i < count; ++i) {
     p.norm.push_back(1 + random_bits() % 8 / 8.0f);
+    p.residual.push_back(random_bits() % 8 / 8.0f);
     p.bias.push_back(normal());
     p.gate.push_back(1 + random_bits() % 3 / 2.0f);
     const double slack = (p.gate[i] + std::fabs(p.bias[i])) * 0x1p-21;
@@ -166,9 +157,10 @@ Panel make_panel(int64_t count, float margin) {
     p.high.push_back(static_cast<float>(double{p.gate[i]} - p.bias[i] + slack));
     // A third on the gate, a third near it, a third anywhere.
     const int kind = random_bits() % 3;
-    const double away = kind == 0 ? 0 : normal() * (kind == 1 ? margin : 2);
+    const double slack_here = double{margin.per_norm} * p.norm[i] + double{margin.per_residual} * p.residual[i];
+    const double away = kind == 0 ? 0 : normal() * (kind == 1 ? slack_here : 2);
     p.exact.push_back(double{static_cast<float>(p.gate[i] + (std::isfinite(away) ? away : 1))});
-    const double error = std::isfinite(margin) ? margin * p.norm[i] * (random_bits() % 201 / 100.0 - 1) : 0;
+    const double error = std::isfinite(slack_here) ? slack_here * (random_bits() % 201 / 100.0 - 1) : 0;
     p.scores.push_back(static_cast<float>(p.exact[i] - p.bias[i] + error));
   }
   return p;
@@ -177,16 +169,17 @@ Panel make_panel(int64_t count, float margin) {
 }  // namespace
 
 TEST(kernels_candidates_lose_and_miscount_nothing) {
-  for (const float margin : {0.0f, 0.01f, 1.0f, inf})
+  for (const Margin margin : {Margin{0, 0}, {0.01f, 0}, {0, 0.02f}, {0.3f, 1}, {inf, 0}})
     for (const float bound : {-inf, 0.0f, 2.0f, inf})
       for (int64_t count = 0; count <= 70; ++count) {
         const Panel p = make_panel(count, margin);
         int64_t active = 0;
         for (int64_t i = 0; i < count; ++i) active += p.active(i);
-        for (const CpuKernels* kernel : runnable()) {
+        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
           std::vector<uint32_t> out(count);
           int64_t counted = 0;
-          const int64_t found = kernel->candidates(p.scores.data(), p.view(), count, p.margin, bound, out.data(), &counted);
+          const int64_t found =
+              kernel->candidates(p.scores.data(), p.view(), p.residual.data(), count, margin, bound, out.data(), &counted);
           EXPECT(found <= count);
           std::vector<bool> listed(count);
           for (int64_t j = 0; j < found; ++j) {
@@ -208,23 +201,25 @@ TEST(kernels_candidates_lose_and_miscount_nothing) {
 TEST(kernels_candidates_are_the_same_everywhere) {
   const float odd[] = {
       0, -0.0f, inf, -inf, quiet_nan, std::numeric_limits<float>::max(), std::numeric_limits<float>::denorm_min()};
-  for (const float margin : {0.0f, 0.25f, inf, quiet_nan})
+  for (const Margin margin : {Margin{0, 0}, {0.25f, 0}, {0.125f, 0.25f}, {inf, 0}, {quiet_nan, 0}, {0, quiet_nan}})
     for (const float bound : {-inf, 1.0f, inf, quiet_nan})
       for (const int64_t count : {0, 1, 7, 8, 9, 16, 31, 250, 511, 512, 513}) {
-        Panel p = make_panel(count, 0.25f);
+        Panel p = make_panel(count, {0.125f, 0.125f});
         for (float& score : p.scores)
           if (random_bits() % 4 == 0) score = odd[random_bits() % std::size(odd)];
         std::vector<uint32_t> first(count), other(count);
         int64_t first_counted = 3, other_counted = 3;
-        const int64_t found =
-            portable_kernels.candidates(p.scores.data(), p.view(), count, margin, bound, first.data(), &first_counted);
-        for (const CpuKernels* kernel : runnable()) {
+        const auto run = [&](const CpuKernels& kernel, std::vector<uint32_t>& out, int64_t& counted) {
+          return kernel.candidates(p.scores.data(), p.view(), p.residual.data(), count, margin, bound, out.data(), &counted);
+        };
+        const int64_t found = run(portable_kernels, first, first_counted);
+        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
           other_counted = 3;
-          EXPECT_EQUAL(kernel->candidates(p.scores.data(), p.view(), count, margin, bound, other.data(), &other_counted), found);
+          EXPECT_EQUAL(run(*kernel, other, other_counted), found);
           EXPECT(std::equal(first.begin(), first.begin() + found, other.begin()));
           EXPECT_EQUAL(other_counted, first_counted);
         }
-        if (std::isnan(margin)) EXPECT_EQUAL(found, count);  // nothing is ruled out
+        if (std::isnan(margin.per_norm + margin.per_residual)) EXPECT_EQUAL(found, count);  // nothing is ruled out
       }
 }
 
@@ -254,7 +249,7 @@ TEST(kernels_list_keeps_the_best) {
         const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
         EXPECT(capacity >= k && capacity <= features);
         std::vector<uint64_t> slots(capacity), all;
-        TopList list = {slots.data(), 0, 0, 0};
+        TopList list = {slots.data(), nullptr, 0, 0, 0, 0, 0};
         for (int64_t f = 0; f < features; ++f) {
           all.push_back(make_key(1.0f + random_bits() % different, f));
           list.push(all.back(), k, capacity);
@@ -270,8 +265,42 @@ TEST(kernels_list_keeps_the_best) {
       }
 }
 
+TEST(kernels_list_may_wait_with_what_it_computes) {
+  for (const int64_t features : {1, 2, 33, 70, 500, 3000})
+    for (const int64_t wanted : {1, 2, 31, 64, 200, 3000})
+      for (const float width : {0.0f, 0.01f, 0.5f, 100.0f})
+        for (const int order : {-1, 0, 1}) {  // falling, any, rising
+          const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
+          std::vector<uint64_t> slots(capacity), all;
+          std::vector<Bounded> open(capacity);
+          TopList list = {slots.data(), open.data(), 0, 0, 0, 0, 0};
+          const auto compute_open = [&] {
+            for (int64_t i = 0; i < list.open_size; ++i) list.push(all[open[i].feature], k, capacity);
+            list.open_size = 0;
+          };
+          for (int64_t f = 0; f < features; ++f) {
+            const float value = 1 + (order == 0 ? random_bits() % 1000 / 500.0f : 1 + order * (f / 5) / 1000.0f);
+            all.push_back(make_key(value, f));
+            const float lower = value - width * (random_bits() % 5 / 4.0f), upper = value + width * (random_bits() % 5 / 4.0f);
+            if (list.defer({lower, upper, static_cast<uint32_t>(f)}, k, capacity)) continue;
+            compute_open();
+            list.push(all.back(), k, capacity);
+          }
+          EXPECT(list.open_size <= capacity);
+          if (list.open_least > 0)  // what it turns away must be beaten k times
+            EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) { return key_value(key) >= list.open_least; }) >= k);
+          list.thin(k);
+          compute_open();
+          list.cut(k);
+          EXPECT_EQUAL(list.size, k);
+          std::sort(slots.begin(), slots.begin() + k, std::greater<>());
+          std::sort(all.begin(), all.end(), std::greater<>());
+          EXPECT(std::equal(all.begin(), all.begin() + k, slots.begin()));
+        }
+}
+
 TEST(kernels_are_chosen_by_name) {
   const char* forced = std::getenv("SPARSE_TRANSCODER_CPU");
-  const std::string expected = forced ? forced : runnable().back()->name;
+  const std::string expected = forced ? forced : runnable_cpu_kernels().back()->name;
   EXPECT_EQUAL(std::string(cpu_kernels().name), expected);
 }

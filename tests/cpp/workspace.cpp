@@ -23,9 +23,39 @@ struct Item {
 
 TEST(workspace_buffers_are_apart) {
   const Plan plans[] = {
-      {.rows = 1, .lanes = 1, .block = 1, .panel = 1, .hidden_size = 1, .top_k = 1, .capacity = 1},
-      {.rows = 7, .lanes = 3, .block = 2, .panel = 5, .hidden_size = 33, .top_k = 4, .capacity = 68},
-      {.rows = 512, .lanes = 4, .block = 64, .panel = 512, .hidden_size = 576, .top_k = 50, .capacity = 114},
+      {.rows = 1,
+       .lanes = 1,
+       .block = 1,
+       .panel = 1,
+       .hidden_size = 1,
+       .int8_bytes = 0,
+       .int8_groups = 0,
+       .int16_stride = 0,
+       .strip = 1,
+       .top_k = 1,
+       .capacity = 1},
+      {.rows = 7,
+       .lanes = 3,
+       .block = 2,
+       .panel = 5,
+       .hidden_size = 33,
+       .int8_bytes = 128,
+       .int8_groups = 1,
+       .int16_stride = 0,
+       .strip = 7,
+       .top_k = 4,
+       .capacity = 68},
+      {.rows = 512,
+       .lanes = 4,
+       .block = 64,
+       .panel = 512,
+       .hidden_size = 576,
+       .int8_bytes = 1408,
+       .int8_groups = 3,
+       .int16_stride = 608,
+       .strip = 256,
+       .top_k = 50,
+       .capacity = 114},
   };
   for (const Plan& plan : plans) {
     const Workspace w(plan);
@@ -34,14 +64,27 @@ TEST(workspace_buffers_are_apart) {
       size_t bytes;
     };
     const auto span = [](auto* data, int64_t count) { return Span{reinterpret_cast<uintptr_t>(data), count * sizeof(*data)}; };
+    const int64_t tile = sparse_transcoder::kernels::panel_features;
     std::vector<Span> spans = {span(w.hidden, plan.rows * plan.hidden_size),
+                               span(w.int8, plan.rows * plan.int8_bytes),
+                               span(w.int16, plan.rows * plan.int16_stride),
+                               span(w.int16_scale, plan.rows),
                                span(w.margin, plan.rows),
                                span(w.lists, plan.rows * plan.lanes),
                                span(w.keys, plan.rows * plan.lanes * plan.capacity),
-                               span(w.scores, plan.lanes * plan.block * plan.panel),
+                               span(w.open, plan.rows * plan.lanes * plan.capacity),
+                               span(w.scores, plan.lanes * std::max(plan.block * plan.panel, plan.strip * tile)),
                                span(w.candidates, plan.lanes * plan.panel),
-                               span(w.merged, plan.lanes * plan.lanes * plan.capacity)};
-    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+                               span(w.masks, plan.lanes * plan.strip),
+                               span(w.survivors, plan.lanes * 3 * plan.strip * tile),
+                               span(w.packed, plan.lanes * tile * plan.int16_stride),
+                               span(w.bounds, plan.lanes * 2 * plan.int8_groups),
+                               span(w.tally, plan.lanes),
+                               span(w.merged, plan.lanes * plan.lanes * plan.capacity),
+                               span(w.merged_open, plan.lanes * plan.lanes * plan.capacity)};
+    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
+      return a.begin < b.begin || (a.begin == b.begin && a.bytes < b.bytes);  // no layer may have a copy: empty buffers
+    });
     for (size_t i = 0; i < spans.size(); ++i) {
       EXPECT_EQUAL(spans[i].begin % 64, 0u);
       if (i > 0) EXPECT(spans[i - 1].begin + spans[i - 1].bytes <= spans[i].begin);

@@ -16,11 +16,12 @@
 
 namespace sparse_transcoder {
 
-// Which approximate arithmetic finds the candidates; it never changes a result.
+// Which approximate arithmetic finds the candidates; it never changes a result. On the CPU; CUDA screens in float32.
 enum class Screening {
-  automatic,  // the fastest that this machine has
+  automatic,  // the fastest that this machine has: int8 and, for float32 weights, int16 copies: 1 + 2 bytes a weight
   off,        // float32 product of the stored weights: no copy of them is made
-
+  int16,      // an int16 copy alone: 2 bytes a weight
+  int8,       // an int8 copy alone: 1 byte a weight
 };
 
 struct Options {
@@ -54,6 +55,18 @@ struct Memory {
   int64_t workspace_bytes;  // all pooled workspaces; grows only when calls overlap
 };
 
+// What a call did, summed over its chunks: how many (row, feature) pairs each stage let through, and its time, summed over
+// workers.
+struct Explanation {
+  int64_t rows, features;
+  int64_t fallback_rows;                           // too large to screen: every feature of theirs is computed
+  int64_t pairs_int8, pairs_int16, pairs_float32;  // screened in each arithmetic
+  int64_t survivors;                               // of the int8 screen
+  int64_t ambiguous;                               // too near their gate to be counted unseen
+  int64_t rescored;                                // computed exactly
+  double prepare_ms, screen_ms, refine_ms, rescore_ms, finish_ms;
+};
+
 class Engine {
  public:
   explicit Engine(std::map<int64_t, LayerWeights> weights, Options options = {});
@@ -73,6 +86,9 @@ class Engine {
   // which needs the hidden states.
   at::Tensor decode(int64_t layer, const at::Tensor& activations, const at::Tensor& indices, const at::Tensor& hidden = {}) const;
   at::Tensor decode(int64_t layer, const SparseFeatures& features, const at::Tensor& hidden = {}) const;
+
+  // Encodes on the CPU and tells how; the result is dropped.
+  Explanation explain(int64_t layer, const at::Tensor& hidden) const;
 
   std::vector<int64_t> layers() const;
   const LayerWeights& weights(int64_t layer) const;

@@ -1,0 +1,344 @@
+// One lane streams over its features for all rows of a job, panel after panel:
+//
+//   screen    approximate products; a pair whose upper bound misses its gate is gone. int8, int16 or float32 (screening.h)
+//   refine    what survived int8 is multiplied again in int16: sure pairs are counted, those under the running k-th best are gone
+//   rescore   the rest is computed exactly. This value alone decides whether a feature is active, and its rank
+//
+// No stage rules out a pair that could count, so the result does not depend on the arithmetic, the panels or their order.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "encode.h"
+
+namespace sparse_transcoder {
+
+// Rows [first_row, first_row + rows) of one request, in slots [slot, slot + rows).
+struct Job {
+  const Request* request;
+  int64_t first_row, rows, slot;
+  Choice choice;
+
+  const Layer& layer() const { return *request->layer; }
+};
+
+// Features [first, last) of a job; `first` is at a panel's begin.
+struct Unit {
+  const Job* job;
+  int64_t first, last;
+};
+
+inline float* hidden_row(const Workspace& w, const Job& job, int64_t row) {
+  return w.hidden + job.slot * w.plan.hidden_size + row * job.layer().hidden_size;
+}
+inline int8_t* int8_row(const Workspace& w, const Job& job, int64_t row) {
+  return w.int8 + job.slot * w.plan.int8_bytes +
+         row * job.choice.planes * kernels::Int8Layout(job.layer().hidden_size).row_bytes();
+}
+inline int16_t* int16_row(const Workspace& w, const Job& job, int64_t row) {
+  return w.int16 + job.slot * w.plan.int16_stride + row * kernels::int16_stride(job.layer().hidden_size);
+}
+inline bool is_finite(const RowMargin& margin) { return !std::isnan(margin.float32.per_norm); }
+inline bool is_screened(const RowMargin& margin) { return std::isfinite(margin.float32.per_norm); }
+
+enum Phase { prepare_phase, screen_phase, refine_phase, rescore_phase, finish_phase };
+
+// Adds the time since the last call to a phase, where a call is to be explained.
+class Stopwatch {
+ public:
+  Stopwatch(Tally& tally, bool running) : tally_(tally), running_(running) { last_ = now(); }
+  void add_to(Phase phase) {
+    if (!running_) return;
+    const Clock::time_point time = now();
+    tally_.ms[phase] += std::chrono::duration<double, std::milli>(time - last_).count();
+    last_ = time;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point now() const { return running_ ? Clock::now() : Clock::time_point(); }
+  Tally& tally_;
+  const bool running_;
+  Clock::time_point last_;
+};
+
+struct SurvivorList {
+  Survivor* pairs;
+  int64_t size;
+
+  void push(Survivor survivor) { pairs[size++] = survivor; }
+};
+
+// Computes a layer's activations exactly.
+class Exact {
+ public:
+  explicit Exact(const Layer& layer)
+      : dot_(kernels::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
+        weights_(static_cast<const char*>(layer.W_enc.const_data_ptr())),
+        bias_(layer.bias.const_data_ptr<float>()),
+        size_(layer.hidden_size),
+        row_bytes_(layer.hidden_size * layer.W_enc.element_size()) {}
+
+  float activation(const float* x, int64_t feature) const {
+    return static_cast<float>(dot_(x, weights(feature), size_) + bias_[feature]);
+  }
+  const char* weights(int64_t feature) const { return weights_ + feature * row_bytes_; }
+  int64_t row_bytes() const { return row_bytes_; }
+
+ private:
+  double (*dot_)(const float*, const void*, int64_t);
+  const char* weights_;
+  const float* bias_;
+  int64_t size_, row_bytes_;
+};
+
+// Starts to bring memory into the cache.
+inline void fetch(const void* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(begin) + i, 0, 2);
+}
+
+// Sink: keep(row, feature, activation) gets every active feature, ascending in each row, whose activation can reach bound(row),
+// but for those that defer(row, feature with its bounds) takes over; active(row) is the row's counter of active features.
+template <typename Sink>
+class Scan {
+ public:
+  Scan(const Workspace& w, const Unit& unit, int64_t lane, Sink sink)
+      : w_(w),
+        unit_(unit),
+        job_(*unit.job),
+        layer_(job_.layer()),
+        sink_(sink),
+        kernel_(kernels::cpu_kernels()),
+        layout_(layer_.hidden_size),
+        gate_(layer_.gate_at(0)),
+        margin_(w.margin + job_.slot),
+        scale_(w.int16_scale + job_.slot),
+        exact_(layer_),
+        scores_(w.scores + lane * w.plan.scores()),
+        candidates_(w.candidates + lane * w.plan.panel),
+        masks_(w.masks + lane * w.plan.strip),
+        packed_(w.packed + lane * kernels::panel_features * w.plan.int16_stride),
+        tally_(w.tally[lane]),
+        watch_(tally_, w.timed) {
+    Survivor* survivors = w.survivors + lane * 3 * w.plan.strip * kernels::panel_features;
+    for (SurvivorList* list : {&fresh_, &refined_, &spare_}) {
+      *list = {survivors, 0};
+      survivors += w.plan.strip * kernels::panel_features;
+    }
+    if (layer_.copies.int16.defined()) {
+      int16_ = layer_.copies.int16.template const_data_ptr<int16_t>();
+      int16_scale_ = layer_.copies.int16_scale.template const_data_ptr<float>();
+      int16_residual_ = layer_.copies.int16_residual.template const_data_ptr<float>();
+    }
+  }
+
+  void run() {
+    // A panel with many survivors sends the next ones through the dense screen; then int8 is tried again.
+    constexpr int64_t retry = 16;
+    const Choice choice = job_.choice;
+    const int64_t wide = choice.sparse == Arithmetic::float32 ? w_.plan.panel : kernels::panel_features;
+    int64_t dense_panels = 0;
+    for (int64_t first = unit_.first; first < unit_.last; first += wide) {
+      const int64_t count = std::min(wide, unit_.last - first);
+      const Arithmetic arithmetic = dense_panels > 0 ? choice.dense : choice.sparse;
+      tally_.pairs[static_cast<int>(arithmetic)] += job_.rows * count;
+      if (arithmetic == Arithmetic::int8) {
+        const int64_t survivors = screen_int8(first, count);
+        tally_.survivors += survivors;
+        if (survivors > dense_share * static_cast<double>(job_.rows * count)) {
+          settle();
+          dense_panels = retry;
+        }
+      } else if (arithmetic == Arithmetic::int16) {
+        screen_int16(first, count);
+      } else {
+        screen_float32(first, count);
+      }
+      if (dense_panels > 0) --dense_panels;
+    }
+    settle();
+  }
+
+ private:
+  // Returns how many pairs survived int8. Survivors wait for the next call to be refined, and for the one after that to be
+  // rescored: meanwhile what this reads of their features is on its way from memory.
+  int64_t screen_int8(int64_t first, int64_t count) {
+    const auto* panel =
+        layer_.copies.int8.template const_data_ptr<uint8_t>() + first / kernels::panel_features * layout_.panel_bytes();
+    const uint64_t all = count == kernels::panel_features ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    int64_t total = 0;
+    for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
+      const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
+      look_ahead(rows, row + rows == job_.rows && first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
+      kernel_.screen_int8(layout_, int8_row(w_, job_, row), rows, job_.choice.planes, panel, gate_.low + first, scores_, masks_,
+                          ahead_);
+      for (int64_t r = 0; r < rows; ++r) {
+        const RowMargin& margin = margin_[row + r];
+        if (!is_finite(margin)) continue;
+        for (uint64_t mask = is_screened(margin) ? masks_[r] & all : all; mask != 0; mask &= mask - 1) {
+          const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
+          spare_.push({static_cast<int32_t>(row + r), feature << 1 | 1});
+        }
+      }
+      total += spare_.size;
+      watch_.add_to(screen_phase);
+      advance();
+    }
+    return total;
+  }
+
+  // Rescores what is refined, refines what is fresh, and takes what is in spare_ as fresh.
+  void advance() {
+    rescore(refined_);
+    watch_.add_to(rescore_phase);
+    std::swap(refined_, fresh_);
+    if (int16_) refine(refined_);
+    watch_.add_to(refine_phase);
+    std::swap(fresh_, spare_);
+  }
+
+  void settle() {
+    advance();
+    advance();
+  }
+
+  void look_ahead(int64_t rows, const uint8_t* next_panel) {
+    constexpr int64_t many_rows = 7;  // with fewer, the screen itself is a stream through memory
+    ahead_.clear();
+    const int64_t stride = kernels::int16_stride(layer_.hidden_size);
+    const auto add_each = [&](const SurvivorList& list, const char* rows, int64_t row_bytes) {
+      uint64_t added = 0;  // a list is of one panel
+      for (int64_t i = 0; i < list.size; ++i) {
+        const int64_t feature = list.pairs[i].id();
+        const uint64_t bit = uint64_t{1} << feature % kernels::panel_features;
+        if (!(added & bit)) ahead_.add(rows + feature * row_bytes, row_bytes);
+        added |= bit;
+      }
+    };
+    add_each(refined_, exact_.weights(0), exact_.row_bytes());
+    if (int16_)
+      add_each(fresh_, reinterpret_cast<const char*>(int16_), 2 * stride);
+    else
+      add_each(fresh_, exact_.weights(0), exact_.row_bytes());
+    if (next_panel && rows >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
+  }
+
+  // Leaves those that int16 cannot settle: as CpuKernels::candidates does, for pairs from all over.
+  void refine(SurvivorList& list) {
+    const int64_t size = layer_.hidden_size, stride = kernels::int16_stride(size);
+    const int16_t* rows = int16_row(w_, job_, 0);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < list.size; ++i) {
+      const int64_t row = list.pairs[i].row, feature = list.pairs[i].id();
+      const auto product = static_cast<float>(kernel_.dot_int16(rows + row * stride, int16_ + feature * stride, size));
+      const float score = product * scale_[row].scale * int16_scale_[feature];
+      const kernels::Margin margin = margin_[row].int16;
+      const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
+      const float upper = score + slack;
+      if (upper < gate_.low[feature]) continue;
+      const bool sure = score - slack >= gate_.high[feature];
+      sink_.active(row) += sure;
+      if (sure && upper < sink_.bound(row) - gate_.bias[feature]) continue;
+      list.pairs[kept++] = {list.pairs[i].row, static_cast<uint32_t>(feature << 1) | !sure};
+    }
+    list.size = kept;
+  }
+
+  void rescore(SurvivorList& list) {
+    for (int64_t i = 0; i < list.size; ++i) {
+      if (i + 1 < list.size) fetch(hidden_row(w_, job_, list.pairs[i + 1].row), 4 * layer_.hidden_size);
+      rescore(list.pairs[i].row, list.pairs[i].id(), list.pairs[i].feature & 1);
+    }
+    list.size = 0;
+  }
+
+  void screen_int16(int64_t first, int64_t count) {
+    const int64_t stride = kernels::int16_stride(layer_.hidden_size);
+    for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
+      const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
+      ahead_.clear();
+      if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
+      kernel_.product_int16(int16_row(w_, job_, row), scale_ + row, rows, int16_ + first * stride, int16_scale_ + first, count,
+                            layer_.hidden_size, packed_, scores_, ahead_);
+      watch_.add_to(screen_phase);
+      const int64_t before = tally_.rescored;
+      for (int64_t r = 0; r < rows; ++r)
+        gate(row + r, scores_ + r * kernels::panel_features, first, count, int16_residual_ + first, margin_[row + r].int16);
+      busy_ = tally_.rescored - before >= count;
+      watch_.add_to(rescore_phase);
+    }
+  }
+
+  void screen_float32(int64_t first, int64_t count) {
+    const auto product = kernel_.product[static_cast<int>(layer_.dtype)];
+    for (int64_t row = 0; row < job_.rows; row += w_.plan.block) {
+      const int64_t rows = std::min(w_.plan.block, job_.rows - row);
+      product(hidden_row(w_, job_, row), rows, exact_.weights(first), count, layer_.hidden_size, scores_);
+      watch_.add_to(screen_phase);
+      for (int64_t r = 0; r < rows; ++r)
+        gate(row + r, scores_ + r * count, first, count, gate_.norm + first, margin_[row + r].float32);
+      watch_.add_to(rescore_phase);
+    }
+  }
+
+  void gate(int64_t row, const float* scores, int64_t first, int64_t count, const float* residual, kernels::Margin margin) {
+    if (!is_finite(margin_[row])) return;
+    const kernels::Gate gate = {gate_.norm + first, gate_.bias + first, gate_.gate + first, gate_.low + first,
+                                gate_.high + first};
+    const int64_t found =
+        kernel_.candidates(scores, gate, residual, count, margin, sink_.bound(row), candidates_, &sink_.active(row));
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t position = candidates_[i] >> 1, feature = first + position;
+      const bool ambiguous = candidates_[i] & 1;
+      if (!ambiguous) {
+        // A feature surely active waits for a better bound. Its own bounds allow for their roundings as Layer's do.
+        const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * residual[position];
+        const double value = double{scores[position]} + gate_.bias[feature];
+        const double rounding = (std::abs(value) + slack + layer_.largest_bias) * 0x1p-20 + underflow(layer_.hidden_size);
+        if (sink_.defer(row, {static_cast<float>(value - slack - rounding), static_cast<float>(value + slack + rounding),
+                              static_cast<uint32_t>(feature)}))
+          continue;
+      }
+      rescore(row, feature, ambiguous);
+    }
+  }
+
+  void rescore(int64_t row, int64_t feature, bool ambiguous) {
+    const float value = exact_.activation(hidden_row(w_, job_, row), feature);
+    tally_.ambiguous += ambiguous;
+    ++tally_.rescored;
+    if (!(value >= gate_.gate[feature])) return;
+    sink_.active(row) += ambiguous;  // the others are counted already
+    sink_.keep(row, feature, value);
+  }
+
+  const Workspace& w_;
+  const Unit& unit_;
+  const Job& job_;
+  const Layer& layer_;
+  Sink sink_;
+  const kernels::CpuKernels& kernel_;
+  const kernels::Int8Layout layout_;
+  const kernels::Gate gate_;
+  const RowMargin* margin_;
+  const kernels::Int16Scale* scale_;
+  const Exact exact_;
+  const int16_t* int16_ = nullptr;
+  const float* int16_scale_ = nullptr;
+  const float* int16_residual_ = nullptr;
+  float* scores_;
+  uint32_t* candidates_;
+  uint64_t* masks_;
+  kernels::Ahead ahead_;
+  bool busy_ = false;                     // whether most of the last panel's weights were needed to rescore
+  SurvivorList fresh_, refined_, spare_;  // what the screen let through; what int16 did; empty
+  int16_t* packed_;
+  Tally& tally_;
+  Stopwatch watch_;
+};
+
+}  // namespace sparse_transcoder

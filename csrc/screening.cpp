@@ -1,0 +1,96 @@
+#include "screening.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <sys/mman.h>
+
+#include "lanes.h"
+#include "layer.h"
+
+namespace sparse_transcoder {
+namespace {
+
+constexpr int64_t few_rows = 3;  // the int8 screen is bound by reading weights: a second plane is free and halves the margin
+
+// Memory in huge pages where the system gives them: rows are read from all over it.
+at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::string& who) {
+  int64_t bytes = c10::elementSize(type);
+  for (const int64_t size : shape) bytes *= size;
+  at::Tensor memory;
+  try {
+    memory = at::empty(shape, type);
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the screening copy needs ", bytes,
+                     " bytes; screening \"off\" makes none");
+  }
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+}  // namespace
+
+int64_t ScreeningCopies::bytes() const {
+  int64_t bytes = 0;
+  for (const at::Tensor* t : {&int8, &int16, &int16_scale, &int16_residual})
+    if (t->defined()) bytes += t->nbytes();
+  return bytes;
+}
+
+ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who, at::Tensor& norms) {
+  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
+  const int64_t F = W_enc.size(0), H = W_enc.size(1), stride = kernels::int16_stride(H);
+  const kernels::Dtype dtype = kernel_dtype(W_enc.scalar_type());
+  const kernels::Int8Layout layout(H);
+  constexpr int64_t panel = kernels::panel_features;
+  const int64_t panels = (F + panel - 1) / panel;
+  // Weights of two bytes are their own sharper screen: an int16 copy would save nothing.
+  const bool want_int8 = screening == Screening::int8 || (screening == Screening::automatic && kernel.int8_rows > 0);
+  const bool want_int16 = screening == Screening::int16 ||
+                          (screening == Screening::automatic && kernel.fast_int16 && dtype == kernels::Dtype::float32);
+  ScreeningCopies copies;
+  if (want_int8) copies.int8 = allocate({panels, layout.panel_bytes()}, at::kByte, who);
+  if (want_int16) {
+    copies.int16 = allocate({F, stride}, at::kShort, who);
+    copies.int16_scale = at::empty({F}, at::kFloat);
+    copies.int16_residual = at::empty({F}, at::kFloat);
+  }
+  norms = at::empty({F}, at::kDouble);
+  const auto* weights = static_cast<const char*>(W_enc.const_data_ptr());
+  double* norm = norms.mutable_data_ptr<double>();
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const DefaultFloatingPoint environment;
+    std::vector<float> wide(panel * H);
+    std::vector<double> bounds(2 * layout.groups);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * panel, count = std::min(panel, F - first);
+      kernel.widen[static_cast<int>(dtype)](weights + first * H * W_enc.element_size(), wide.data(), count * H);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* w = wide.data() + i * H;
+        norm[first + i] = std::sqrt(kernel.dot[0](w, w, H));
+        if (!want_int16) continue;
+        const auto scale = kernel.quantise_int16(w, H, copies.int16.mutable_data_ptr<int16_t>() + (first + i) * stride);
+        copies.int16_scale.mutable_data_ptr<float>()[first + i] = scale.scale;
+        // The score is rounded four times, of a product of norms.
+        copies.int16_residual.mutable_data_ptr<float>()[first + i] = scale.residual + scale.norm * 0x1p-21f;
+      }
+      if (want_int8)
+        kernel.quantise_panel(layout, wide.data(), count, copies.int8.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(),
+                              bounds.data());
+    }
+  });
+  return copies;
+}
+
+Choice choose_screen(const ScreeningCopies& copies, int64_t rows) {
+  const kernels::CpuKernels& kernel = kernels::cpu_kernels();
+  const Arithmetic dense = copies.int16.defined() ? Arithmetic::int16 : Arithmetic::float32;
+  const bool int8 = copies.int8.defined() && rows <= kernel.int8_rows;
+  return {int8 ? Arithmetic::int8 : dense, dense, rows <= few_rows ? 2 : 1};
+}
+
+}  // namespace sparse_transcoder

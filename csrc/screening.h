@@ -1,0 +1,36 @@
+// Low-precision copies of an encoder's weights, and which arithmetic screens a call with them.
+#pragma once
+
+#include <sparse_transcoder/engine.h>
+
+#include "kernels/cpu.h"
+
+namespace sparse_transcoder {
+
+// Undefined tensors: no such copy.
+struct ScreeningCopies {
+  at::Tensor int8;                         // [panels, panel_bytes] uint8
+  at::Tensor int16;                        // [F, int16_stride] int16
+  at::Tensor int16_scale, int16_residual;  // [F] float32
+
+  int64_t bytes() const;
+};
+
+// Copies of W_enc [F, H] on the CPU that `screening` asks for, made on all of torch's threads; and its row norms, [F] float64,
+// NaN or Inf where the row is not finite.
+ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who, at::Tensor& norms);
+
+enum class Arithmetic { float32, int16, int8 };
+
+struct Choice {
+  Arithmetic sparse;  // where few features survive int8
+  Arithmetic dense;   // where many do
+  int64_t planes;     // int8 numbers that a hidden state's input is held in
+};
+
+Choice choose_screen(const ScreeningCopies& copies, int64_t rows);
+
+// Share of the pairs that survive int8 above which the dense screen is faster.
+constexpr double dense_share = 0.1;
+
+}  // namespace sparse_transcoder

@@ -1,0 +1,270 @@
+// Measures how far each screen is from the exact dot products, as a share of the margin that it claims: never above one.
+// SPARSE_TRANSCODER_SOUNDNESS_PAIRS sets how many (row, feature) pairs are looked at.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <sparse_transcoder/weights.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "int8.h"
+#include "kernels/cpu.h"
+
+using namespace sparse_transcoder::kernels;
+
+namespace {
+
+constexpr int64_t row_count = 192, panels = 8, feature_count = panels * panel_features;
+constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, at::kHalf};  // in the order of Dtype
+const char* const row_kinds[] = {"gaussian",    "planted", "heavy tails",    "over many decades",
+                                 "one outlier", "sparse",  "worst for int8", "worst for int16"};
+const char* const weight_kinds[] = {"gaussian", "heavy tails", "over many decades", "real", "worst for int8", "worst for int16"};
+constexpr int64_t block_sizes[] = {576, 64, 200, 257, 576, 1000, 33, 768, 2048, 7};
+
+at::Tensor sign(at::IntArrayRef shape) { return at::where(at::rand(shape) < 0.5, 1.0, -1.0); }
+at::Tensor decades(int64_t count, double low, double high) {
+  return at::pow(10.0, at::rand({count, 1}, at::kDouble) * (high - low) + low);
+}
+
+// As near the middle between two multiples of the int16 scale as can be, on the side that `side` says.
+at::Tensor at_halves_of_int16(at::Tensor x, const at::Tensor& side) {
+  std::vector<int16_t> q(int16_stride(x.size(1)));
+  for (int turn = 0; turn < 3; ++turn) {
+    const at::Tensor narrow = x.to(at::kFloat).contiguous();
+    at::Tensor scale = at::empty({x.size(0), 1}, at::kDouble);
+    for (int64_t i = 0; i < x.size(0); ++i)
+      scale[i][0] = runnable_cpu_kernels()
+                        .front()
+                        ->quantise_int16(narrow.const_data_ptr<float>() + i * x.size(1), x.size(1), q.data())
+                        .scale;
+    x = (at::round(x / scale) + 0.495 * side) * scale;
+  }
+  return x;
+}
+
+// All of one size but the largest of each int8 group, and half a step beside, on the side that `side` says.
+at::Tensor at_halves_of_int8(int64_t count, const at::Tensor& signs, const at::Tensor& side) {
+  const Int8Layout layout(signs.numel());
+  at::Tensor x = at::floor(at::rand({count, 1}, at::kDouble) * 125 + 1) * signs + 0.4999 * side;
+  for (int64_t i = 0; i < layout.size; i += layout.depth) x.select(1, i).fill_(127);
+  return x * decades(count, -3, 3);
+}
+
+struct Block {
+  std::string name;
+  at::Tensor x, w, stored;  // [rows, H], [features, H] float64; the weights as they are stored
+  int type;
+};
+
+Block make_block(int64_t number) {
+  const std::string x_kind = row_kinds[number % std::size(row_kinds)];
+  const std::string w_kind = weight_kinds[number / 3 % std::size(weight_kinds)];
+  const int64_t H = w_kind == "real" ? 576 : block_sizes[number / 2 % std::size(block_sizes)];
+  const at::Tensor a = sign({H}).to(at::kDouble);
+  at::Tensor b = sign({H}).to(at::kDouble), w, x, decoder;
+  const auto normal = [&](int64_t count) { return at::randn({count, H}, at::kDouble); };
+  if (w_kind == "heavy tails") {
+    w = normal(feature_count) * at::exp(2 * normal(feature_count));
+  } else if (w_kind == "over many decades") {
+    w = normal(feature_count) * decades(feature_count, -17, 10);
+  } else if (w_kind == "real") {
+    static std::map<int64_t, sparse_transcoder::LayerWeights> real = sparse_transcoder::load_weights(EXAMPLES);
+    const auto& layer = std::next(real.begin(), number / 6 % real.size())->second;
+    const int64_t first = number * 64 % (layer.W_enc.size(0) - feature_count);
+    w = layer.W_enc.narrow(0, first, feature_count).to(at::kDouble);
+    decoder = layer.W_dec.to(at::kDouble).t();
+  } else if (w_kind == "worst for int8") {
+    w = at_halves_of_int8(feature_count, b, a);
+  } else if (w_kind == "worst for int16") {
+    w = at_halves_of_int16(b * decades(feature_count, -2, 2), a.expand({feature_count, H}));
+  } else {
+    w = normal(feature_count);
+  }
+  int type = static_cast<int>(number % 3);
+  if (w_kind.rfind("worst", 0) == 0) type = 0;
+  if (type == 2 && !w.to(at::kHalf).isfinite().all().item<bool>()) type = 1;
+  const at::Tensor stored = w.to(types[type]).contiguous();
+  w = stored.to(at::kDouble);
+  b = at::where(w[0] < 0, -1.0, 1.0).to(at::kDouble);
+
+  if (x_kind == "planted") {
+    const at::Tensor from = decoder.defined() ? decoder : w;
+    const at::Tensor unit = from / from.norm(2, {1}, true).clamp_min(1e-300);
+    x = at::rand({row_count, from.size(0)}, at::kDouble);
+    x = at::where(x < 30.0 / from.size(0), x * from.size(0) / 10, 0).matmul(unit) + 0.1 * normal(row_count);
+  } else if (x_kind == "heavy tails") {
+    x = normal(row_count) * at::exp(2 * normal(row_count)) * at::exp(normal(1));
+  } else if (x_kind == "over many decades") {
+    x = normal(row_count) * decades(row_count, -18, 14);
+  } else if (x_kind == "one outlier") {
+    x = normal(row_count);
+    x.select(1, number % H).mul_(decades(row_count, 0, 12).squeeze(1));
+  } else if (x_kind == "sparse") {
+    x = at::where(at::rand({row_count, H}) < 0.02, normal(row_count), 0);
+  } else if (x_kind == "worst for int8") {
+    x = at_halves_of_int8(row_count, a, b);
+  } else if (x_kind == "worst for int16") {
+    x = at_halves_of_int16(a * decades(row_count, -2, 2), b.expand({row_count, H}));
+  } else {
+    x = normal(row_count);
+  }
+  return {x_kind + " rows, " + w_kind + " weights of " + at::toString(types[type]) + ", H " + std::to_string(H),
+          x.to(at::kFloat).to(at::kDouble).contiguous(), w, stored, type};
+}
+
+struct Stage {
+  double worst = 0;
+  int64_t pairs = 0;
+  std::string where;
+
+  void add(const at::Tensor& error, const at::Tensor& margin, const Block& block) {
+    // What underflow may change, as the gate allows for it.
+    const at::Tensor share = error.abs() / (margin + block.x.size(1) * 0x1p-125);
+    const double most = share.max().item<double>();
+    pairs += error.numel();
+    if (!(most <= worst)) {
+      worst = most;
+      where = block.name;
+    }
+  }
+};
+
+using Stages = std::map<std::string, Stage>;
+
+at::Tensor wide(const std::vector<int8::Vector>& vectors, std::vector<double> int8::Vector::* part) {
+  const auto size = static_cast<int64_t>((vectors[0].*part).size());
+  at::Tensor out = at::empty({static_cast<int64_t>(vectors.size()), size}, at::kDouble);
+  for (size_t i = 0; i < vectors.size(); ++i)
+    std::copy((vectors[i].*part).begin(), (vectors[i].*part).end(),
+              out.mutable_data_ptr<double>() + static_cast<int64_t>(i) * size);
+  return out;
+}
+
+void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor& x, const at::Tensor& w, const at::Tensor& exact,
+                  Stages& stages) {
+  const int64_t H = x.size(1);
+  const Int8Layout layout(H);
+  std::vector<uint8_t> panel(panels * layout.panel_bytes());
+  std::vector<int8::Vector> features(feature_count), rows(row_count);
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> bounds(2 * layout.groups);
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* at = panel.data() + p * layout.panel_bytes();
+      kernel.quantise_panel(layout, w.const_data_ptr<float>() + p * panel_features * H, panel_features, at, bounds.data());
+      for (int64_t f = 0; f < panel_features; ++f) features[p * panel_features + f] = int8::read_feature(layout, at, f);
+    }
+  });
+  const at::Tensor values = wide(features, &int8::Vector::values).t(), margins = wide(features, &int8::Vector::margin).t();
+  // The largest float32 that the exact value reaches: the screen must find that its upper bound does, too.
+  const at::Tensor least = exact - H * 0x1p-125, near = least.to(at::kFloat);
+  const at::Tensor low =
+      at::where(near > least, at::nextafter(near, at::full_like(near, -std::numeric_limits<float>::infinity())), near)
+          .contiguous();
+  for (int64_t planes = 1; planes <= 2; ++planes) {
+    const int64_t bytes = planes * layout.row_bytes();
+    std::vector<int8_t> packed(row_count * bytes);
+    std::vector<double> bounds(2 * layout.groups);
+    for (int64_t r = 0; r < row_count; ++r) {
+      kernel.quantise_row(layout, x.const_data_ptr<float>() + r * H, planes, packed.data() + r * bytes, bounds.data());
+      rows[r] = int8::read_row(layout, packed.data() + r * bytes, planes);
+    }
+    stages[planes == 1 ? "int8" : "int8, two planes"].add(wide(rows, &int8::Vector::values).matmul(values) - exact,
+                                                          wide(rows, &int8::Vector::margin).matmul(margins), block);
+    std::atomic<int64_t> lost{0};
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      Ahead ahead;
+      float tile[panel_features];
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t r = 0; r < row_count; ++r) {
+          uint64_t mask = 0;
+          kernel.screen_int8(layout, packed.data() + r * bytes, 1, planes, panel.data() + p * layout.panel_bytes(),
+                             low.const_data_ptr<float>() + r * feature_count + p * panel_features, tile, &mask, ahead);
+          lost += __builtin_popcountll(~mask);
+        }
+    });
+    if (lost > 0) check::fail(__FILE__, __LINE__, std::string(kernel.name) + " loses pairs of " + block.name);
+  }
+}
+
+void measure_int16(const CpuKernels& kernel, const Block& block, const at::Tensor& x, const at::Tensor& w,
+                   const at::Tensor& exact, const at::Tensor& w_norm, Stages& stages) {
+  const int64_t H = x.size(1), stride = int16_stride(H);
+  const auto quantise = [&](const at::Tensor& from, std::vector<int16_t>& q, std::vector<Int16Scale>& scales) {
+    q.resize(from.size(0) * stride);
+    for (int64_t i = 0; i < from.size(0); ++i)
+      scales.push_back(kernel.quantise_int16(from.const_data_ptr<float>() + i * H, H, q.data() + i * stride));
+    at::Tensor all = at::empty({3, from.size(0)}, at::kDouble);
+    for (int64_t i = 0; i < from.size(0); ++i) {
+      all.data_ptr<double>()[i] = scales[i].scale;
+      all.data_ptr<double>()[from.size(0) + i] = scales[i].residual;
+      all.data_ptr<double>()[2 * from.size(0) + i] = scales[i].norm;
+    }
+    return all;
+  };
+  std::vector<int16_t> x_q, w_q;
+  std::vector<Int16Scale> x_scales, w_scales;
+  const at::Tensor x_all = quantise(x, x_q, x_scales), w_all = quantise(w, w_q, w_scales);
+  const at::Tensor w_scale = w_all[0].to(at::kFloat), scores = at::empty({panels, row_count, panel_features});
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int16_t> packed(panel_features * stride);
+    Ahead ahead;
+    for (int64_t p = begin; p < end; ++p)
+      kernel.product_int16(x_q.data(), x_scales.data(), row_count, w_q.data() + p * panel_features * stride,
+                           w_scale.const_data_ptr<float>() + p * panel_features, panel_features, H, packed.data(),
+                           scores.data_ptr<float>() + p * row_count * panel_features, ahead);
+  });
+  // As layers and rows combine them.
+  const at::Tensor margin = x_all[1].unsqueeze(1) * w_norm + x_all[2].unsqueeze(1) * (w_all[1] + w_all[2] * 0x1p-21);
+  stages["int16"].add(scores.transpose(0, 1).reshape({row_count, feature_count}).to(at::kDouble) - exact, margin, block);
+}
+
+void measure_product(const CpuKernels& kernel, const Block& block, const at::Tensor& x, const at::Tensor& exact,
+                     const at::Tensor& w_norm, Stages& stages) {
+  const int64_t H = x.size(1), some = 48;
+  const at::Tensor scores = at::empty({row_count, feature_count});
+  at::parallel_for(0, row_count / some, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel.product[block.type](x.const_data_ptr<float>() + i * some * H, some, block.stored.const_data_ptr(), feature_count, H,
+                                 scores.data_ptr<float>() + i * some * feature_count);
+  });
+  const double roundoff = (H + 8) * 0x1p-24;
+  stages["float32"].add(scores.to(at::kDouble) - exact, roundoff / (1 - roundoff) * block.x.norm(2, {1}, true) * w_norm, block);
+}
+
+}  // namespace
+
+TEST(soundness_no_screen_is_further_off_than_it_says) {
+  at::manual_seed(3);
+  const char* wanted = std::getenv("SPARSE_TRANSCODER_SOUNDNESS_PAIRS");
+  const double pairs = wanted ? std::atof(wanted) : 1.2e7;
+  std::map<std::string, Stages> all;
+  const auto& kernels = runnable_cpu_kernels();
+  for (int64_t number = 0; static_cast<double>(number) * row_count * feature_count < pairs; ++number) {
+    const Block block = make_block(number);
+    const at::Tensor x = block.x.to(at::kFloat), w = block.w.to(at::kFloat), exact = block.x.matmul(block.w.t());
+    const at::Tensor w_norm = block.w.norm(2, {1}).unsqueeze(0);
+    for (const CpuKernels* kernel : kernels) {
+      if (kernel != kernels.back() && number % 17 != 0) continue;  // the slower ones see a part
+      Stages& stages = all[kernel->name];
+      measure_int8(*kernel, block, x, w, exact, stages);
+      measure_int16(*kernel, block, x, w, exact, w_norm, stages);
+      measure_product(*kernel, block, x, exact, w_norm, stages);
+    }
+  }
+  for (const auto& [kernel, stages] : all)
+    for (const auto& [name, stage] : stages) {
+      std::fprintf(stderr, "  %-10s %-16s error / margin at most %.4f over %.3g pairs: %s\n", kernel.c_str(), name.c_str(),
+                   stage.worst, static_cast<double>(stage.pairs), stage.where.c_str());
+      EXPECT(stage.worst <= 1);
+    }
+  // Rows made for it come near: a margin that is any smaller would be seen.
+  for (const auto& [name, least] : std::map<std::string, double>{{"int8", 0.9}, {"int16", 0.9}})
+    EXPECT(all[kernels.back()->name][name].worst > least);
+}
