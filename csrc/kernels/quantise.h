@@ -65,7 +65,7 @@ struct Group {
 // rest, where given, receives y - q.
 inline Group quantise_group(const float* x, int64_t size, int8_t* q, float* rest) {
   const float largest = largest_magnitude(x, size), scale = largest / 127;
-  if (!(scale >= smallest_scale)) {
+  if (!(scale >= smallest_scale && scale <= std::numeric_limits<float>::max())) {  // too small, or not finite
     std::fill(q, q + size, int8_t{0});
     if (rest) std::fill(rest, rest + size, 0.0f);
     const double norm = std::sqrt(static_cast<double>(size)) * largest;
