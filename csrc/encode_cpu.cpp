@@ -103,7 +103,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
 float screen_bound(const Layer& layer, const TopList& list) {
   const double value = std::max(list.least == 0 ? 0 : kernels::key_value(list.least), list.open_least);
   if (value <= 0) return -std::numeric_limits<float>::infinity();
-  return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - layer.hidden_size * 0x1p-125);
+  return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 - underflow(layer.hidden_size));
 }
 
 // Keeps each row's best in the lane's lists.

@@ -22,6 +22,7 @@ void check_options(const Options& options) {
 void check_hidden(const Layer& layer, const at::Tensor& hidden) {
   const std::string who = "layer " + std::to_string(layer.id);
   TORCH_CHECK_TYPE(hidden.defined(), who, ": hidden must be a tensor, got none");
+  TORCH_CHECK_VALUE(!hidden.is_nested(), who, ": hidden must be dense, got a nested tensor");
   const auto dtype = hidden.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, who,
                    ": hidden must be float32, bfloat16 or float16, got ", c10::getDtypeNames(dtype).first);
@@ -46,6 +47,11 @@ Features allocate(const Layer& layer, const at::Tensor& hidden) {
     TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id, ": out of memory: the result needs ", bytes,
                      " bytes; a lower top_k needs less, got top_k ", layer.top_k);
   }
+}
+
+[[noreturn]] void refuse_sparse(const Layer& layer, int64_t rows) {
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id, ": out of memory: the result needs ", 8 * (rows + 1),
+                   " bytes and 12 for each active feature; fewer rows at a time need less, got ", rows);
 }
 
 std::string join(const std::map<int64_t, Layer>& layers) {
@@ -131,15 +137,24 @@ SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const
   if (hidden.numel() == 0) return {at::zeros({1}, options), at::empty({0}, options), at::empty({0}, options.dtype(at::kFloat))};
   const Request request = {&layer, as_batch(hidden), {}};
   if (!hidden.is_cpu()) return encode_sparse_cuda(request, state_->options);
-  return encode_sparse_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
+  try {
+    return encode_sparse_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
+  } catch (const c10::OutOfMemoryError&) {
+    throw;                       // the workspace's, which says what it needs
+  } catch (const c10::Error&) {  // of at::empty
+    refuse_sparse(layer, request.rows());
+  } catch (const std::bad_alloc&) {
+    refuse_sparse(layer, request.rows());
+  }
 }
 
 at::Tensor Engine::decode(int64_t id, const SparseFeatures& features, const at::Tensor& hidden) const {
   const Layer& layer = state_->layer(id);
   const std::string who = "layer " + std::to_string(id);
   const auto check = [&](const at::Tensor& tensor, const char* name, at::ScalarType type) {
-    TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ", toString(type), ", got ",
-                     tensor.defined() ? toString(tensor.scalar_type()) : "none");
+    TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ",
+                     c10::getDtypeNames(type).first, ", got ",
+                     tensor.defined() ? c10::getDtypeNames(tensor.scalar_type()).first : "none");
     TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.device() == layer.W_enc.device(), who, ": ", name, " must be 1-dimensional on ",
                       layer.W_enc.device(), ", got ", tensor.sizes(), " on ", tensor.device());
   };

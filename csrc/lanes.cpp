@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cfenv>
 #include <system_error>
 
 namespace sparse_transcoder {
@@ -15,12 +14,8 @@ struct Lanes::Call {
   int64_t joined = 1, active = 0;  // lanes given out, the caller's first; workers inside now. Guarded by the mutex.
 
   void drain(int64_t lane) {
-    // Flushed subnormals or another rounding on the caller's lane would give bits that the workers' do not.
-    std::fenv_t callers;
-    std::fegetenv(&callers);
-    std::fesetenv(FE_DFL_ENV);
+    const DefaultFloatingPoint environment;
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(lane, unit);
-    std::fesetenv(&callers);
   }
 };
 

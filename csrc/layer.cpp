@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "lanes.h"
+
 namespace sparse_transcoder {
 namespace {
 
@@ -83,6 +85,7 @@ void check_weights(int64_t id, const LayerWeights& weights) {
 }
 
 Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id), weights(std::move(declared)) {
+  const DefaultFloatingPoint environment;
   const std::string who = describe(id, weights);
   check_weights(id, weights);
   features = weights.W_enc.size(0);
@@ -120,9 +123,9 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id)
 
   // Proof of the slack: near the gate every float32 operation of the screen (score +- margin, the rounding of the exact value to
   // float32) works on numbers no larger than |gate| + |bias|, each with a relative error of at most unit_roundoff; there are
-  // fewer than eight. Underflow in the product adds at most 2^-126 per term, flushed or not.
+  // fewer than eight.
   const at::Tensor wide_gate = gate.to(at::kDouble), wide_bias = bias.to(at::kDouble);
-  const at::Tensor slack = (wide_gate.abs() + wide_bias.abs()) * (8 * unit_roundoff) + hidden_size * 0x1p-125;
+  const at::Tensor slack = (wide_gate.abs() + wide_bias.abs()) * (8 * unit_roundoff) + underflow(hidden_size);
   constexpr int64_t panel = kernels::panel_features;
   low = at::full({(features + panel - 1) / panel * panel}, std::numeric_limits<float>::infinity(), bias.options());
   low.narrow(0, 0, features).copy_(wide_gate - wide_bias - slack);

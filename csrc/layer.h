@@ -8,6 +8,9 @@
 
 namespace sparse_transcoder {
 
+// What float32 operations under the normal range, flushed to zero or not, can add up to in a score.
+inline double underflow(int64_t hidden_size) { return (hidden_size + 128) * 0x1p-125; }
+
 struct Layer {
   Layer(int64_t id, LayerWeights declared, const Options& options);
 

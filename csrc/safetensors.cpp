@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <vector>
 
 namespace sparse_transcoder {
@@ -61,6 +62,7 @@ const std::map<std::string, at::ScalarType>& dtypes() {
 std::vector<int64_t> integers(const nlohmann::json& entry, const char* key, const std::string& who) {
   const auto field = entry.find(key);
   TORCH_CHECK_VALUE(field != entry.end() && field->is_array(), who, ": ", key, " must be a list of integers");
+  TORCH_CHECK_VALUE(field->size() <= 8, who, ": ", key, " must hold at most 8 integers, got ", field->size());
   std::vector<int64_t> values;
   for (const auto& item : *field) {
     TORCH_CHECK_VALUE(item.is_number_unsigned() && item.get<uint64_t>() <= INT64_MAX, who, ": ", key,
@@ -71,6 +73,20 @@ std::vector<int64_t> integers(const nlohmann::json& entry, const char* key, cons
 }
 
 }  // namespace
+
+std::string quoted(const std::string& text) {
+  const std::string shown = text.size() <= 100 ? text : text.substr(0, 100) + "...";
+  return nlohmann::json(shown).dump(-1, ' ', /*ensure_ascii=*/true, nlohmann::json::error_handler_t::replace);
+}
+
+bool is_utf8(const std::string& text) {
+  try {
+    static_cast<void>(nlohmann::json(text).dump());
+    return true;
+  } catch (const nlohmann::json::type_error&) {
+    return false;
+  }
+}
 
 std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
   const auto file = std::make_shared<MappedFile>(path);
@@ -83,27 +99,33 @@ std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
   const auto header_end = static_cast<int64_t>(8 + header_bytes);
   const int64_t data_bytes = file->size() - header_end;
 
-  // Depth is bounded by a callback, so that a hostile header cannot exhaust the stack.
+  // Depth is bounded by a callback, so that a hostile header cannot exhaust the stack. The format forbids a name twice.
   bool shallow = true;
-  const auto watch_depth = [&shallow](int depth, nlohmann::json::parse_event_t, nlohmann::json&) { return shallow &= depth < 8; };
-  const auto header = nlohmann::json::parse(file->data() + 8, file->data() + header_end, watch_depth, /*allow_exceptions=*/false);
+  std::set<std::string> names;
+  std::string twice;
+  const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
+    if (depth == 1 && event == nlohmann::json::parse_event_t::key && !names.insert(parsed.get<std::string>()).second)
+      twice = quoted(parsed.get<std::string>());
+    return shallow &= depth < 8;
+  };
+  const auto header = nlohmann::json::parse(file->data() + 8, file->data() + header_end, watch, /*allow_exceptions=*/false);
   TORCH_CHECK_VALUE(shallow && header.is_object(), path, ": the header must be a JSON object");
+  TORCH_CHECK_VALUE(twice.empty(), path, ": tensor ", twice, " is there twice");
 
   std::map<std::string, at::Tensor> tensors;
   std::map<int64_t, int64_t> spans;  // begin -> end, to find overlaps
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
-    const std::string who =
-        path + ": tensor " + nlohmann::json(name).dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+    const std::string who = path + ": tensor " + quoted(name);
     TORCH_CHECK_VALUE(entry.is_object(), who, ": must be described by a JSON object");
     const auto dtype_name = entry.find("dtype");
     TORCH_CHECK_VALUE(dtype_name != entry.end() && dtype_name->is_string(), who, ": dtype must be a string");
     const auto dtype = dtypes().find(dtype_name->get<std::string>());
     TORCH_CHECK_VALUE(dtype != dtypes().end(), who, ": dtype must be one of F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL, got ",
-                      dtype_name->dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
+                      quoted(dtype_name->get<std::string>()));
     const std::vector<int64_t> shape = integers(entry, "shape", who), offsets = integers(entry, "data_offsets", who);
     int64_t bytes = c10::elementSize(dtype->second), span = bytes;  // a size of 0 counts as 1 in strides
-    bool fits = shape.size() <= 8;
+    bool fits = true;
     for (const int64_t size : shape) {
       fits = fits && !__builtin_mul_overflow(span, std::max<int64_t>(size, 1), &span);
       bytes = fits ? bytes * size : 0;
@@ -118,7 +140,7 @@ std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
     at::Tensor tensor = at::from_blob(data, shape, [file](void*) {}, at::TensorOptions(dtype->second));
     if (reinterpret_cast<uintptr_t>(data) % c10::elementSize(dtype->second) != 0) {  // a header of odd length
       at::Tensor aligned = at::empty(shape, tensor.options());
-      std::memcpy(aligned.mutable_data_ptr(), data, bytes);
+      if (bytes > 0) std::memcpy(aligned.mutable_data_ptr(), data, bytes);
       tensor = aligned;
     }
     tensors.emplace(name, tensor);

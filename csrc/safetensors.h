@@ -13,4 +13,9 @@ namespace sparse_transcoder {
 // does. Every header field is checked before it is used; a malformed file throws c10::ValueError with the path and the reason.
 std::map<std::string, at::Tensor> read_safetensors(const std::string& path);
 
+// The beginning of a file's own words as a JSON string: one short line of ASCII, whatever they hold.
+std::string quoted(const std::string& text);
+
+bool is_utf8(const std::string& text);
+
 }  // namespace sparse_transcoder

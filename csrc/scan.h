@@ -298,7 +298,7 @@ class Scan {
         // A feature surely active waits for a better bound. Its own bounds allow for their roundings as Layer's do.
         const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * residual[position];
         const double value = double{scores[position]} + gate_.bias[feature];
-        const double rounding = (std::abs(value) + slack + layer_.largest_bias) * 0x1p-20 + layer_.hidden_size * 0x1p-125;
+        const double rounding = (std::abs(value) + slack + layer_.largest_bias) * 0x1p-20 + underflow(layer_.hidden_size);
         if (sink_.defer(row, {static_cast<float>(value - slack - rounding), static_cast<float>(value + slack + rounding),
                               static_cast<uint32_t>(feature)}))
           continue;

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <sys/mman.h>
 
+#include "lanes.h"
 #include "layer.h"
 
 namespace sparse_transcoder {
@@ -62,6 +63,7 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
   const auto* weights = static_cast<const char*>(W_enc.const_data_ptr());
   double* norm = norms.mutable_data_ptr<double>();
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const DefaultFloatingPoint environment;
     std::vector<float> wide(panel * H);
     std::vector<double> bounds(2 * layout.groups);
     for (int64_t p = begin; p < end; ++p) {

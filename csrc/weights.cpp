@@ -18,7 +18,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t scanned_bytes = int64_t{1} << 30;  // matrices checked for NaN at load; the Engine checks every encoder
+constexpr int64_t scanned_bytes = int64_t{1} << 28;  // matrices checked for NaN at load; the Engine checks every encoder
+
+constexpr uint64_t most_config_bytes = 10'000'000;
 
 [[noreturn]] void not_found(const std::string& message) { throw FileNotFound({__func__, __FILE__, __LINE__}, message); }
 
@@ -35,11 +37,18 @@ struct Config {
   }
 };
 
-constexpr const char* blanks = " \t\r";
+constexpr const char* blanks = " \t";
 
 std::string trim(const std::string& text) {
   const auto first = text.find_first_not_of(blanks);
   return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(blanks) - first + 1);
+}
+
+// UTF-8 without control characters but tabs: what an error can quote.
+bool is_text(const std::string& text) {
+  for (const char c : text)
+    if ((static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f) return false;
+  return is_utf8(text);
 }
 
 // A plain or quoted scalar without its comment and quotes; false for any other YAML.
@@ -66,14 +75,19 @@ Config read_config(const fs::path& path) {
   static const std::set<std::string> ours = {"model_kind",  "feature_input_hook", "feature_output_hook",
                                              "transcoders", "activation",         "k"};
   Config config;
-  TORCH_CHECK_VALUE(fs::is_regular_file(path), path.string(), ": must be a regular file");
+  std::error_code error;
+  TORCH_CHECK_VALUE(fs::is_regular_file(path, error), path.string(), ": must be a regular file");
+  TORCH_CHECK_VALUE(fs::file_size(path, error) <= most_config_bytes, path.string(), ": must have at most ", most_config_bytes,
+                    " bytes");
   std::ifstream file(path, std::ios::binary);
   if (!file) not_found(path.string() + ": cannot be opened");
   std::string line, key;
   for (int number = 1; std::getline(file, line); ++number) {
     const std::string where = path.string() + ": line " + std::to_string(number);
     if (number == 1 && line.compare(0, 3, "\xef\xbb\xbf") == 0) line.erase(0, 3);
-    TORCH_CHECK_VALUE(line.find('\0') == std::string::npos && line.size() < 10000, where, ": must be text");
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    TORCH_CHECK_VALUE(is_text(line) && line.size() < 10000, where,
+                      ": must be UTF-8 text without control characters, shorter than 10000 bytes");
     const std::string content = trim(line);
     const bool boundary = content == "---" || content == "...";
     if (content.empty() || content[0] == '#' || boundary) {
@@ -83,13 +97,13 @@ Config read_config(const fs::path& path) {
     const bool item = content.compare(0, 2, "- ") == 0;
     if (item && key == "transcoders") {
       std::string entry = content.substr(2);
-      TORCH_CHECK_VALUE(read_scalar(entry), where, ": must be `- path`, got ", content);
+      TORCH_CHECK_VALUE(read_scalar(entry), where, ": must be `- path`, got ", quoted(content));
       config.transcoders.push_back(entry);
       continue;
     }
     if (std::string(blanks).find(line[0]) != std::string::npos || item) {  // nested under the last key
       TORCH_CHECK_VALUE(!key.empty() && !ours.count(key), where, ": must be `key: value` or, under transcoders, `- path`, got ",
-                        content);
+                        quoted(content));
       continue;
     }
     auto colon = line.find(':');
@@ -99,13 +113,13 @@ Config read_config(const fs::path& path) {
     key = line.substr(0, colon);
     TORCH_CHECK_VALUE(
         colon != std::string::npos && read_scalar(key) && !key.empty() && std::isalpha(static_cast<unsigned char>(key[0])), where,
-        ": must be `key: value`, got ", content);
+        ": must be `key: value`, got ", quoted(content));
     std::string value = line.substr(colon + 1);
     const bool plain = read_scalar(value);
-    TORCH_CHECK_VALUE(plain || !ours.count(key), where, ": ", key, " must be a plain value, got ", content);
+    TORCH_CHECK_VALUE(plain || !ours.count(key), where, ": ", key, " must be a plain value, got ", quoted(content));
     TORCH_CHECK_VALUE(key != "transcoders" || value.empty(), where, ": transcoders must be a list of `- path` lines, got ",
-                      content);
-    TORCH_CHECK_VALUE(config.values.emplace(key, value).second, where, ": ", key, " is there twice");
+                      quoted(content));
+    TORCH_CHECK_VALUE(config.values.emplace(key, value).second, where, ": ", quoted(key), " is there twice");
   }
   return config;
 }
@@ -131,8 +145,8 @@ std::map<int64_t, fs::path> layer_files(const fs::path& dir, const Config& confi
     const fs::path relative(entry);
     const bool inside = !entry.empty() && relative.is_relative() && entry.find("://") == std::string::npos &&
                         std::find(relative.begin(), relative.end(), "..") == relative.end();
-    TORCH_CHECK_VALUE(inside, (dir / "config.yaml").string(), ": transcoders must be files inside this folder, got \"", entry,
-                      '"');
+    TORCH_CHECK_VALUE(inside, (dir / "config.yaml").string(), ": transcoders must be files inside this folder, got ",
+                      quoted(entry));
     files.emplace(files.size(), dir / relative);
   }
   if (!config.transcoders.empty()) return files;
@@ -168,11 +182,11 @@ LayerWeights read_layer(int64_t id, const fs::path& path, const Config& config, 
                       c10::getDtypeNames(k.scalar_type()).first, " ", k.sizes());
     w.k = k.item<int64_t>();
   }
-  TORCH_CHECK_VALUE(tensors.empty(), who, ": tensor \"", tensors.begin()->first, "\" is not part of this layout");
+  TORCH_CHECK_VALUE(tensors.empty(), who, ": tensor ", quoted(tensors.begin()->first), " is not part of this layout");
   const std::string activation = config.get("activation");
   if (activation == "topk" && !w.k) {
     w.k = parse_integer(config.get("k"));
-    TORCH_CHECK_VALUE(w.k, who, ": activation topk needs an integer k in config.yaml, got \"", config.get("k"), '"');
+    TORCH_CHECK_VALUE(w.k, who, ": activation topk needs an integer k in config.yaml, got ", quoted(config.get("k")));
   }
   TORCH_CHECK_VALUE(activation != "jumprelu" || w.threshold.defined(), who,
                     ": activation jumprelu needs activation_function.threshold, got none");
@@ -203,13 +217,14 @@ std::map<int64_t, LayerWeights> load_weights(const std::string& dir, std::vector
   std::error_code error;
   if (!fs::is_directory(dir, error)) not_found(dir + ": there is no such folder");
   const fs::path config_path = fs::path(dir) / "config.yaml";
-  const Config config = fs::exists(config_path, error) ? read_config(config_path) : Config();
+  const bool there = fs::symlink_status(config_path, error).type() != fs::file_type::not_found;  // also as a broken link
+  const Config config = there ? read_config(config_path) : Config();
   const std::string kind = config.get("model_kind"), activation = config.get("activation");
   TORCH_CHECK_VALUE(kind.empty() || kind == "transcoder_set", config_path.string(), ": model_kind must be transcoder_set, got ",
-                    kind);
+                    quoted(kind));
   const std::set<std::string> known = {"", "relu", "jumprelu", "topk"};
   TORCH_CHECK_VALUE(known.count(activation), config_path.string(), ": activation must be relu, jumprelu or topk, got ",
-                    activation);
+                    quoted(activation));
 
   const auto files = layer_files(dir, config);
   if (files.empty()) not_found(dir + ": there is no layer_{i}.safetensors in this folder");

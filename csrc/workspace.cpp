@@ -57,6 +57,7 @@ Workspace::Workspace(const Plan& plan) : plan(plan) {
   }
   auto address = reinterpret_cast<uintptr_t>(storage_.mutable_data_ptr());
   carve(*this, plan, reinterpret_cast<char*>((address + 63) / 64 * 64));
+  std::fill(tally, tally + plan.lanes, Tally{});
 }
 
 }  // namespace sparse_transcoder

@@ -138,16 +138,17 @@ def main():
     index = json.loads((args.transcoders / "features.json").read_text(encoding="utf-8"))
     encoder = SparseTranscoderEncoder(transcoders, top_k=args.top_k, activation_threshold=THRESHOLD)
     names = ", ".join(map(str, transcoders))
-    step(f"transcoders of layers {names} loaded")
+    step(f"transcoders of layers {names} loaded; now the language model, its tokenizer first")
 
     model, tokenizer = load_language_model(last_layer=max(transcoders))
     step("SmolLM2-135M-Instruct loaded")
 
-    ids = [tokenizer.bos_token_id, *tokenizer(args.text).input_ids][: model.config.max_position_embeddings]
+    whole = [tokenizer.bos_token_id, *tokenizer(args.text).input_ids]
+    ids = whole[: model.config.max_position_embeddings]
     tokens = token_texts(ids[1:], tokenizer)
     traffic = mlp_traffic(model, torch.tensor([ids]), list(transcoders))
     hidden = {i: x[0] for i, (x, _) in traffic.items()}
-    step(f"{len(tokens)} tokens read")
+    step(f"{len(tokens)} tokens read" + (f", the model takes no more of the {len(whole) - 1}" if whole != ids else ""))
 
     results = encoder.encode_all_layers(hidden)
     worst = max(check(results[i], hidden[i], transcoders[i], args.top_k) for i in hidden)
@@ -177,7 +178,8 @@ def main():
             print(f"  {f['id']:>5}  {f['label']:<28}  {fires}")
 
     write_page(args.out, tokens, layers)
-    print(f"\n{len(tokens)} tokens encoded exactly in {len(layers)} layers of a real language model; see {args.out}")
+    page = args.out.resolve().as_uri()
+    print(f"\n{len(tokens)} tokens encoded exactly in {len(layers)} layers of a real language model; open {page}")
 
 
 START = time.perf_counter()

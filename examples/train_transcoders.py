@@ -2,7 +2,8 @@
 
 Each layer gets its own transcoder, y ~ relu(x @ W_enc.T + b_enc) @ W_dec + b_dec, trained with BatchTopK and an
 auxiliary loss for dead features. At the end each encoder is rescaled so that a feature counts as active from 1.0 on
-(`activation_threshold=1.0`), and everything is stored in bfloat16; metrics.json is measured on those stored weights.
+(`activation_threshold=1.0`), and everything is stored in bfloat16; metrics.json is measured on those stored weights
+and on documents of which nothing was trained on.
 
 The text is whatever --text names: files or folders of plain text (.txt .md .rst .pod, or no suffix). The default is
 English from three Debian packages, the same amount of each as far as it goes:
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from language_model import MLP_HOOKS, load_language_model, mlp_traffic
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_TEXT = ["/usr/share/games/fortunes", "/usr/share/perl/*/pod", "/usr/share/doc/python3*/html/_sources"]
@@ -36,40 +37,61 @@ def progress(name, done, total, start, note=""):
     )
 
 
-def read_windows(sources, tokenizer, tokens, window, rng):
-    """Token ids [n, window], each window starting with BOS; every source gives an equal share while it lasts."""
+def read_windows(sources, tokenizer, tokens, held_out, window, rng):
+    """Token ids [n, window] to train on and [m, window] to measure on, m about n * held_out, each window starting with BOS.
+
+    No document gives to both: a document is a file, or one quotation of a fortune file. Every source gives an equal share
+    while it lasts.
+    """
+    gap = tokenizer("\n\n").input_ids
+
+    def cut(texts, share):
+        ids = []
+        for i in range(0, len(texts), 256):
+            ids += [t for text in tokenizer(texts[i : i + 256]).input_ids for t in text + gap]
+            if len(ids) >= share:
+                break
+        starts = range(0, min(share, len(ids)) - window, window - 1)
+        return [[tokenizer.bos_token_id, *ids[i : i + window - 1]] for i in starts]
+
     streams = []
     for source in sources:
         found = [Path(path) for path in glob.glob(source)]
         files = sorted({f.resolve() for path in found for f in (path, *path.rglob("*")) if f.is_file()})
-        texts = [f.read_text(errors="replace") for f in files if f.suffix in SUFFIXES]
-        parts = [p for text in texts if "\0" not in text for p in text.replace("\n%\n", "\n\n\n").split("\n\n\n")]
+        parts = []  # (document, text)
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="replace") if file.suffix in SUFFIXES else "\0"
+            if "\0" not in text:
+                quotations = "\n%\n" in text
+                parts += [(p if quotations else file, p) for p in text.replace("\n%\n", "\n\n\n").split("\n\n\n")]
         rng.shuffle(parts)
         streams.append(parts)
-    streams.sort(key=lambda parts: sum(map(len, parts)))
-    windows, gap = [], tokenizer("\n\n").input_ids
+    streams.sort(key=lambda parts: sum(len(text) for _, text in parts))
+
+    train, test = [], []
     for n, parts in enumerate(streams):
-        share, ids = (tokens - len(windows) * window) // (len(streams) - n), []
-        for i in range(0, len(parts), 256):
-            ids += [t for part in tokenizer(parts[i : i + 256]).input_ids for t in part + gap]
-            if len(ids) >= share:
-                break
-        starts = range(0, min(share, len(ids)) - window, window - 1)
-        windows += [[tokenizer.bos_token_id, *ids[i : i + window - 1]] for i in starts]
-    if not windows:
-        raise SystemExit(f"no text found in {', '.join(sources)}; install the packages named above or give --text")
-    rng.shuffle(windows)
-    return torch.tensor(windows)
+        documents = list(dict.fromkeys(document for document, _ in parts))
+        kept = set(documents[int(len(documents) * (1 - held_out)) :])  # the last to appear
+        share = (tokens - len(train) * window) // (len(streams) - n)
+        train += cut([text for document, text in parts if document not in kept], share)
+        test += cut([text for document, text in parts if document in kept], int(share * held_out))
+    if not train or not test:
+        raise SystemExit(
+            f"two documents of text or more are needed in {', '.join(sources)}, got {len(train)} windows to train on and "
+            f"{len(test)} to measure on; install the packages named above or give --text"
+        )
+    rng.shuffle(train)
+    return torch.tensor(train), torch.tensor(test)
 
 
-def collect(model, windows, layers, batch=16):
+def collect(name, model, windows, layers, batch=16):
     """{layer: (MLP inputs [N, H], MLP outputs [N, H])} in bfloat16, without the first position of each window."""
     parts, start = {i: ([], []) for i in layers}, time.time()
     for at in range(0, len(windows), batch):
         for i, pair in mlp_traffic(model, windows[at : at + batch], layers).items():
             for store, values in zip(parts[i], pair, strict=True):
                 store.append(values[:, 1:].flatten(0, 1).bfloat16())
-        progress("reading the model", min(at + batch, len(windows)), len(windows), start)
+        progress(name, min(at + batch, len(windows)), len(windows), start)
     return {i: (torch.cat(x), torch.cat(y)) for i, (x, y) in parts.items()}
 
 
@@ -183,6 +205,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", default=DEFAULT_TEXT, help="text files or folders, shell patterns allowed")
     parser.add_argument("--out", type=Path, default=HERE / "transcoders")
+    parser.add_argument("--measure", action="store_true", help="train nothing; measure the transcoders in --out anew")
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 10, 15, 20])
     parser.add_argument("--features", type=int, default=2304)
     parser.add_argument("--k", type=int, default=32, help="features kept per token, on average over a batch")
@@ -190,7 +213,7 @@ def main():
     parser.add_argument("--dead-after", type=int, default=100_000, help="a feature is dead after that many idle tokens")
     parser.add_argument("--tokens", type=int, default=520_000, help="tokens of text to read")
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--held-out", type=float, default=0.06, help="part of the windows kept for metrics.json")
+    parser.add_argument("--held-out", type=float, default=0.06, help="part of the documents kept for metrics.json")
     parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -199,35 +222,48 @@ def main():
 
     start = time.time()
     model, tokenizer = load_language_model(last_layer=max(args.layers))
-    windows = read_windows(args.text, tokenizer, args.tokens, args.window, random.Random(args.seed))
-    data = collect(model, windows, args.layers)
-    tokens = windows[:, 1:].flatten()
-    split = int(len(windows) * args.held_out) * (args.window - 1)
+    rng = random.Random(args.seed)
+    windows, unseen = read_windows(args.text, tokenizer, args.tokens, args.held_out, args.window, rng)
+    if windows[:, 1:].numel() < args.features and not args.measure:
+        raise SystemExit(
+            f"at least as many tokens to train on as --features {args.features} are needed, got {windows[:, 1:].numel()}"
+        )
+    held_out = collect("reading held-out text", model, unseen, args.layers)
+    metrics, metrics_file = {}, args.out / "metrics.json"
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    metrics, index = {}, {}
-    for i in args.layers:
-        x, y = data[i]
-        weights = train_layer(f"layer {i}", x[split:], y[split:], args)
-        save_file(weights, args.out / f"layer_{i}.safetensors")
-        metrics[i] = measure(weights, x[:split], y[:split], args)
-        index[i] = describe(weights, x, tokens, tokenizer, args)
-        print(f"layer {i} on {split} held-out tokens: {metrics[i]}")
+    def measure_layer(i, weights):
+        metrics[i] = measure(weights, *held_out[i], args)
+        print(f"layer {i} on {len(held_out[i][0])} tokens of held-out documents: {metrics[i]}")
 
-    summary = {
-        "model": "SmolLM2-135M-Instruct",
-        "features": args.features,
-        "training_tokens": len(tokens) - split,
-        "held_out_tokens": split,
-        "steps": args.steps,
-        "tokens_per_step": args.batch,
-        "layers": metrics,
-    }
-    hooks = "".join(f"{key}: {value}\n" for key, value in MLP_HOOKS.items())
-    (args.out / "config.yaml").write_text(f"model_name: SmolLM2-135M-Instruct\nmodel_kind: transcoder_set\n{hooks}")
-    (args.out / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (args.out / "features.json").write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n")
-    print(f"{len(args.layers)} transcoders in {args.out}, {(time.time() - start) / 60:.0f} minutes")
+    if args.measure:
+        summary = json.loads(metrics_file.read_text())
+        for i in args.layers:
+            measure_layer(i, load_file(args.out / f"layer_{i}.safetensors"))
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        data = collect("reading text", model, windows, args.layers)
+        index = {}
+        for i in args.layers:
+            x, y = data.pop(i)
+            weights = train_layer(f"layer {i}", x, y, args)
+            save_file(weights, args.out / f"layer_{i}.safetensors")
+            measure_layer(i, weights)
+            index[i] = describe(weights, x, windows[:, 1:].flatten(), tokenizer, args)
+        summary = {
+            "model": "SmolLM2-135M-Instruct",
+            "features": args.features,
+            "training_tokens": len(x),
+            "steps": args.steps,
+            "tokens_per_step": args.batch,
+        }
+        hooks = "".join(f"{key}: {value}\n" for key, value in MLP_HOOKS.items())
+        (args.out / "config.yaml").write_text(f"model_name: SmolLM2-135M-Instruct\nmodel_kind: transcoder_set\n{hooks}")
+        (args.out / "features.json").write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+    summary |= {"held_out_tokens": unseen[:, 1:].numel(), "layers": metrics}
+    metrics_file.write_text(json.dumps(summary, indent=2) + "\n")
+    done = "measured" if args.measure else "trained"
+    print(f"{len(args.layers)} transcoders in {args.out} {done}, {(time.time() - start) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -2,31 +2,12 @@
 
 import pytest
 import torch
-from sparse_transcoder import SparseTranscoderEncoder
 
 transcoder = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
 activations = pytest.importorskip("circuit_tracer.transcoder.activation_functions")
 from sparse_transcoder.integrations.circuit_tracer import on_engine  # noqa: E402
 
 H, F, N, LAYERS = 16, 96, 9, 3
-
-
-def dense_encode_sparse(encoder, layer, hidden):
-    """What the engine's encode_sparse must return, from dense matrices."""
-    weights = encoder._transcoders[layer]
-    pre = hidden.float() @ weights.W_enc.float().T + weights.b_enc.float()
-    kept = (pre > 0) & (pre >= encoder.activation_threshold)
-    if weights.threshold is not None:
-        kept &= pre > weights.threshold.float()
-    return torch.where(kept, pre, 0).to_sparse_csr()
-
-
-@pytest.fixture(autouse=True, params=["dense", "engine"])
-def encode_sparse(request, monkeypatch):
-    if request.param == "dense":
-        monkeypatch.setattr(SparseTranscoderEncoder, "encode_sparse", dense_encode_sparse, raising=False)
-    elif not hasattr(SparseTranscoderEncoder, "encode_sparse"):
-        pytest.skip("the engine has no encode_sparse")
 
 
 def transcoder_set(kind, dtype=torch.float32, skip=False, path=None):
@@ -119,3 +100,48 @@ def test_errors():
     theirs[1].activation_function = activations.JumpReLU(torch.full((F,), -0.5))
     with pytest.raises(ValueError, match="layer 1: JumpReLU thresholds must not be negative"):
         on_engine(theirs)
+
+
+class Words:
+    """The part of a tokenizer that attribution uses."""
+
+    all_special_ids = (0,)
+    vocab_size = 40
+    padding_side = "right"
+
+    def decode(self, ids):
+        return " ".join(map(str, torch.as_tensor(ids).flatten().tolist()))
+
+
+def replacement_model(transcoders):
+    """circuit-tracer's own replacement model of a small transformer; the weights are the same each time."""
+    lens = pytest.importorskip("transformer_lens")
+    models = pytest.importorskip("circuit_tracer.replacement_model.replacement_model_transformerlens")
+    config = lens.HookedTransformerConfig(
+        n_layers=LAYERS, d_model=H, n_ctx=16, d_head=4, n_heads=4, d_mlp=32, d_vocab=40, act_fn="gelu",
+        normalization_type="LN", model_name="small", device="cpu", seed=0,
+    )  # fmt: skip
+    model = models.TransformerLensReplacementModel.from_config(config, transcoders)
+    model.tokenizer = Words()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("most", [None, 40])
+def test_attribution_graph(kind, skip, most):
+    """The whole pipeline: replacement model, forward and backward passes, ranking of features, graph."""
+    attribution = pytest.importorskip("circuit_tracer.attribution.attribute")
+    prompt = torch.tensor([0, 7, 3, 11, 3, 29])
+    graphs = []
+    for wrap in (on_engine, lambda transcoders: transcoders):
+        model = replacement_model(wrap(transcoder_set(kind, skip=skip)))
+        graphs.append(attribution.attribute(prompt, model, batch_size=16, max_feature_nodes=most))
+    mine, theirs = graphs
+    assert len(theirs.active_features) > 100 and theirs.adjacency_matrix.count_nonzero() > 500
+    assert torch.equal(mine.active_features, theirs.active_features)
+    assert torch.equal(mine.selected_features, theirs.selected_features)
+    assert mine.logit_targets == theirs.logit_targets
+    torch.testing.assert_close(mine.activation_values, theirs.activation_values, rtol=1e-5, atol=1e-5)
+    scale = theirs.adjacency_matrix.abs().max().item()
+    torch.testing.assert_close(mine.adjacency_matrix, theirs.adjacency_matrix, rtol=1e-5, atol=1e-5 * scale)

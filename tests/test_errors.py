@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from oracle import SCREENINGS, check, make_layer, normal, same_bits
+from safetensors.torch import save_file
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, encode_single_layer, load_transcoders
 
 NAN, INF = math.nan, math.inf
@@ -76,6 +77,19 @@ def test_sparse_hidden():
     with pytest.raises((TypeError, ValueError)) as caught:
         encoder().encode_layer(41, torch.zeros(2, 8).to_sparse())
     assert "\n" not in str(caught.value) and "layer 41" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested(layout):
+    nested = torch.nested.nested_tensor([torch.zeros(2, 8), torch.zeros(3, 8)], layout=layout)
+    for method in ("encode_layer", "encode_chunked", "encode_sparse"):
+        refused(
+            lambda method=method: getattr(encoder(), method)(41, nested), ValueError, "layer 41", "hidden", "nested"
+        )
+    changed = {"W_enc": nested, "b_enc": nested, "W_dec": nested}
+    for name, tensor in changed.items():
+        refused(lambda c={name: tensor}: SparseTranscoderEncoder({3: weights(3, **c)}), ValueError, "layer 3", name)
 
 
 @pytest.mark.parametrize("method", ["encode_layer", "encode_chunked"])
@@ -151,7 +165,12 @@ def test_no_layer_left():
         ({"screening": "fp4"}, ValueError, ["screening", "fp4", *SCREENINGS]),
         ({"screening": ""}, ValueError, ["screening", "auto", "off"]),
         ({"screening": None}, (TypeError, ValueError), ["screening", "None"]),
+        ({"screening": []}, ValueError, ["screening", "[]"]),
         ({"top_k": None}, ValueError, ["top_k", "layer 3"]),
+        ({"top_k": 2**63}, ValueError, ["top_k", 2**63]),
+        ({"chunk_size": 2**63}, ValueError, ["chunk_size", 2**63]),
+        ({"activation_threshold": 10**400}, ValueError, ["activation_threshold"]),
+        ({"activation_threshold": torch.ones(2)}, ValueError, ["activation_threshold"]),
     ],
 )
 def test_options(options, error, words):
@@ -175,6 +194,7 @@ def test_top_k_global(value):
         (None, TypeError, ["NoneType"]),
         ({3: torch.zeros(4, 4)}, TypeError, ["layer 3", "TranscoderWeights", "Tensor"]),
         ({"3": weights(3)}, TypeError, ["str"]),
+        ({2**63: weights(3)}, ValueError, ["layer", 2**63]),
     ],
 )
 def test_transcoders(transcoders, error, words):
@@ -212,6 +232,8 @@ def test_transcoders(transcoders, error, words):
         ({"k": 0}, ValueError, ["k", "0"]),
         ({"k": -1}, ValueError, ["k", "-1"]),
         ({"k": 2.5}, TypeError, ["k", "float"]),
+        ({"k": 2**63}, ValueError, ["k", 2**63]),
+        ({"hook_in": 3}, TypeError, ["hook_in", "int"]),
         ({"W_dec": torch.zeros(30, 8)}, ValueError, ["W_dec", "[30, 8]"]),
         ({"b_dec": torch.zeros(30)}, ValueError, ["b_dec", "30", "8"]),
         ({"W_skip": torch.zeros(8, 9)}, ValueError, ["W_skip", "[8, 9]", "[8, 8]"]),
@@ -265,6 +287,48 @@ def test_folder_with_nothing_to_load(tmp_path):
     refused(lambda: load_transcoders(tmp_path), (FileNotFoundError, ValueError), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"transcoder_dir": None}, TypeError, ["transcoder_dir", "NoneType"]),
+        ({"layers": 3}, TypeError, ["layers", "int"]),
+        ({"layers": "3"}, TypeError, ["layers", "str"]),
+        ({"layers": ["3"]}, TypeError, ["layer", "str"]),
+        ({"layers": [3.5]}, TypeError, ["layer", "float"]),
+        ({"layers": [2**63]}, ValueError, ["layer", 2**63]),
+        ({"device": "gpu"}, ValueError, ["device", "gpu"]),
+        ({"device": ""}, ValueError, ["device"]),
+        ({"device": "meta"}, ValueError, ["device", "cpu", "cuda", "meta"]),
+        ({"device": "cuda:99"}, ValueError, ["device", "cuda:99"]),
+        ({"device": 99}, ValueError, ["device", "99"]),
+    ],
+)
+def test_loading_arguments(tmp_path, arguments, error, words):
+    save_file({"W_enc": torch.ones(4, 3), "b_enc": torch.ones(4)}, tmp_path / "layer_3.safetensors")
+    given = {"transcoder_dir": tmp_path, "layers": None, "device": "cpu", **arguments}
+    refused(lambda: load_transcoders(**given), error, *words)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"activations": None}, TypeError, ["activations", "NoneType"]),
+        ({"activations": torch.zeros(2, 5).double()}, TypeError, ["activations", "float32", "float64"]),
+        ({"indices": torch.zeros(2, 5).int()}, TypeError, ["int64", "int32"]),
+        ({"indices": torch.zeros(2, 4).long()}, ValueError, ["[2, 5]", "[2, 4]"]),
+        ({"indices": torch.full((2, 5), 30)}, ValueError, ["30"]),
+    ],
+)
+def test_decode(changes, error, words):
+    whole = SparseTranscoderEncoder({3: weights(3, W_dec=torch.ones(8, 30))}, top_k=5)
+    features = whole.encode_layer(3, torch.zeros(2, 8))
+    refused(lambda: whole.decode(3, {**features, **changes}), error, "layer 3", *words)
+    refused(lambda: whole.decode(3, {"activations": None}), ValueError, "layer 3", "indices")
+
+
 # Out of memory
 
 
@@ -275,6 +339,8 @@ def test_out_of_memory_says_what_it_wanted():
         encoder().encode_layer(41, hidden)
     text = str(caught.value)
     assert "\n" not in text and re.search(r"\d{4,}", text) and re.search("top_k|chunk_size", text), text
+    with pytest.raises((MemoryError, RuntimeError), match=r"^layer 41: out of memory: .* \d{15,} bytes .* fewer rows"):
+        encoder().encode_sparse(41, hidden)
 
 
 # Silence

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -218,6 +219,11 @@ def sae_lens_case(architecture, centred=False, old=False):
 def dictionary_learning_case(kind):
     def write(root, i, F, H):
         p = parts(F, H, i)
+        norms = torch.ones(F)
+        if kind == "AutoEncoder":  # whose loader makes the decoder's directions unit vectors
+            norms = torch.tensor([0.5, 1.0, 2.0])[torch.arange(F) % 3]
+            p["W_dec"] = torch.zeros(F, H)
+            p["W_dec"][torch.arange(F), torch.arange(F) % H] = norms
         encode_of = {
             "AutoEncoder": relu,
             "AutoEncoderNew": relu,
@@ -241,9 +247,10 @@ def dictionary_learning_case(kind):
         put(folder, "ae.pt", tensors, "config.json", {"trainer": trainer, "buffer": {"ctx_len": 128}})
 
         def encode(x):
-            return encode_of((x - p["b_dec"] if centred else x) @ p["W_enc"] + p["b_enc"])
+            return encode_of((x - p["b_dec"] if centred else x) @ p["W_enc"] + p["b_enc"]) * norms
 
-        return Written(encode, p["W_enc"].T, p["W_dec"].T, p["b_dec"], hooks=("mlp_out", "mlp_out"))
+        W_enc, W_dec = p["W_enc"].T * norms[:, None], p["W_dec"].T / norms
+        return Written(encode, W_enc, W_dec, p["b_dec"], hooks=("mlp_out", "mlp_out"))
 
     write.__name__ = f"dictionary_learning_{kind}"
     return write
@@ -663,6 +670,110 @@ def test_npz_headers_that_lie(tmp_path, header):
     refused(tmp_path, "params.npz")
 
 
+def test_npz_that_unpacks_to_much_more(tmp_path):
+    gemma_scope(tmp_path, 0, 30, 8)
+    with zipfile.ZipFile(weights_file(tmp_path), "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more.npy", bytes(80 << 20))
+    refused(tmp_path, "params.npz", "it unpacks to 838", "expected at most 67")
+
+
+def rezipped(path, change, compression=zipfile.ZIP_STORED):
+    """The same archive with each record as change(name, bytes) gives it."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, record in records.items():
+            archive.writestr(name, change(name, record))
+
+
+def test_compressed_pickles(tmp_path):
+    dictionary_learning_case("AutoEncoder")(tmp_path, 0, 30, 8)
+    rezipped(weights_file(tmp_path), lambda name, record: record, zipfile.ZIP_DEFLATED)
+    refused(tmp_path, "ae.pt", "is compressed")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100])
+def test_pickles_with_less_data_than_they_say(tmp_path, size):
+    dictionary_learning_case("AutoEncoder")(tmp_path, 0, 30, 8)
+    rezipped(weights_file(tmp_path), lambda name, record: record[:size] if "/data/" in name else record)
+    refused(tmp_path, "ae.pt")
+
+
+def test_damaged_pickles_are_refused_or_loaded_but_never_crash(tmp_path):
+    """In a process of its own: every byte of the small records, and cuts."""
+    dictionary_learning_case("AutoEncoder")(tmp_path, 0, 3, 2)
+    script = """
+import random, sys, torch
+from pathlib import Path
+from sparse_transcoder import load_transcoders
+root, path = Path(sys.argv[1]), Path(sys.argv[2])
+whole, pick, loaded = path.read_bytes(), random.Random(3), 0
+for number in range(1500):
+    damaged = bytearray(whole)
+    for _ in range(pick.randint(1, 4)):
+        damaged[pick.randrange(len(whole))] = pick.choice([0, 1, 255, pick.randrange(256)])
+    path.write_bytes(damaged[: pick.randrange(len(whole))] if number % 10 == 0 else damaged)
+    try:
+        weights = load_transcoders(root, device="cpu")
+        assert all(w.W_enc.isfinite().all() and w.W_dec.isfinite().all() for w in weights.values())
+        loaded += 1
+    except (ValueError, FileNotFoundError) as error:
+        assert str(root) in str(error) and str(error).isprintable(), repr(error)
+print(loaded)
+"""
+    path = weights_file(tmp_path)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path, path], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 < int(done.stdout) < 1500
+
+
+@pytest.mark.parametrize("k", [2**63, 10**300])
+@pytest.mark.parametrize(
+    "name, write", [("k", sparsify), ("k", sae_lens_case("topk")), ("top_k", llamascopium_case("topk"))]
+)
+def test_k_beyond_64_bits(tmp_path, name, write, k):
+    write(tmp_path, 0, 30, 8)
+    path = next(tmp_path.rglob("c*f*g.json"))
+    configured(path, **{name: k})
+    refused(tmp_path, path.name, f"{name} must be at least 1 and fit 64 bits")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "x" * 5000])
+def test_names_that_would_spoil_the_message(tmp_path, name):
+    sparsify(tmp_path, 0, 30, 8)
+    changed(weights_file(tmp_path), **{name: torch.zeros(1)})
+    with pytest.raises(ValueError, match=r'sae\.safetensors: tensor ".*" is not part of this layout') as caught:
+        load(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+    configured(next(tmp_path.rglob("cfg.json")), activation=name)
+    with pytest.raises(ValueError, match="is not supported") as caught:
+        load(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name, write", [("cfg.json", sparsify), ("config.json", gemma_scope_2), ("params.npz", gemma_scope)]
+)
+def test_pipes_and_links_in_a_circle_are_not_waited_for(tmp_path, name, write):
+    write(tmp_path, 0, 30, 8)
+    path = next(tmp_path.rglob(name))
+    for put_there in (lambda: os.mkfifo(path), lambda: path.symlink_to(path)):
+        path.unlink()
+        put_there()
+        if name == "config.json":  # it may be absent, but what is there must be read
+            refused(tmp_path, name)
+        else:
+            refused(tmp_path)
+
+
+def test_a_config_line_without_end(tmp_path):
+    """Read in one pass: a search that goes back and forth would not return."""
+    clt(tmp_path, 0, 30, 8)
+    line = "title: x" + 500_000 * " " + "y"
+    (tmp_path / "config.yaml").write_text(f"{line}\nfeature_input_hook: 'hook_resid_mid'  # here\nscan: a#b # c\n")
+    assert load(tmp_path)[0].hook_in == "hook_resid_mid"
+
+
 def test_a_config_that_lists_other_files_is_not_guessed_around(tmp_path):
     """The list gives the order of the layers; the names of the folders must not replace it."""
     gemma_scope(tmp_path, 3, 30, 8)
@@ -748,6 +859,73 @@ def test_sparsify(tmp_path, transcode, skip, F):
     want = torch.zeros(50, F).scatter(1, found.top_indices, found.top_acts.detach())
     assert close(dense(weights, HIDDEN), want)
     assert same_bits(weights.W_skip, model.W_skip.detach() if skip else None)
+
+
+DICTIONARY_LEARNING = "dictionary-learning is not installed: make peers"
+
+
+@pytest.mark.parametrize("F", [64, 16])
+@pytest.mark.parametrize("kind", ["AutoEncoder", "AutoEncoderNew", "JumpReluAutoEncoder"])
+def test_dictionary_learning(tmp_path, kind, F):
+    peer = pytest.importorskip("dictionary_learning.dictionary", reason=DICTIONARY_LEARNING)
+    check_dictionary(tmp_path, randomise(getattr(peer, kind)(16, F)), {})
+
+
+@pytest.mark.parametrize("F", [64, 16])
+@pytest.mark.parametrize(
+    "kind, module",
+    [
+        ("AutoEncoderTopK", "top_k"),
+        ("BatchTopKSAE", "batch_top_k"),
+        ("MatryoshkaBatchTopKSAE", "matryoshka_batch_top_k"),
+    ],
+)
+@pytest.mark.parametrize("threshold", [-1.0, 0.5])
+def test_dictionary_learning_top_k(tmp_path, kind, module, threshold, F):
+    peer = pytest.importorskip(f"dictionary_learning.trainers.{module}", reason=DICTIONARY_LEARNING)
+    more = [[F // 4, F - F // 4]] if "Matryoshka" in kind else []
+    model = randomise(getattr(peer, kind)(16, F, 7, *more))
+    model.threshold.fill_(threshold)
+    check_dictionary(tmp_path, model, {"k": 7})
+
+
+def check_dictionary(root, model, options):
+    """Against what the project's own loader makes of the files that its trainer writes."""
+    utils = pytest.importorskip("dictionary_learning.utils", reason=DICTIONARY_LEARNING)
+    folder = root / "mlp_out_layer_3" / "trainer_0"
+    folder.mkdir(parents=True)
+    torch.save(model.state_dict(), folder / "ae.pt")
+    trainer = {"dict_class": type(model).__name__, "layer": 3, "submodule_name": "mlp_out_layer_3"} | options
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    peer, _ = utils.load_dictionary(str(folder), "cpu")
+    weights = load(root)[3]
+    kept = peer.encode(HIDDEN)
+    assert kept.count_nonzero() > 100
+    assert close(dense(weights, HIDDEN), kept)
+    assert torch.allclose(kept @ weights.W_dec.T + weights.b_dec, peer.decode(kept), atol=1e-5)
+
+
+@pytest.mark.parametrize("F", [64, 16])
+@pytest.mark.parametrize(
+    "act_fn, rescaled", [("relu", False), ("jumprelu", False), ("jumprelu", True), ("topk", False)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_llamascopium(tmp_path, act_fn, rescaled, bias, F):
+    peer = pytest.importorskip("llamascopium.models.sae", reason="llamascopium is not installed: make peers")
+    config = peer.SAEConfig(
+        hook_point_in="blocks.3.ln2.hook_normalized", hook_point_out="blocks.3.hook_mlp_out", d_model=16,
+        expansion_factor=F / 16, act_fn=act_fn, top_k=7, sparsity_include_decoder_norm=rescaled, use_decoder_bias=bias,
+        norm_activation="inference", device="cpu", dtype=torch.float32,
+    )  # fmt: skip
+    model = randomise(peer.SparseAutoEncoder(config))
+    model.save_pretrained(tmp_path / "L3TC")
+    config.save_hyperparameters(tmp_path / "L3TC")
+    weights = load(tmp_path)[3]
+    kept = model.encode(HIDDEN)
+    assert kept.count_nonzero() > 50
+    assert close(dense(weights, HIDDEN), kept)
+    assert torch.allclose(kept @ weights.W_dec.T + (weights.b_dec if bias else 0), model.decode(kept), atol=1e-5)
+    assert (weights.hook_in, weights.hook_out) == ("ln2.hook_normalized", "hook_mlp_out")
 
 
 CIRCUIT_TRACER = "circuit-tracer is not installed: pip install sparse_transcoder[peers]"
@@ -912,6 +1090,26 @@ def test_command_errors(tmp_path, capsys):
     assert command("fly")[0] == 2
 
 
-def test_help_has_examples():
-    code, out, err = command("--help")
-    assert (code, err) == (0, "") and "examples:" in out and "convert" in out and "exit codes" in out
+@pytest.mark.parametrize("of", [(), ("info",), ("convert",)])
+def test_help_has_examples(capsys, of):
+    with pytest.raises(SystemExit) as ended:
+        main([*of, "--help"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    assert "examples:" in out and "python -m sparse_transcoder convert" in out and "exit codes" in out
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_progress_on_a_terminal(tmp_path, monkeypatch, native):
+    for i in (0, 1, 4):
+        gemma_scope(tmp_path / "source", i, 30, 8)
+    source = tmp_path / "source"
+    if native:
+        assert main(["convert", str(source), str(tmp_path / "native")]) == 0
+        source = tmp_path / "native"
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["convert", str(source), str(tmp_path / "target")]) == 0
+    bars = re.findall(r"\rconvert \[(#*) *\] (\d)/3 layer (\d)", terminal.getvalue())
+    assert bars == [("", "0", "0"), ("#" * 10, "1", "1"), ("#" * 20, "2", "4")]

@@ -1,6 +1,7 @@
 """Checkpoints: the native layout, the reference's files, and files that lie."""
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -120,6 +121,56 @@ def test_some_layers_are_read_and_no_other(tmp_path, layers):
     loaded = load(tmp_path, layers)
     assert set(loaded) == set(layers)
     assert all(equal(weights.W_enc, saved[i]["W_enc"]) for i, weights in loaded.items())
+
+
+def hollow(path, **shapes):
+    """A native layer of bfloat16 zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def resident(folder):
+    """{file: bytes in memory} of the files in a folder that this process has mapped."""
+    found, name = {}, None
+    for line in open("/proc/self/smaps"):
+        words = line.split()
+        if "-" in words[0]:  # a mapping begins
+            name = os.path.basename(words[-1]) if words[-1].startswith(f"{folder}/") else None
+        elif name and words[0] == "Rss:":
+            found[name] = found.get(name, 0) + 1024 * int(words[1])
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux")
+@pytest.mark.parametrize("cross_layer", [False, True])
+def test_a_large_set_opens_without_being_read(tmp_path, cross_layer):
+    features, hidden_size, layers = 163_840, 1024, 6
+    size = 0
+    for i in range(layers):
+        encoder = {"W_enc": [features, hidden_size], "b_enc": [features], "b_dec": [hidden_size]}
+        decoder = {"W_dec": [features, hidden_size]}
+        if cross_layer:
+            decoder = {f"W_dec_{i}": [features, layers - i, hidden_size]}
+            size += hollow(tmp_path / f"W_dec_{i}.safetensors", **decoder)
+            encoder = {f"{name}_{i}": shape for name, shape in encoder.items()}
+            size += hollow(tmp_path / f"W_enc_{i}.safetensors", **encoder)
+        else:
+            size += hollow(tmp_path / f"layer_{i}.safetensors", **encoder, **decoder)
+    wanted = [1, 2, 4]
+    weights = load(tmp_path, wanted)
+    assert [w.W_enc.shape[0] for w in weights.values()] == [features] * 3
+    mapped = resident(tmp_path)
+    names = ("W_enc_{}.safetensors", "W_dec_{}.safetensors") if cross_layer else ("layer_{}.safetensors",)
+    assert set(mapped) == {name.format(i) for i in wanted for name in names}
+    assert sum(mapped.values()) < 400e6 < size / 8
 
 
 def test_a_layer_that_is_not_there(tmp_path):

@@ -8,7 +8,7 @@ namespace sparse_transcoder::kernels {
 
 const std::vector<const CpuKernels*>& runnable_cpu_kernels() {
   static const std::vector<const CpuKernels*> runnable = [] {
-    static CpuKernels tables[3];
+    static CpuKernels tables[4];
     std::vector<const CpuKernels*> all;
     const auto add = [&](void (*use)(CpuKernels&)) {
       CpuKernels& table = tables[all.size()];
@@ -20,9 +20,10 @@ const std::vector<const CpuKernels*>& runnable_cpu_kernels() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       add(use_avx2);
-      if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512vnni"))
-        add(use_avx512vnni);
+      const bool avx512vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+      if (avx512vnni || __builtin_cpu_supports("avxvnni")) add(avx512vnni ? use_avx2vnni_evex : use_avx2vnni);
+      if (avx512vnni) add(use_avx512vnni);
     }
 #endif
     return all;

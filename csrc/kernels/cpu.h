@@ -128,7 +128,8 @@ struct CpuKernels {
                         int64_t count, int64_t size, int16_t* packed, float* scores, Ahead& ahead);
 };
 
-// The best that this machine can run, chosen once. SPARSE_TRANSCODER_CPU=portable|avx2|avx512vnni forces one (for tests).
+// The best that this machine can run, chosen once. SPARSE_TRANSCODER_CPU=portable|avx2|avx2vnni|avx512vnni forces one (for
+// tests).
 const CpuKernels& cpu_kernels();
 
 // All that this machine can run, the portable one first.
@@ -137,6 +138,8 @@ const std::vector<const CpuKernels*>& runnable_cpu_kernels();
 // Each replaces what its instruction set does better than what the table holds.
 void use_portable(CpuKernels& kernels);
 void use_avx2(CpuKernels& kernels);
+void use_avx2vnni(CpuKernels& kernels);       // as AVX-VNNI encodes it
+void use_avx2vnni_evex(CpuKernels& kernels);  // as AVX-512 does
 void use_avx512vnni(CpuKernels& kernels);
 
 }  // namespace sparse_transcoder::kernels

@@ -2,10 +2,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu.h"
 #include "element.h"
 #include "gate.h"
+#include "quantise.h"
+#include "screen_avx2.h"
 
 namespace sparse_transcoder::kernels {
 namespace {
@@ -100,6 +103,39 @@ void product(const float* x, int64_t rows, const void* weights, int64_t count, i
   }
 }
 
+// Without VNNI: to 16 bits, four features a vector, where pairs of products add up without saturation.
+struct Widen {
+  static constexpr int features = 8;
+  static void load(const uint8_t* w, __m256i (&wv)[2]) {
+    wv[0] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    wv[1] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16)));
+  }
+  static __m256i input(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof(four));
+    return _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
+  }
+  static void add(__m256i& sum, __m256i w, __m256i x) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+  static void total(const __m256i (&sum)[2], __m256i (&totals)[1]) {
+    totals[0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum[0], sum[1]), 0xd8);
+  }
+};
+
+int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
+  // Rows are padded with zeros to whole vectors.
+  __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  const auto load = [](const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+  int64_t i = 0;
+  for (; i + 64 <= size; i += 64)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(load(x + i + 16 * v), load(w + i + 16 * v)));
+  for (; i < size; i += 16) sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(load(x + i), load(w + i)));
+  const __m256i total = _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  half = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
+  return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 1);
+}
+
 int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
                    uint32_t* out, int64_t* certain) {
   const __m256 per_norm = _mm256_set1_ps(margin.per_norm), per_residual = _mm256_set1_ps(margin.per_residual);
@@ -138,6 +174,7 @@ void widen(const void* weights, float* out, int64_t size) {
 
 void use_avx2(CpuKernels& kernels) {
   kernels.name = "avx2";
+  kernels.int8_rows = std::numeric_limits<int64_t>::max();
   kernels.dot[0] = dot<F32>;
   kernels.dot[1] = dot<BF16>;
   kernels.dot[2] = dot<F16>;
@@ -148,6 +185,11 @@ void use_avx2(CpuKernels& kernels) {
   kernels.widen[0] = widen<F32>;
   kernels.widen[1] = widen<BF16>;
   kernels.widen[2] = widen<F16>;
+  kernels.quantise_row = quantise_row;
+  kernels.quantise_panel = quantise_panel;
+  kernels.screen_int8 = screen_int8<Widen>;
+  kernels.quantise_int16 = quantise_int16;
+  kernels.dot_int16 = dot_int16;
 }
 
 }  // namespace sparse_transcoder::kernels

@@ -1,8 +1,6 @@
 // AVX-512 with VNNI: Intel since 2019, AMD since Zen 4. Compiled with those flags, called only where the machine has them.
 #include <immintrin.h>
 
-#include <limits>
-
 #include "cpu.h"
 #include "gate.h"
 #include "quantise.h"
@@ -260,7 +258,6 @@ int64_t candidates(const float* scores, const Gate& gate, const float* residual,
 
 void use_avx512vnni(CpuKernels& kernels) {
   kernels.name = "avx512vnni";
-  kernels.int8_rows = std::numeric_limits<int64_t>::max();
   kernels.fast_int16 = true;
   kernels.candidates = candidates;
   kernels.quantise_row = quantise_row;

@@ -30,20 +30,21 @@ SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 
 
 def main(arguments: list[str] | None = None) -> int:
+    form = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="python -m sparse_transcoder",
         description="Look at transcoder checkpoints, and convert them to the layout that the C++ library reads.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **form,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    info = commands.add_parser("info", help="a table of the layers in a folder")
+    info = commands.add_parser("info", help="a table of the layers in a folder", **form)
     info.add_argument("folder", type=Path, metavar="DIR")
     convert = commands.add_parser(
         "convert",
         help="write layer_{i}.safetensors and config.yaml",
-        description="Write a checkpoint as layer_{i}.safetensors and config.yaml. An input bias is folded into b_enc, in "
-        "float64; what the layout cannot express (LayerNorm, a decoder that writes to many layers) is refused.",
+        description="Write a checkpoint as layer_{i}.safetensors and config.yaml. An input bias is folded into b_enc,\n"
+        "in float64; what the layout cannot express (LayerNorm, a decoder that writes to many layers) is refused.",
+        **form,
     )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="a folder that is empty or not there yet")
@@ -192,11 +193,13 @@ def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def _with_progress(checkpoint: Checkpoint, verb: str) -> Iterator[tuple[int, TranscoderWeights]]:
     """The layers one after the other, with a bar on stderr where that is a terminal."""
     loaded: Iterable[tuple[int, TranscoderWeights]] = checkpoint.load(device="cpu")
-    total = len(checkpoint.files)
+    if not checkpoint.files:
+        loaded = list(loaded)  # a native set, which is mapped whole: nothing is read yet
+    total = len(checkpoint.files or loaded)
     shown = sys.stderr.isatty()
     for done, item in enumerate(loaded):
         if shown:
-            bar = f"[{'#' * (30 * done // total):30}] {done}/{total} " if total else f"{done} "
+            bar = f"[{'#' * (30 * done // total):30}] {done}/{total} "
             print(f"\r{verb} {bar}layer {item[0]} \x1b[K", end="", file=sys.stderr, flush=True)
         yield item
     if shown:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
@@ -11,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from . import _C
+from .arguments import _integer, _number, _positive, _tensor
 from .capture import _hook_of, capture
 from .weights import TranscoderWeights, _to_native
 
@@ -83,7 +83,7 @@ class SparseTranscoderEncoder:
         self.activation_threshold = _number("activation_threshold", activation_threshold)
         self.use_compile = bool(use_compile)
         self.chunk_size = _positive("chunk_size", chunk_size)
-        if screening not in _C.Screening.__members__:
+        if not isinstance(screening, str) or screening not in _C.Screening.__members__:
             raise ValueError(f"screening must be one of {', '.join(_C.Screening.__members__)}, got {screening!r}")
         self.screening = screening
         self._transcoders = {_integer("layer", layer): weights for layer, weights in transcoders.items()}
@@ -177,7 +177,10 @@ class SparseTranscoderEncoder:
             parts = (features.crow_indices(), features.col_indices(), features.values())
             y = self._engine.decode_sparse(layer, _C.SparseFeatures(*parts), x)
         elif isinstance(features, Mapping):
-            y = self._engine.decode(layer, features["activations"], features["indices"], x)
+            if not {"activations", "indices"} <= features.keys():
+                raise ValueError(f"layer {layer}: features must hold activations and indices, got {list(features)}")
+            activations, indices = (_tensor(layer, features[name], name) for name in ("activations", "indices"))
+            y = self._engine.decode(layer, activations, indices, x)
         else:
             raise TypeError(
                 f"layer {layer}: features must be an encode result or sparse CSR, got {type(features).__name__}"
@@ -401,32 +404,3 @@ def _result(layer: int, features: _C.Features) -> LayerFeatures:
         "indices": features.indices,
         "sparsity": features.sparsity,
     }
-
-
-def _tensor(layer: int, hidden: Any) -> torch.Tensor:
-    if not isinstance(hidden, torch.Tensor):
-        raise TypeError(f"layer {layer}: hidden must be a torch.Tensor, got {type(hidden).__name__}")
-    return hidden
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-
-
-def _positive(name: str, value: Any) -> int:
-    number = _integer(name, value)
-    if not 1 <= number < 2**63:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, str) or (not hasattr(value, "__float__") and not hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if math.isnan(number):
-        raise ValueError(f"{name} must be a number, got NaN")
-    return number

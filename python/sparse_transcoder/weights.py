@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from . import _C
+from .arguments import _positive, _tensor
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,8 +69,12 @@ def _from_native(layer: int, weights: _C.LayerWeights) -> TranscoderWeights:
 def _to_native(layer: int, weights: TranscoderWeights) -> _C.LayerWeights:
     fields = {name: getattr(weights, name) for name in _NATIVE_FIELDS}
     for name, value in fields.items():
-        needed = int if name == "k" else str if name in ("hook_in", "hook_out", "source") else torch.Tensor
-        optional = value is None and name not in ("W_enc", "b_enc")
-        if not optional and (not isinstance(value, needed) or isinstance(value, bool)):
-            raise TypeError(f"layer {layer}: {name} must be a {needed.__name__}, got {type(value).__name__}")
+        if value is None and name not in ("W_enc", "b_enc"):
+            continue
+        if name == "k":
+            _positive(f"layer {layer}: k", value)
+        elif name not in ("hook_in", "hook_out", "source"):
+            _tensor(layer, value, name)
+        elif not isinstance(value, str):
+            raise TypeError(f"layer {layer}: {name} must be a str, got {type(value).__name__}")
     return _C.LayerWeights(**fields)

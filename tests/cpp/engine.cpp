@@ -498,7 +498,7 @@ TEST(engine_encodes_in_a_forked_child) {
   const Features expected = engine->encode(0, hidden);
   const pid_t child = fork();
   if (child == 0) {
-    alarm(10);
+    alarm(300);
     bool same = true;
     for (int i = 0; i < 10; ++i) same &= same_bits(engine->encode(0, hidden), expected);
     engine.reset();

@@ -34,7 +34,7 @@ template <typename Body>
 bool ends_in_child(Body body) {
   const pid_t child = fork();
   if (child == 0) {
-    alarm(10);
+    alarm(300);
     body();
     _exit(check::failures() > 0);
   }

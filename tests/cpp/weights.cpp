@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "check.h"
+#include "fuzz.h"
 #include "safetensors.h"
 
 using namespace sparse_transcoder;
@@ -179,12 +180,13 @@ TEST(weights_refuse_malformed_files) {
       {file_of("{" + tensor("a", "F32", "[99999999999999999999999]", 0, 4) + "}", 4), "shape must hold non-negative integers"},
       {file_of("{" + tensor("a", "F32", "[4611686018427387904,4]", 0, 0) + "}", 0), "is too large"},
       {file_of("{" + tensor("a", "F32", "[0,4611686018427387904,4]", 0, 0) + "}", 0), "is too large"},
-      {file_of("{" + tensor("a", "F32", "[1,1,1,1,1,1,1,1,1]", 0, 4) + "}", 4), "is too large"},
+      {file_of("{" + tensor("a", "F32", "[1,1,1,1,1,1,1,1,1]", 0, 4) + "}", 4), "shape must hold at most 8 integers, got 9"},
       {file_of("{" + tensor("a", "F32", "[2]", 0, 4) + "}", 4), "needs 8 bytes, data_offsets span 4"},
       {file_of("{" + tensor("a", "F32", "[1]", 4, 8) + "}", 4), "data_offsets must be [begin, end] within 4 bytes, got [4, 8]"},
       {file_of("{" + tensor("a", "F32", "[1]", 4, 0) + "}", 4), "data_offsets must be [begin, end] within"},
       {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[1]", 0, 4) + "}", 8), "overlap"},
       {file_of("{" + tensor("a", "F32", "[2]", 0, 8) + "," + tensor("b", "F32", "[1]", 4, 8) + "}", 8), "overlap"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("a", "F32", "[1]", 4, 8) + "}", 8), "\"a\" is there twice"},
   };
   for (const auto& file : files) {
     const std::string path = folder.write("f", file.bytes);
@@ -235,6 +237,19 @@ TEST(weights_random_bytes) {
   EXPECT(loaded > 0 && loaded <= read);
 }
 
+TEST(weights_fuzz_corpus) {
+  int inputs = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(FUZZ_CORPUS)) {
+    std::ifstream file(entry.path(), std::ios::binary);
+    std::stringstream bytes;
+    bytes << file.rdbuf();
+    const std::string wrong = try_folder(bytes.str());
+    if (!wrong.empty()) check::fail(__FILE__, __LINE__, entry.path().string() + ": an error " + wrong);
+    ++inputs;
+  }
+  EXPECT(inputs >= 10);
+}
+
 TEST(weights_random_config) {
   const Folder folder;
   folder.write("layer_0.safetensors", layer_file());
@@ -273,6 +288,25 @@ TEST(weights_load_a_set) {
   folder.write("layer_12.safetensors", "broken");
   EXPECT_EQUAL(load_weights(folder.path(), {0}).size(), 1u);  // the other is not opened
   EXPECT_THROWS(c10::ValueError, folder.path("layer_12.safetensors") + ": ", load_weights(folder.path()));
+  folder.write("layer_12.safetensors",
+               file_of("{" + tensor("a\\nb", "F32", "[1]", 0, 4) + "," + tensor("W_enc", "F32", "[1,1]", 4, 8) + "," +
+                           tensor("b_enc", "F32", "[1]", 8, 12) + "}",
+                       12));
+  EXPECT_THROWS(c10::ValueError, "tensor \"a\\nb\" is not part of this layout", load_weights(folder.path()));
+  folder.write("layer_12.safetensors", layer_file());
+  for (const char* text : {"a: \x1b[31m\n", "a: \xff\n", "a: b\rc\n", "a: \x7f\n"}) {
+    folder.write("config.yaml", text);
+    EXPECT_THROWS(c10::ValueError, "config.yaml: line 1: must be UTF-8 text without control characters",
+                  load_weights(folder.path()));
+  }
+  folder.write("config.yaml", "a:\tb\t# \xc3\xa9\r\n");
+  EXPECT_EQUAL(load_weights(folder.path()).size(), 2u);
+  folder.write("config.yaml", std::string(10'000'001, '\n'));
+  EXPECT_THROWS(c10::ValueError, "config.yaml: must have at most 10000000 bytes", load_weights(folder.path()));
+  std::filesystem::remove(folder.path("config.yaml"));
+  std::filesystem::create_symlink("config.yaml", folder.path("config.yaml"));  // what it declares cannot be known
+  EXPECT_THROWS(c10::ValueError, "config.yaml: must be a regular file", load_weights(folder.path()));
+  std::filesystem::remove(folder.path("config.yaml"));
   folder.write("config.yaml", "model_kind: transcoder_set\ntranscoders:\n  - ../layer_0.safetensors\n");
   EXPECT_THROWS(c10::ValueError, "transcoders must be files inside this folder", load_weights(folder.path()));
 }

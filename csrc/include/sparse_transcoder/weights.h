@@ -31,8 +31,8 @@ struct LayerWeights {
 
 // Reads a circuit-tracer transcoder set: `layer_{i}.safetensors` beside an optional `config.yaml`. Files are memory-mapped;
 // only the layers asked for are opened (all of them when `layers` is empty). With a CUDA device the tensors are copied there.
-// Throws FileNotFound, or c10::ValueError naming the file and the reason. Matrices are scanned for NaN and Inf up to 1 GiB in
-// all, so that a large set opens at once; beyond that the Engine refuses them.
+// Throws FileNotFound, or c10::ValueError naming the file and the reason. Matrices are scanned for NaN and Inf up to 256 MiB
+// in all, so that a large set opens at once; the Engine refuses any encoder that is not finite.
 std::map<int64_t, LayerWeights> load_weights(const std::string& dir, std::vector<int64_t> layers = {},
                                              at::Device device = at::kCPU);
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import _C
+from ..arguments import _device, _integer
 from ..weights import TranscoderWeights
 from . import circuit_tracer, dictionary_learning, gemma_scope, llamascopium, reference, sae_lens, sparsify
 from .files import Config, Loading, layer_in
@@ -40,14 +41,19 @@ def load_transcoders(
 
     Raises:
         FileNotFoundError: the folder, or the file of a layer asked for, is not there.
-        ValueError: a file is malformed or of a variant that is not supported; the message names it and the reason.
+        ValueError: a file is malformed or of a variant that is not supported; the message names it and the reason. Or the
+            device is not there.
 
     Example:
         >>> transcoders = load_transcoders("gemma-scope-2b-pt-transcoders", layers=[12, 13])
     """
-    wanted = None if layers is None else sorted({int(layer) for layer in layers})
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
+        raise TypeError(f"layers must be integers, or None for all, got {type(layers).__name__}")
+    wanted = None if layers is None else sorted({_integer("layer", layer) for layer in layers})
     if wanted is not None and not wanted:
         return {}
+    if not isinstance(transcoder_dir, (str, os.PathLike)):
+        raise TypeError(f"transcoder_dir must be a str or Path, got {type(transcoder_dir).__name__}")
     return dict(find(Path(transcoder_dir)).load(wanted, device))
 
 
@@ -65,7 +71,7 @@ class Checkpoint:
         self, layers: list[int] | None = None, device: str | torch.device | None = None
     ) -> Iterator[tuple[int, TranscoderWeights]]:
         """The layers asked for, one after the other, so that a caller need not hold them all."""
-        loading = Loading(torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device))
+        loading = Loading(_device(device))
         if self.reader is None:
             yield from circuit_tracer.load_set(self.folder, layers or [], loading).items()
             return

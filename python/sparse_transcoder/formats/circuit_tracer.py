@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import _C
 from ..weights import TranscoderWeights, _from_native
-from .files import Loading, read_safetensors
+from .files import Loading, is_there, read_safetensors
 
 
 def load_set(folder: Path, layers: list[int], loading: Loading) -> dict[int, TranscoderWeights]:
@@ -16,14 +16,19 @@ def load_set(folder: Path, layers: list[int], loading: Loading) -> dict[int, Tra
 
 
 def config_text(path: Path) -> str:
-    return path.read_bytes()[:1_000_000].decode(errors="replace") if path.is_file() else ""
+    return path.read_bytes()[:1_000_000].decode(errors="replace") if is_there(path) else ""
 
 
 def top_level(path: Path) -> dict[str, str]:
     """The plain ``key: value`` lines of a config.yaml."""
-    pattern = r"(\w+):\s+(?:\"([^\"]*)\"|'([^']*)'|([^#]*?))\s*(?:#.*)?"
-    found = (re.fullmatch(pattern, line) for line in config_text(path).splitlines())
-    return {m[1]: m[2] or m[3] or m[4] or "" for m in found if m}
+    values = {}
+    for line in config_text(path).splitlines():
+        key, _, value = line.partition(":")
+        if re.fullmatch(r"\w+", key) and value[:1].isspace():
+            value = value.strip()
+            quoted = re.match(r"\"([^\"]*)\"|'([^']*)'", value)
+            values[key] = quoted[1] or quoted[2] or "" if quoted else re.split(r"(?:^|\s)#", value)[0].strip()
+    return values
 
 
 def load_clt_layer(layer: int, path: Path, loading: Loading) -> TranscoderWeights:

@@ -31,7 +31,9 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         W_enc, b_enc = tensors.take("encoder.weight", 2), tensors.take("encoder.bias", 1)
         W_dec = tensors.take("decoder.weight", 2)
     b_dec = tensors.take({"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec"), 1)
-    if kind == "AutoEncoderTopK":
+    if kind == "AutoEncoder":
+        W_enc, b_enc, W_dec = _unit_decoder(path, W_enc, b_enc, W_dec)
+    elif kind == "AutoEncoderTopK":
         k = tensors.take_integer("k")
         if k != config.get("k", int, k) or k < 1:
             raise ValueError(f"{path}: k must be {config.get('k', int, k)} as in config.json and at least 1, got {k}")
@@ -57,3 +59,19 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         hook_in=hook,
         hook_out=hook,
     )
+
+
+def _unit_decoder(
+    path: Path, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the project's loader does: decoder directions of length one, their lengths moved into the activations."""
+    if W_dec.shape[1] != W_enc.shape[0] or b_enc.shape != W_enc.shape[:1]:
+        return W_enc, b_enc, W_dec  # refused by its shape
+    norm = torch.linalg.vector_norm(W_dec, dim=0, dtype=torch.float32)
+    if torch.allclose(norm, torch.ones_like(norm)):
+        return W_enc, b_enc, W_dec
+    if not bool((norm > 0).all()):
+        raise ValueError(
+            f"{path}: decoder.weight must have no column of zeros, got feature {int((norm > 0).int().argmin())}"
+        )
+    return W_enc * norm[:, None], b_enc * norm, W_dec / norm

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ class Tensors:
         """A float tensor that must be there."""
         tensor = self.left.pop(name, None)
         if tensor is None:
-            raise ValueError(f"{self.path}: tensor {name} is missing, got {', '.join(sorted(self.left)) or 'none'}")
+            raise ValueError(
+                f"{self.path}: tensor {name} is missing, got {_short(', '.join(sorted(self.left)) or 'none')}"
+            )
         if tensor.ndim != ndim or tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(
                 f"{self.path}: {name} must be a {ndim}-dimensional float32, bfloat16 or float16 tensor, "
@@ -45,7 +49,9 @@ class Tensors:
     def take_integer(self, name: str) -> int:
         tensor = self.left.pop(name, None)
         if tensor is None:
-            raise ValueError(f"{self.path}: tensor {name} is missing, got {', '.join(sorted(self.left)) or 'none'}")
+            raise ValueError(
+                f"{self.path}: tensor {name} is missing, got {_short(', '.join(sorted(self.left)) or 'none')}"
+            )
         if tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"{self.path}: {name} must be one integer, got {tensor.dtype} {list(tensor.shape)}")
         return int(tensor)
@@ -56,7 +62,7 @@ class Tensors:
 
     def finish(self) -> None:
         for name in sorted(self.left):
-            raise ValueError(f'{self.path}: tensor "{name}" is not part of this layout')
+            raise ValueError(f'{self.path}: tensor "{_short(name)}" is not part of this layout')
 
 
 class Config:
@@ -83,10 +89,11 @@ class Config:
             raise self.refuse(f"{name} is missing, got {_short(', '.join(map(str, self.values)) or 'nothing')}")
         return value
 
-    def k(self) -> int:
-        value = self.need("k", int)
-        if value < 1:
-            raise self.refuse(f"k must be at least 1, got {value}")
+    def k(self, name: str = "k", default: int | None = None) -> int:
+        """The k of a top-k coder."""
+        value = self.need(name, int) if default is None else self.get(name, int, default)
+        if not 1 <= value < 2**63:
+            raise self.refuse(f"{name} must be at least 1 and fit 64 bits, got {_short(value)}")
         return value
 
     def within(self, name: str) -> Config:
@@ -108,7 +115,7 @@ class Loading:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.left_to_scan = 1 << 30
+        self.left_to_scan = 1 << 28
 
     def weights(self, layer: int, source: Path, W_enc: torch.Tensor, **fields: Any) -> TranscoderWeights:
         """Checked weights on the device. W_enc [F, H]: copied once where its file holds [H, F], else a view of the file.
@@ -165,6 +172,11 @@ def read_npz(path: Path) -> Tensors:
     _must_exist(path)
 
     def read() -> dict[str, torch.Tensor]:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        most = 8 * path.stat().st_size + (64 << 20)  # weights hardly compress
+        if unpacked > most:
+            raise ValueError(f"it unpacks to {unpacked} bytes, expected at most {most}")
         with numpy.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
@@ -174,11 +186,15 @@ def read_npz(path: Path) -> Tensors:
 def read_pickled(path: Path, key: str | None = None) -> Tensors:
     """A state dict saved by torch.save, or the one under a key; memory-mapped and never unpickled unsafely."""
     _must_exist(path)
-    loaded = _guarded(
-        path,
-        "a checkpoint that can be read without running its code",
-        lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
-    )
+
+    def read() -> Any:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{member.filename} is compressed, which torch.save never does")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    loaded = _guarded(path, "a checkpoint that can be read without running its code", read)
     state = loaded.get(key) if key and isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: must hold a {key or 'state dict'} of tensors")
@@ -201,8 +217,17 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file; anything else of this name is refused: a pipe, a link that leads nowhere."""
+    if path.is_file():
+        return True
+    if os.path.lexists(path):
+        raise ValueError(f"{path}: must be a regular file")
+    return False
+
+
 def _must_exist(path: Path) -> None:
-    if not path.is_file():
+    if not is_there(path):
         raise FileNotFoundError(f"{path}: cannot be opened: no such file")
 
 
@@ -211,12 +236,13 @@ def _guarded(path: Path, what: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = _short(str(error).strip().split("\n")[0]) or type(error).__name__
         raise ValueError(f"{path}: not {what}: {reason}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     most = 10_000_000
+    _must_exist(path)
     try:
         with open(path, "rb") as file:
             text = file.read(most + 1)
@@ -234,5 +260,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = str(value).replace("\n", " ")
-    return text if len(text) <= 100 else text[:100] + "..."
+    """A file's own words, fit for one line of an error."""
+    text = str(value)
+    shown = "".join(c if c.isprintable() else " " for c in text[:100])
+    return shown if len(text) <= 100 else shown + "..."

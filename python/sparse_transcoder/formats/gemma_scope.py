@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..weights import TranscoderWeights
-from .files import Config, Loading, read_npz, read_safetensors
+from .files import Config, Loading, is_there, read_npz, read_safetensors
 
 
 def load_first(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
@@ -18,7 +18,7 @@ def load_first(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
 
 def load_second(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     config_path = path.with_name("config.json")
-    config = Config(config_path) if config_path.is_file() else Config(config_path, {})
+    config = Config(config_path) if is_there(config_path) else Config(config_path, {})
     config.only("architecture", config.get("architecture", str, "jump_relu"), ("jump_relu",))
     tensors = read_safetensors(path)
     decoder = tensors.left.get("w_dec")

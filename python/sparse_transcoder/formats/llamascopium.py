@@ -37,9 +37,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
             threshold = torch.where(norm > 0, threshold / norm, LARGEST)
         threshold = threshold.clamp(max=LARGEST).to(torch.float32)
     if activation == "topk":
-        k = config.get("top_k", int, 50)
-        if k < 1:
-            raise config.refuse(f"top_k must be at least 1, got {k}")
+        k = config.k("top_k", 50)
     tensors.finish()
     return loading.weights(
         layer,
