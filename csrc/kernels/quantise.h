@@ -64,7 +64,7 @@ struct Group {
 // rest, where given, receives y - q.
 inline Group quantise_group(const float* x, int64_t size, int8_t* q, float* rest) {
   const float largest = largest_magnitude(x, size), scale = largest / 127;
-  if (!(scale >= smallest_scale)) {
+  if (!(scale >= smallest_scale && std::isfinite(scale))) {  // all of it is residual
     std::fill(q, q + size, int8_t{0});
     if (rest) std::fill(rest, rest + size, 0.0f);
     const double norm = std::sqrt(static_cast<double>(size)) * largest;
