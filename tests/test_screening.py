@@ -14,7 +14,7 @@ import torch
 from oracle import SCREENINGS, check, gates, make_layer, normal, pre_activations, same_bits, tolerances, wide
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
-CPUS = ("portable", "avx2", "avx512vnni")  # one that the machine lacks falls back to the best it has
+CPUS = ("portable", "avx2", "avx2vnni", "avx512vnni")  # one that the machine lacks falls back to the best it has
 RESULTS = ("activations", "indices", "sparsity")
 
 
