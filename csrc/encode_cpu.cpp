@@ -84,7 +84,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   RowMargin& margin = w.margin[slot];
   margin = {{product, 0}, {product, 0}};
   w.tally[lane].fallback_rows += std::isinf(product);
-  if (job.choice.sparse == Arithmetic::int8)
+  if (job.choice.sparse == Arithmetic::int8 && is_finite(margin))
     kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
                         w.bounds + lane * 2 * w.plan.int8_groups);
   if (layer.copies.int16.defined()) {
