@@ -26,7 +26,7 @@ using kernels::TopList;
 
 constexpr int64_t panel_size = 512;       // features of a float32 panel: its weights stay in L3
 constexpr int64_t block_rows = 64;        // rows screened at a time in float32: their scores stay in L2
-constexpr int64_t strip_rows = 512;       // rows screened at a time in int8 and int16: their scores stay in L2
+constexpr int64_t strip_rows = 256;       // rows screened at a time in int8 and int16: with their scores they stay in L2
 constexpr int64_t rows_per_unit = 16;     // of prepare and finish
 constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
 
@@ -84,7 +84,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   RowMargin& margin = w.margin[slot];
   margin = {{product, 0}, {product, 0}};
   w.tally[lane].fallback_rows += std::isinf(product);
-  if (job.choice.sparse == Arithmetic::int8)
+  if (job.choice.sparse == Arithmetic::int8 && is_finite(margin))
     kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
                         w.bounds + lane * 2 * w.plan.int8_groups);
   if (layer.copies.int16.defined()) {

@@ -766,6 +766,19 @@ def test_pipes_and_links_in_a_circle_are_not_waited_for(tmp_path, name, write):
             refused(tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["llamascopium", "clt"])
+def test_hook_names_that_would_spoil_a_terminal(tmp_path, layout):
+    if layout == "clt":
+        clt(tmp_path, 0, 30, 8)
+        (tmp_path / "config.yaml").write_text("feature_input_hook: \x1b[31mred\n")
+    else:
+        llamascopium_case("relu")(tmp_path, 0, 30, 8)
+        configured(next(tmp_path.rglob("config.json")), hook_point_in="\x1b[31mred")
+    with pytest.raises(ValueError, match="hook_in must be printable text, got") as caught:
+        load(tmp_path)
+    assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
+
+
 def test_a_config_line_without_end(tmp_path):
     """Read in one pass: a search that goes back and forth would not return."""
     clt(tmp_path, 0, 30, 8)

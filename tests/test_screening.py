@@ -170,6 +170,15 @@ def adverse():
     yield "broken rows", (layer, broken, 20, 0.5)
     ramp = {"W_enc": (1 + 1e-5 * torch.arange(3000)[:, None]).repeat(1, 64) / 64, "b_enc": torch.zeros(3000)}
     yield "values apart by less than a margin", (ramp, torch.ones(30, 64), 50, 1.01)
+    # A sum of a group times the weights' scale alone overflows, though the dot product is ordinary; both signs of it.
+    huge = {"W_enc": torch.full((3, 512), 3e34), "b_enc": torch.zeros(3)}
+    hidden = torch.full((1, 512), -1e-20)
+    hidden[0, 256:] = 0
+    hidden[0, 256] = 1e-17
+    yield "a part overflows, not the whole", (huge, hidden, 2, 1.0)
+    # A residual between two subnormal numbers.
+    subnormal = torch.full((1, 2), 2.0**-149)
+    yield "subnormal residual", ({"W_enc": torch.full((2, 2), 2.1e38), "b_enc": torch.zeros(2)}, subnormal, 2, 5e-7)
     for tokens in (3, 40):
         aligned, hidden = worst(tokens)
         yield f"largest quantisation error, {tokens} rows", (aligned, hidden, 20, 1.0)

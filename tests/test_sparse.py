@@ -260,7 +260,7 @@ def csr(begins, ids, values, shape):
         ),
         (lambda f, x: (csr([0, 1, 1, 1], [-1], [1.0], (3, F)), x), ValueError, "features must be in [0, 300), got -1"),
         (lambda f, x: (csr([0, 2, 1, 1], [1], [1.0], (3, F)), x), ValueError, "row_begin must ascend from 0"),
-        (lambda f, x: (f.double(), x), TypeError, "activations must be Float, got Double"),
+        (lambda f, x: (f.double(), x), TypeError, "activations must be float32, got float64"),
     ],
 )
 def test_decode_errors(change, error, message):

@@ -72,8 +72,9 @@ __attribute__((noinline)) void screen_group(const Group64& group, const int8_t* 
     uint64_t mask = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_loadu_ps(group.scales + 16 * v));
-      const __m512 score = _mm512_fmadd_ps(part, x_scale, _mm512_loadu_ps(row + 16 * v));
+      // The scales first: their product times a sum is at most ||x|| ||w||; a sum times one of them alone could overflow.
+      const __m512 both = _mm512_mul_ps(x_scale, _mm512_loadu_ps(group.scales + 16 * v));
+      const __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][v]), both, _mm512_loadu_ps(row + 16 * v));
       if (margin)
         mask |= uint64_t{_mm512_cmp_ps_mask(score, _mm512_loadu_ps(group.low + 16 * v), _CMP_NLT_UQ)} << 16 * v;
       else
@@ -91,17 +92,15 @@ void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count, 
   static constexpr Strip add[] = {screen_group<p, p, false>,
                                   screen_group<2 * p, p, false>,
                                   screen_group<3 * p, p, false>,
-                                  screen_group < planes == 1 ? 4 : 2,
-                                  p,
-                                  false >
-                                  , screen_group < planes == 1 ? 5 : 2, p, false >, screen_group<6, p, false>};
+                                  screen_group<(planes == 1 ? 4 : 2), p, false>,
+                                  screen_group<(planes == 1 ? 5 : 2), p, false>,
+                                  screen_group<6, p, false>};
   static constexpr Strip gate[] = {screen_group<p, p, true>,
                                    screen_group<2 * p, p, true>,
                                    screen_group<3 * p, p, true>,
-                                   screen_group < planes == 1 ? 4 : 2,
-                                   p,
-                                   true >
-                                   , screen_group < planes == 1 ? 5 : 2, p, true >, screen_group<6, p, true>};
+                                   screen_group<(planes == 1 ? 4 : 2), p, true>,
+                                   screen_group<(planes == 1 ? 5 : 2), p, true>,
+                                   screen_group<6, p, true>};
   const auto* scales = reinterpret_cast<const float*>(panel + panel_features * layout.inputs());
   const int64_t steps = layout.inputs() / 4 * ((count + most - 1) / most), lines = (ahead.lines() + steps - 1) / steps;
   for (int64_t i = 0; i < count * panel_features; i += 16) _mm512_storeu_ps(tile + i, _mm512_setzero_ps());

@@ -84,7 +84,7 @@ void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, in
       }
       float* score = tile + r / planes * panel_features;
       for (int64_t f = 0; f < panel_features; ++f)
-        score[f] += static_cast<float>(sums[f]) * panel_scales[g * panel_features + f] * scales[g];
+        score[f] += static_cast<float>(sums[f]) * (panel_scales[g * panel_features + f] * scales[g]);
     }
   }
   for (int64_t r = 0; r < count; ++r) {

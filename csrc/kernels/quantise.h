@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu.h"
 
@@ -49,7 +50,7 @@ inline int32_t nearest(float x) {
 }
 
 // Rounds up; bounds carry relative errors of a few 2^-24 in their last steps.
-inline float up(double bound) { return static_cast<float>(bound * (1 + 0x1p-20)); }
+inline float up(double bound) { return std::max(static_cast<float>(bound * (1 + 0x1p-20)), std::numeric_limits<float>::min()); }
 
 // What a group's integers stand for. Norms are upper bounds.
 struct Group {

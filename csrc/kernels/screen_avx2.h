@@ -44,8 +44,8 @@ void screen_group(const Int8Layout& layout, const int8_t* x, int64_t g, const ui
       float* row = tile + r / planes * panel_features + first;
       for (int v = 0; v < Dot::features / 8; ++v) {
         const __m256 product = _mm256_cvtepi32_ps(_mm256_add_epi32(totals[v], _mm256_set1_epi32(starts[g])));
-        const __m256 scaled = _mm256_mul_ps(product, _mm256_loadu_ps(w_scales + first + 8 * v));
-        _mm256_storeu_ps(row + 8 * v, _mm256_fmadd_ps(scaled, _mm256_set1_ps(scales[g]), _mm256_loadu_ps(row + 8 * v)));
+        const __m256 both = _mm256_mul_ps(_mm256_set1_ps(scales[g]), _mm256_loadu_ps(w_scales + first + 8 * v));
+        _mm256_storeu_ps(row + 8 * v, _mm256_fmadd_ps(product, both, _mm256_loadu_ps(row + 8 * v)));
       }
     }
   }

@@ -57,8 +57,9 @@ class SparseTranscoderEncoder:
         activation_threshold: the least activation that is kept, inclusive.
         use_compile: replay captured work for shapes seen before, where the device can; no effect on results.
         chunk_size: rows worked on at a time: bounds the workspace, not the result.
-        screening: which low-precision copies of the encoders find the candidates; no effect on results. "auto": the fastest on this
-            machine, int8 and, for float32 weights, int16 (1 + 2 bytes a weight); "int8" or "int16" that one alone; "off": none.
+        screening: which low-precision copies of the encoders find the candidates; no effect on results. "auto": the fastest on
+            this machine, int8 and, for float32 weights, int16 (1 + 2 bytes a weight); "int8" or "int16": that one alone; "off":
+            none.
 
     Raises:
         ValueError: an option or a tensor's shape, device or value is wrong; TypeError: a tensor's dtype or an argument's type is.
@@ -344,8 +345,8 @@ class SparseTranscoderEncoder:
 
         Returns:
             ``rows`` and ``features``; ``pairs_int8``, ``pairs_int16``, ``pairs_float32``: (row, feature) pairs screened in each
-            arithmetic; ``survivors`` of the int8 screen; ``rescored``: pairs computed exactly, of which ``ambiguous`` were too near
-            their gate to be counted unseen; ``fallback_rows``: rows too large to screen; ``prepare_ms``, ``screen_ms``,
+            arithmetic; ``survivors`` of the int8 screen; ``rescored``: pairs computed exactly, of which ``ambiguous`` were too
+            near their gate to be counted unseen; ``fallback_rows``: rows too large to screen; ``prepare_ms``, ``screen_ms``,
             ``refine_ms``, ``rescore_ms``, ``finish_ms``: time of each phase, summed over workers.
 
         Arguments and errors as in :meth:`encode_layer`; ValueError where hidden is not on the CPU.

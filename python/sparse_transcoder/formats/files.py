@@ -125,6 +125,9 @@ class Loading:
         features, hidden = W_enc.shape
         if not features or not hidden:
             raise ValueError(f"{source}: W_enc must not be empty, got [{features}, {hidden}]")
+        for name in ("hook_in", "hook_out"):
+            if not fields.get(name, "").isprintable():
+                raise ValueError(f"{source}: {name} must be printable text, got {_short(fields[name])}")
         W_dec = fields.get("W_dec")
         targets = W_dec.shape[0] // hidden if W_dec is not None and W_dec.shape[0] % hidden == 0 else 1
         shapes = {
