@@ -151,6 +151,11 @@ def adverse():
         yield f"both {scale:g}, threshold there", (small, hidden, 20, 0.6 * scale**2)
         one = {"W_enc": scale * (0.5 + torch.arange(100)[:, None] / 80), "b_enc": torch.zeros(100)}
         yield f"both {scale:g}, one input", (one, scale * torch.linspace(0.5, 1.5, 30)[:, None], 20, scale**2)
+    weak = {"W_enc": make_layer(300, 64)["W_enc"] * 1e-10, "b_enc": torch.zeros(300)}
+    for scale in (1e31, 1e33, 1e35, 1e37):
+        for share in (0.0, 1.0, 2.0):
+            tau = share * scale * 1e-10
+            yield f"huge rows, weak features, {scale:g}, {share:g}", (weak, scale * normal(40, 64, seed=4), 20, tau)
     yield "duplicate features", (duplicates(), rows[:, :150], 40, 0.0)
     yield "strong and weak features", (strong_and_weak(), rows, 20, 1.0)
     dense = {**layer, "b_enc": layer["b_enc"] + 3}
@@ -363,7 +368,7 @@ def test_explained(recorded, cpu, screening):
         if name.startswith("too large"):
             assert told["fallback_rows"] == 3
             assert told["rescored"] >= 3 * features
-        else:
+        elif not name.startswith("huge rows"):
             assert told["fallback_rows"] == 0, name
 
 
