@@ -70,8 +70,7 @@ float product_margin(const Layer& layer, double squared_norm) {
   const double roundoff = (layer.hidden_size + 8) * 0x1p-24;
   if (roundoff > 0.5) return std::numeric_limits<float>::infinity();
   const double norm = std::max<double>(std::sqrt(squared_norm) * (1 + 0x1p-20), std::numeric_limits<float>::min());
-  // Nor may a sum of the int16 screen, up to 2^31, times the row's scale alone: less than 2^17 ||x||.
-  if (norm * std::max(layer.largest_norm, 0x1p17f) > 1e37) return std::numeric_limits<float>::infinity();
+  if (norm * layer.largest_norm > 1e37) return std::numeric_limits<float>::infinity();
   return static_cast<float>(roundoff / (1 - roundoff) * norm * (1 + 0x1p-20));
 }
 
