@@ -14,9 +14,9 @@ from .arguments import _integer, _number, _positive, _tensor
 from .capture import _hook_of, capture
 from .weights import TranscoderWeights, _to_native
 
-# torch says once that sparse CSR tensors are in beta; encode_sparse is not the place to say it.
+# torch says once that sparse CSR tensors are in beta, or unchecked; encode_sparse is not the place to say it.
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", category=UserWarning)
     torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
 
 
