@@ -28,6 +28,9 @@ const char* const row_kinds[] = {"gaussian",    "planted", "heavy tails",    "ov
 const char* const weight_kinds[] = {"gaussian", "heavy tails", "over many decades", "real", "worst for int8", "worst for int16"};
 constexpr int64_t block_sizes[] = {576, 64, 200, 257, 576, 1000, 33, 768, 2048, 7};
 
+// What underflow may change, as the gate allows for it.
+double underflow(int64_t size) { return (size + 128) * 0x1p-125; }
+
 at::Tensor sign(at::IntArrayRef shape) { return at::where(at::rand(shape) < 0.5, 1.0, -1.0); }
 at::Tensor decades(int64_t count, double low, double high) {
   return at::pow(10.0, at::rand({count, 1}, at::kDouble) * (high - low) + low);
@@ -125,8 +128,7 @@ struct Stage {
   std::string where;
 
   void add(const at::Tensor& error, const at::Tensor& margin, const Block& block) {
-    // What underflow may change, as the gate allows for it.
-    const at::Tensor share = error.abs() / (margin + block.x.size(1) * 0x1p-125);
+    const at::Tensor share = error.abs() / (margin + underflow(block.x.size(1)));
     const double most = share.max().item<double>();
     pairs += error.numel();
     if (!(most <= worst)) {
@@ -163,7 +165,7 @@ void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor
   });
   const at::Tensor values = wide(features, &int8::Vector::values).t(), margins = wide(features, &int8::Vector::margin).t();
   // The largest float32 that the exact value reaches: the screen must find that its upper bound does, too.
-  const at::Tensor least = exact - H * 0x1p-125, near = least.to(at::kFloat);
+  const at::Tensor least = exact - underflow(H), near = least.to(at::kFloat);
   const at::Tensor low =
       at::where(near > least, at::nextafter(near, at::full_like(near, -std::numeric_limits<float>::infinity())), near)
           .contiguous();
