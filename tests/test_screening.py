@@ -135,6 +135,15 @@ def adverse():
     yield "weights whose square overflows", ({**layer, "W_enc": layer["W_enc"] * 1e20}, rows * 1e-20, 20, 0.5)
     yield "too large to screen", (layer, torch.cat([rows, 1e37 * rows[:3]]), 20, 0.5)
     yield "too large, and one hot", (layer, torch.cat([rows, 1e38 * torch.eye(200)[:3]]), 20, 0.5)
+    # What lies in memory after the last feature would be the strongest of all.
+    beyond = torch.cat([layer["W_enc"], 10 * rows[:1].sign().expand(64, 200)])
+    ending = {"W_enc": beyond[:1000], "b_enc": torch.cat([layer["b_enc"], torch.zeros(64)])[:1000]}
+    yield "too large, the last panel is not whole", (ending, torch.cat([rows, 1e37 * rows[:1].expand(3, 200)]), 20, 0.5)
+    # A part overflows and the whole does not, in any order.
+    steps = torch.tensor([-1.5625, 1.171875, 1.171875]) * 1e36
+    parts = torch.stack([steps.roll(i).repeat_interleave(256) for i in range(3)])
+    flat = {"W_enc": torch.ones(70, 768), "b_enc": torch.zeros(70)}
+    yield "too large, parts overflow", (flat, torch.cat([normal(20, 768, seed=4), parts]), 20, 0.5)
     bare = {**layer, "b_enc": torch.zeros(1000)}
     yield "denormal rows", (bare, 1e-40 * rows, 20, 0.0)
     yield "denormal weights", ({**bare, "W_enc": layer["W_enc"] * 1e-40}, rows, 20, 0.0)

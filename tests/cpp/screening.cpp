@@ -47,7 +47,7 @@ float rounded_down(long double value) {
 float rounded_up(long double value) { return -rounded_down(-value); }
 
 // What underflow may change, as the gate allows for it.
-long double underflow(int64_t size) { return size * 0x1p-125L; }
+long double underflow(int64_t size) { return (size + 128) * 0x1p-125L; }
 
 using Maker = float (*)(int64_t i, int64_t size);
 struct Kind {

@@ -23,10 +23,14 @@ namespace {
 
 constexpr int64_t row_count = 192, panels = 8, feature_count = panels * panel_features;
 constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, at::kHalf};  // in the order of Dtype
-const char* const row_kinds[] = {"gaussian",    "planted", "heavy tails",    "over many decades",
-                                 "one outlier", "sparse",  "worst for int8", "worst for int16"};
-const char* const weight_kinds[] = {"gaussian", "heavy tails", "over many decades", "real", "worst for int8", "worst for int16"};
+const char* const row_kinds[] = {"gaussian", "planted",        "heavy tails",          "over many decades", "one outlier",
+                                 "sparse",   "worst for int8", "worst for two planes", "worst for int16"};
+const char* const weight_kinds[] = {"gaussian",        "heavy tails", "over many decades", "real", "worst for int8",
+                                    "worst for int16", "signs"};
 constexpr int64_t block_sizes[] = {576, 64, 200, 257, 576, 1000, 33, 768, 2048, 7};
+
+// What underflow may change, as the gate allows for it.
+double underflow(int64_t size) { return (size + 128) * 0x1p-125; }
 
 at::Tensor sign(at::IntArrayRef shape) { return at::where(at::rand(shape) < 0.5, 1.0, -1.0); }
 at::Tensor decades(int64_t count, double low, double high) {
@@ -57,6 +61,15 @@ at::Tensor at_halves_of_int8(int64_t count, const at::Tensor& signs, const at::T
   return x * decades(count, -3, 3);
 }
 
+// What a second plane leaves, too, is half a step.
+at::Tensor at_halves_of_second_plane(int64_t count, const at::Tensor& signs, const at::Tensor& side) {
+  const Int8Layout layout(signs.numel());
+  const at::Tensor second = at::floor(at::rand({count, 1}, at::kDouble) * 120) + 0.499;
+  at::Tensor x = at::floor(at::rand({count, 1}, at::kDouble) * 100 + 1) * signs + second / 254 * side;
+  for (int64_t i = 0; i < layout.size; i += layout.depth) x.select(1, i).fill_(127);
+  return x;
+}
+
 struct Block {
   std::string name;
   at::Tensor x, w, stored;  // [rows, H], [features, H] float64; the weights as they are stored
@@ -84,6 +97,8 @@ Block make_block(int64_t number) {
     w = at_halves_of_int8(feature_count, b, a);
   } else if (w_kind == "worst for int16") {
     w = at_halves_of_int16(b * decades(feature_count, -2, 2), a.expand({feature_count, H}));
+  } else if (w_kind == "signs") {  // int8 holds them without error: what is left is the rows'
+    w = sign({feature_count, H}).to(at::kDouble);
   } else {
     w = normal(feature_count);
   }
@@ -110,6 +125,8 @@ Block make_block(int64_t number) {
     x = at::where(at::rand({row_count, H}) < 0.02, normal(row_count), 0);
   } else if (x_kind == "worst for int8") {
     x = at_halves_of_int8(row_count, a, b);
+  } else if (x_kind == "worst for two planes") {
+    x = at_halves_of_second_plane(row_count, a, b);
   } else if (x_kind == "worst for int16") {
     x = at_halves_of_int16(a * decades(row_count, -2, 2), b.expand({row_count, H}));
   } else {
@@ -125,8 +142,7 @@ struct Stage {
   std::string where;
 
   void add(const at::Tensor& error, const at::Tensor& margin, const Block& block) {
-    // What underflow may change, as the gate allows for it.
-    const at::Tensor share = error.abs() / (margin + block.x.size(1) * 0x1p-125);
+    const at::Tensor share = error.abs() / (margin + underflow(block.x.size(1)));
     const double most = share.max().item<double>();
     pairs += error.numel();
     if (!(most <= worst)) {
@@ -163,7 +179,7 @@ void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor
   });
   const at::Tensor values = wide(features, &int8::Vector::values).t(), margins = wide(features, &int8::Vector::margin).t();
   // The largest float32 that the exact value reaches: the screen must find that its upper bound does, too.
-  const at::Tensor least = exact - H * 0x1p-125, near = least.to(at::kFloat);
+  const at::Tensor least = exact - underflow(H), near = least.to(at::kFloat);
   const at::Tensor low =
       at::where(near > least, at::nextafter(near, at::full_like(near, -std::numeric_limits<float>::infinity())), near)
           .contiguous();
