@@ -328,6 +328,7 @@ void write_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, con
     const int64_t* begin = out.row_begin.const_data_ptr<int64_t>() + job.first_row + row;
     int64_t* features = out.features.mutable_data_ptr<int64_t>() + begin[0];
     float* activations = out.activations.mutable_data_ptr<float>() + begin[0];
+    if (begin[0] == begin[1]) return;
     if (!is_finite(w.margin[job.slot + row])) {
       features[0] = 0;
       activations[0] = std::numeric_limits<float>::quiet_NaN();
