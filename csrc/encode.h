@@ -18,34 +18,9 @@ struct Request {
   int64_t rows() const { return hidden.size(0) * hidden.size(1); }
 };
 
-// What a CUDA lane's buffers depend on, in elements.
-struct CudaPlan {
-  int64_t rows;         // of a chunk
-  int64_t lanes;        // streams that one call uses
-  int64_t groups;       // lists a row may be shared among
-  int64_t lists;        // in all
-  int64_t capacity;     // keys a list holds
-  int64_t hidden_size;  // the largest
-  int64_t scores;       // of a panel
-  int64_t widened;      // weights of a panel; 0 when all are float32
-};
-
-// A stream and its buffers: work on a lane is ordered, so a lane can be lent to the next call while its work is under way.
-struct CudaLane {
-  CudaLane(const CudaPlan& plan, at::Device device);
-
-  CudaPlan plan;
-  c10::Stream stream;
-  at::Tensor hidden, margin, scores, widened, keys, size, least, certain;
-  int64_t bytes = 0;
-};
-
-CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& options);
-// All requests are on one device. Asynchronous: the caller's current stream waits for the results, the host does not.
-void encode_cuda(const std::vector<Request>& requests, int64_t lanes, Pool<CudaLane>& pool);
-
 // Two passes a chunk: count, then write. Waits for the counts.
-SparseFeatures encode_sparse_cuda(const Request& request, const Options& options);
+struct CudaDevice;
+SparseFeatures encode_sparse_cuda(const Request& request, const Options& options, const CudaDevice& device);
 
 // Rows a CPU call works on at a time, and its buffers.
 Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options);

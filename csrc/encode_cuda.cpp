@@ -1,183 +1,117 @@
-// The CUDA encode path: each layer on a lane, a stream with buffers of its own. The caller's stream is forked by an event and
-// joined again; nothing waits on the host. Chunk by chunk a layer's rows are prepared, screened panel by panel with a float32
-// product, gated and rescored exactly, and written. c10's device-generic streams keep CUDA headers out of here.
+// One layer on one CUDA lane: its rows are prepared chunk by chunk, screened panel by panel, gated, rescored exactly and written.
+// Everything is enqueued on the lane's stream; nothing waits on the host, and nothing is allocated. Device-generic: no CUDA
+// header.
 #include <ATen/ATen.h>
-#include <c10/core/Event.h>
-#include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <bit>
+#include <numeric>
 
-#include "encode.h"
-#include "kernels/cuda.h"
+#include "cuda_lanes.h"
 
 namespace sparse_transcoder {
 namespace {
 
-constexpr int64_t panel_bytes = 32 << 20;  // of scores, and of widened weights
-constexpr int64_t list_bytes = 64 << 20;
-constexpr int64_t busy_blocks = 128;  // fewer rows than this share each row among several blocks
+namespace cuda = kernels::cuda;
 
-void check(int status) { TORCH_CHECK(status == 0, "a CUDA kernel could not be launched: error ", status); }
+constexpr int64_t tile_bytes = 32 << 20;  // of scores, and of widened weights: L2 holds them
+constexpr int64_t list_bytes = 128 << 20;
+constexpr int64_t busy_blocks = 256;                     // fewer rows than this share each row among several blocks
+constexpr int64_t tile_rows = 128, tile_features = 256;  // of a matrix product's tiles, one a multiprocessor
 
 float* floats(const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
 
-// Bound on |product - exact| per unit of ||x|| ||w||. TF32, where the user allows it, truncates both operands to 10 bits, and
-// tensor cores may truncate sums: one bound that holds with and without.
-float product_roundoff(int64_t size) {
-  const double accumulation = (size + 8) * 0x1p-22;
-  return static_cast<float>(accumulation < 0.25 ? accumulation / (1 - accumulation) + 0x1p-9 + 0x1p-20 : 1);
+// Bound on |sum - exact| per unit of ||x|| ||w|| of a product of bfloat16 or float32 numbers that is added up in float32.
+// Products of bfloat16 are exact. Tensor cores add up 4 to 16 products with the sum so far at a time, each aligned to the largest
+// of them and cut off (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021): n + 1 numbers lose
+// at most 2^-22 of the sum of magnitudes each, which is (n + 1) / n <= 1.25 for each product. TF32, where the user allows it for
+// float32, cuts both operands to 10 bits.
+float sum_roundoff(int64_t size, bool float32) {
+  const double sum = 1.25 * (size + 16) * 0x1p-22;
+  return static_cast<float>(sum / (1 - std::min(sum, 0.5)) + (float32 ? 0x1p-9 + 0x1p-20 : 0));
 }
 
-void encode_layer(const Request& request, const CudaLane& lane, void* stream) {
-  const Layer& layer = *request.layer;
-  const CudaPlan& plan = lane.plan;
-  const int64_t rows = request.rows(), size = layer.hidden_size;
-  const at::Tensor activations = request.out.activations.view({rows, layer.top_k});
-  const at::Tensor indices = request.out.indices.view({rows, layer.top_k}), sparsity = request.out.sparsity.view({rows});
-  for (int64_t first = 0; first < rows; first += plan.rows) {
-    const int64_t count = std::min(plan.rows, rows - first);
-    const at::Tensor x = lane.hidden.narrow(0, 0, count * size).view({count, size});
-    const kernels::cuda::Lists lists = {static_cast<uint64_t*>(lane.keys.mutable_data_ptr()),
-                                        lane.size.mutable_data_ptr<int>(),
-                                        static_cast<uint64_t*>(lane.least.mutable_data_ptr()),
-                                        lane.certain.mutable_data_ptr<int>(),
-                                        static_cast<int>(std::clamp<int64_t>(busy_blocks / count, 1, plan.groups)),
-                                        static_cast<int>(plan.capacity),
-                                        static_cast<int>(layer.selected)};
-    const at::Tensor& h = request.hidden;
-    check(kernels::cuda::prepare({h.const_data_ptr(),
-                                  kernel_dtype(h.scalar_type()),
-                                  first,
-                                  count,
-                                  h.size(1),
-                                  {h.stride(0), h.stride(1), h.stride(2)},
-                                  size,
-                                  floats(layer.input_bias),
-                                  floats(layer.ln_weight),
-                                  floats(layer.ln_bias)},
-                                 product_roundoff(size), layer.largest_norm, floats(x), floats(lane.margin), lists, stream));
-    const int64_t panel = std::min(plan.scores / count, plan.widened > 0 ? plan.widened / size : layer.features);
-    for (int64_t feature = 0; feature < layer.features; feature += panel) {
-      const int64_t width = std::min(panel, layer.features - feature);
-      const at::Tensor stored = layer.W_enc.narrow(0, feature, width);
-      at::Tensor weights = stored;
-      if (layer.dtype != kernels::Dtype::float32)
-        weights = lane.widened.narrow(0, 0, width * size).view({width, size}).copy_(stored);
-      at::Tensor scores = lane.scores.narrow(0, 0, count * width).view({count, width});
-      at::mm_out(scores, x, weights.t());
-      check(kernels::cuda::select(
-          floats(scores), floats(x), floats(lane.margin), count,
-          {stored.const_data_ptr(), layer.dtype, feature, width, size, layer.gate_at(feature), layer.largest_bias}, lists,
-          stream));
-    }
-    check(kernels::cuda::finish(lists, floats(lane.margin), count, layer.features, layer.most_active, layer.top_k,
-                                floats(activations[first]), indices[first].mutable_data_ptr<int64_t>(), floats(sparsity) + first,
-                                stream));
-  }
+// Features of a panel: whole waves of the product's tiles where a tile of scores holds them.
+int64_t panel_features(int64_t rows, const CudaPlan& plan) {
+  const int64_t most = plan.scores / rows, row_tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t wave = tile_features * (plan.multiprocessors / std::gcd(plan.multiprocessors, row_tiles));
+  return most >= wave ? most / wave * wave : most;
 }
 
 }  // namespace
 
-CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& options) {
+CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& options, int64_t multiprocessors) {
   CudaPlan plan = {};
-  int64_t k = 1, features = 1;
-  bool widened = false;
+  int64_t k = 1;
   for (const Layer* layer : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
     k = std::max(k, layer->selected);
-    features = std::max(features, layer->features);
-    widened |= layer->dtype != kernels::Dtype::float32;
+    if (layer->bf16_screen)
+      plan.rounded = std::max(plan.rounded, layer->hidden_size);
+    else if (layer->dtype != kernels::Dtype::float32)
+      plan.widened = std::max(tile_bytes / 4, plan.hidden_size);
   }
-  plan.lanes = options.lanes > 0 ? options.lanes : 4;
-  plan.groups = 16;
-  plan.capacity = std::bit_ceil(static_cast<uint64_t>(std::max(2 * k, k + kernels::cuda::segment)));
-  plan.rows = std::clamp<int64_t>(list_bytes / (plan.capacity * 8), 1, options.chunk_size);
-  plan.lists = std::max(plan.rows, std::min(plan.rows * plan.groups, busy_blocks));
-  plan.scores = std::max(panel_bytes / 4, plan.rows);
-  plan.widened = widened ? std::max(panel_bytes / 4, plan.hidden_size) : 0;
+  plan.layers = static_cast<int64_t>(layers.size());
+  plan.lanes = std::min(options.lanes > 0 ? options.lanes : 4, plan.layers);
+  plan.multiprocessors = multiprocessors;
+  plan.k = k;
+  plan.capacity = 2 * (k + cuda::segment);
+  plan.sorted = std::bit_ceil(static_cast<uint64_t>(k));
+  plan.chunk = options.chunk_size;
+  plan.rows = std::clamp<int64_t>(list_bytes / (8 * (2 * plan.capacity + k + plan.sorted)), 1, options.chunk_size);
+  plan.lists = std::max(plan.rows, busy_blocks);
+  plan.scores = std::max(tile_bytes / 4, plan.rows);
+  plan.rounded *= plan.rows;
   return plan;
 }
 
-CudaLane::CudaLane(const CudaPlan& plan, at::Device device)
-    : plan(plan), stream(c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device)) {
-  const c10::StreamGuard guard(stream);
-  const auto take = [&](int64_t count, at::ScalarType type) {
-    bytes += count * c10::elementSize(type);
-    return at::empty({count}, at::TensorOptions(type).device(device));
-  };
-  hidden = take(plan.rows * plan.hidden_size, at::kFloat);
-  margin = take(plan.rows, at::kFloat);
-  scores = take(plan.scores, at::kFloat);
-  widened = take(plan.widened, at::kFloat);
-  keys = take(plan.lists * plan.capacity, at::kLong);
-  size = take(plan.lists, at::kInt);
-  least = take(plan.lists, at::kLong);
-  certain = take(plan.lists, at::kInt);
-}
-
-void encode_cuda(const std::vector<Request>& requests, int64_t most_lanes, Pool<CudaLane>& pool) {
-  const at::Device device = requests.front().hidden.device();
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  const c10::Stream caller = guard.getStream(device);
-  c10::Event fork(device.type());
-  fork.record(caller);
-  std::vector<Pool<CudaLane>::Handle> lanes;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    if (lanes.size() < static_cast<size_t>(most_lanes)) {
-      lanes.push_back(pool.borrow());
-      fork.block(lanes.back()->stream);
+void encode_layer(const Request& request, const at::Tensor& weights, const cuda::Io* io, const CudaBuffers& buffers,
+                  const CudaPlan& plan, void* stream) {
+  const Layer& layer = *request.layer;
+  const int64_t rows = request.rows(), size = layer.hidden_size;
+  const bool few = rows <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
+  const at::Tensor& screened = layer.copies.bf16.defined() ? layer.copies.bf16 : weights;
+  const cuda::Screen screen = {few ? cuda::few_roundoff(size) : sum_roundoff(size, !bf16), layer.copies.bf16_residual,
+                               layer.largest_norm};
+  const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.gate_at(0), layer.largest_bias};
+  const int64_t chunks = (rows + plan.rows - 1) / plan.rows, chunk = (rows + chunks - 1) / chunks;
+  for (int64_t first = 0; first < rows; first += chunk) {
+    const int64_t count = std::min(chunk, rows - first);
+    const cuda::Lists lists = {static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
+                               static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
+                               static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
+                               buffers.open_size.mutable_data_ptr<int>(),
+                               buffers.keys_size.mutable_data_ptr<int>(),
+                               buffers.certain.mutable_data_ptr<int>(),
+                               static_cast<uint64_t*>(buffers.least.mutable_data_ptr()),
+                               static_cast<int>(std::clamp<int64_t>(busy_blocks / count, 1, cuda::most_groups)),
+                               static_cast<int>(plan.capacity),
+                               static_cast<int>(layer.selected)};
+    float *x = floats(buffers.hidden), *margin = floats(buffers.margin), *scores = floats(buffers.scores);
+    check_cuda(cuda::prepare({io, kernel_dtype(request.hidden.scalar_type()), first, count, size, floats(layer.input_bias),
+                              floats(layer.ln_weight), floats(layer.ln_bias)},
+                             screen, x, bf16 ? buffers.rounded.mutable_data_ptr() : nullptr, margin, lists, stream));
+    int64_t panel = panel_features(count, plan);
+    const bool widen = !few && !bf16 && layer.dtype != kernels::Dtype::float32;
+    if (widen) panel = std::min(panel, plan.widened / size);
+    for (int64_t feature = 0; feature < layer.features; feature += panel) {
+      const int64_t width = std::min(panel, layer.features - feature);
+      if (few) {
+        check_cuda(cuda::multiply_few(x, count, screened.const_data_ptr(), kernel_dtype(screened.scalar_type()), feature, width,
+                                      size, scores, stream));
+      } else {
+        at::Tensor out = buffers.scores.narrow(0, 0, count * width).view({count, width});
+        at::Tensor right = screened.narrow(0, feature, width);
+        if (widen) right = buffers.widened.narrow(0, 0, width * size).view({width, size}).copy_(right);
+        const at::Tensor left = (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
+        multiply(out, left, right);
+      }
+      check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, stream));
     }
-    const CudaLane& lane = *lanes[i % lanes.size()];
-    const c10::StreamGuard on_lane(lane.stream);
-    for (const at::Tensor& tensor :
-         {requests[i].hidden, requests[i].out.activations, requests[i].out.indices, requests[i].out.sparsity})
-      tensor.record_stream(lane.stream);
-    encode_layer(requests[i], lane, guard.getStreamNativeHandle(lane.stream));
+    check_cuda(cuda::merge(margin, count, exact, lists, stream));
+    check_cuda(cuda::rescore(x, margin, count, exact, lists, stream));
+    check_cuda(cuda::finish(io, margin, first, count, layer.features, layer.most_active, layer.top_k, lists, stream));
   }
-  for (const auto& lane : lanes) {
-    c10::Event join(device.type());
-    join.record(lane->stream);
-    join.block(caller);
-  }
-}
-
-SparseFeatures encode_sparse_cuda(const Request& request, const Options& options) {
-  const at::Tensor& hidden = request.hidden;
-  const int64_t rows = request.rows();
-  Options one_lane = options;
-  one_lane.lanes = 1;
-  // Encodes some rows with room for k features each.
-  const auto encode = [&](const at::Tensor& some, int64_t k) {
-    Layer layer = *request.layer;
-    layer.top_k = layer.selected = k;
-    const CudaPlan plan = plan_cuda({&layer}, one_lane);
-    Pool<CudaLane> pool([&] { return std::make_unique<CudaLane>(plan, hidden.device()); });
-    const auto slots = some.options().dtype(at::kFloat);
-    Features out = {at::empty({some.size(1), k}, slots), at::empty({some.size(1), k}, slots.dtype(at::kLong)),
-                    at::empty({some.size(1)}, slots)};
-    encode_cuda({{&layer, some, out}}, 1, pool);
-    return out;
-  };
-  const at::Tensor flat = hidden.reshape({1, rows, hidden.size(2)});
-  const int64_t features = request.layer->features;
-  std::vector<at::Tensor> counts, indices, activations;
-  for (int64_t first = 0; first < rows; first += options.chunk_size) {
-    const at::Tensor some = flat.narrow(1, first, std::min(options.chunk_size, rows - first));
-    // Count, then write: the largest count, rounded up past the float32 rounding of the fraction.
-    const double fraction = encode(some, 1).sparsity.nan_to_num(0).max().item<double>();
-    const auto k = static_cast<int64_t>(fraction * features * (1 + 0x1p-20)) + 1;
-    const Features top = encode(some, std::min(k, request.layer->most_active));
-    const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)), kept = top.activations > 0;
-    kept.narrow(1, 0, 1).logical_or_(broken);
-    const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
-    counts.push_back(kept.sum(1));
-    indices.push_back(ascending.masked_select(ascending < features));
-    activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
-  }
-  return {at::cat({at::zeros({1}, flat.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}), at::cat(indices),
-          at::cat(activations)};
 }
 
 }  // namespace sparse_transcoder

@@ -1,11 +1,13 @@
 // Engine: checks what callers pass, allocates their outputs, borrows workspaces and hands the work to the device's encode path.
 #include <ATen/ATen.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <sparse_transcoder/engine.h>
 
 #include <algorithm>
 #include <cmath>
 #include <sstream>
 
+#include "cuda_lanes.h"
 #include "decode.h"
 #include "encode.h"
 
@@ -17,6 +19,30 @@ void check_options(const Options& options) {
   TORCH_CHECK_VALUE(options.chunk_size >= 1, "chunk_size must be at least 1, got ", options.chunk_size);
   TORCH_CHECK_VALUE(options.lanes >= 0, "lanes must be at least 1, or 0 to choose, got ", options.lanes);
   TORCH_CHECK_VALUE(!std::isnan(options.activation_threshold), "activation_threshold must be a number, got NaN");
+  TORCH_CHECK_VALUE(options.device_weight_bytes >= -1, "device_weight_bytes must be at least 0, got ",
+                    options.device_weight_bytes);
+}
+
+// Where each layer is encoded, see Options::device_weight_bytes.
+std::map<int64_t, Placement> place(const std::map<int64_t, LayerWeights>& weights, const Options& options) {
+  std::map<int64_t, Placement> placements;
+  int64_t left = options.device_weight_bytes;
+  const bool to_cuda = left >= 0;
+  if (to_cuda)
+    TORCH_CHECK_VALUE(c10::impl::hasDeviceGuardImpl(at::kCUDA) && c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() > 0,
+                      "device_weight_bytes needs a CUDA device, torch sees none");
+  for (const auto& [id, layer] : weights) {
+    check_weights(id, layer);
+    Placement placement = {layer.W_enc.device(), false};
+    if (to_cuda && layer.W_enc.is_cpu()) {
+      const bool copied = options.screening != Screening::off && layer.W_enc.scalar_type() != at::kBFloat16;
+      const int64_t bytes = layer.W_enc.numel() * (layer.W_enc.element_size() + (copied ? 2 : 0));
+      placement = {c10::impl::VirtualGuardImpl(at::kCUDA).getDevice(), bytes > left};
+      if (!placement.streamed) left -= bytes;
+    }
+    placements.insert({id, placement});
+  }
+  return placements;
 }
 
 void check_hidden(const Layer& layer, const at::Tensor& hidden) {
@@ -30,8 +56,9 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
   TORCH_CHECK_VALUE(hidden.dim() == 2 || hidden.dim() == 3, who, ": hidden must be [B, T, H] or [T, H], got ", hidden.sizes());
   TORCH_CHECK_VALUE(hidden.size(-1) == layer.hidden_size, who, ": hidden must be [.., ", layer.hidden_size, "], got ",
                     hidden.sizes());
-  TORCH_CHECK_VALUE(hidden.device() == layer.W_enc.device(), who, ": hidden must be on ", layer.W_enc.device(),
-                    " like the weights, got ", hidden.device());
+  TORCH_CHECK_VALUE(hidden.device() == layer.device, who, ": hidden must be on ", layer.device,
+                    layer.device == layer.weights.W_enc.device() ? " like the weights" : " where the layer is encoded", ", got ",
+                    hidden.device());
 }
 
 // Outputs shaped like hidden, [.., K], [.., K] and [..].
@@ -69,8 +96,7 @@ struct Engine::State {
   Options options;
   std::unique_ptr<Pool<Workspace>> cpu_pool;  // these two only where a layer is on the CPU
   std::unique_ptr<Lanes> cpu_lanes;
-  std::map<at::DeviceIndex, std::unique_ptr<Pool<CudaLane>>> cuda_pools;
-  int64_t cuda_lanes = 0;
+  std::map<at::DeviceIndex, CudaDevice> cuda;
 
   const Layer& layer(int64_t id) const {
     const auto found = layers.find(id);
@@ -85,22 +111,17 @@ Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options) : state
   state_->options = options;
   std::vector<const Layer*> on_cpu;
   std::map<at::DeviceIndex, std::vector<const Layer*>> on_cuda;
+  const auto placements = place(weights, options);
   for (auto& [id, declared] : weights) {
-    const Layer& layer = state_->layers.try_emplace(id, id, std::move(declared), options).first->second;
-    (layer.W_enc.is_cpu() ? on_cpu : on_cuda[layer.W_enc.get_device()]).push_back(&layer);
+    const Layer& layer = state_->layers.try_emplace(id, id, std::move(declared), options, placements.at(id)).first->second;
+    (layer.device.is_cpu() ? on_cpu : on_cuda[layer.device.index()]).push_back(&layer);
   }
   if (!on_cpu.empty()) {
     const Plan plan = plan_cpu(on_cpu, options);
     state_->cpu_pool = std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
     state_->cpu_lanes = std::make_unique<Lanes>(plan.lanes - 1);
   }
-  for (const auto& [index, layers] : on_cuda) {
-    const CudaPlan plan = plan_cuda(layers, options);
-    const at::Device device(at::kCUDA, index);
-    state_->cuda_lanes = plan.lanes;
-    state_->cuda_pools[index] =
-        std::make_unique<Pool<CudaLane>>([plan, device] { return std::make_unique<CudaLane>(plan, device); });
-  }
+  for (const auto& [index, layers] : on_cuda) state_->cuda.try_emplace(index, layers, options, at::Device(at::kCUDA, index));
 }
 
 Engine::Engine(Engine&&) noexcept = default;
@@ -117,15 +138,18 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
     const Features& out = results[id] = allocate(layer, rows);
     if (rows.numel() > 0) requests.push_back({&layer, as_batch(rows), out});
   }
-  // Largest first, so that no lane is left alone with a large layer at the end.
-  std::stable_sort(requests.begin(), requests.end(),
-                   [](const Request& a, const Request& b) { return a.layer->W_enc.numel() > b.layer->W_enc.numel(); });
+  // Largest first, so that no lane is left alone with a large layer at the end; streamed layers in their order, so that the next
+  // one's weights come in while one is encoded.
+  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
+    const auto size = [](const Layer& layer) { return layer.streamed ? 0 : layer.W_enc.numel(); };
+    return size(*a.layer) > size(*b.layer);
+  });
   std::vector<Request> on_cpu;
   std::map<at::DeviceIndex, std::vector<Request>> on_cuda;
   for (const Request& request : requests)
     (request.hidden.is_cpu() ? on_cpu : on_cuda[request.hidden.get_device()]).push_back(request);
   // CUDA first: it runs on while the CPU's layers are encoded.
-  for (const auto& [index, on_device] : on_cuda) encode_cuda(on_device, state_->cuda_lanes, *state_->cuda_pools.at(index));
+  for (const auto& [index, on_device] : on_cuda) state_->cuda.at(index).encode(on_device);
   if (!on_cpu.empty()) encode_cpu(on_cpu, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
   return results;
 }
@@ -136,7 +160,7 @@ SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const
   const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
   if (hidden.numel() == 0) return {at::zeros({1}, options), at::empty({0}, options), at::empty({0}, options.dtype(at::kFloat))};
   const Request request = {&layer, as_batch(hidden), {}};
-  if (!hidden.is_cpu()) return encode_sparse_cuda(request, state_->options);
+  if (hidden.is_cuda()) return encode_sparse_cuda(request, state_->options, state_->cuda.at(hidden.get_device()));
   try {
     return encode_sparse_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
   } catch (const c10::OutOfMemoryError&) {
@@ -155,8 +179,8 @@ at::Tensor Engine::decode(int64_t id, const SparseFeatures& features, const at::
     TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ",
                      c10::getDtypeNames(type).first, ", got ",
                      tensor.defined() ? c10::getDtypeNames(tensor.scalar_type()).first : "none");
-    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.device() == layer.W_enc.device(), who, ": ", name, " must be 1-dimensional on ",
-                      layer.W_enc.device(), ", got ", tensor.sizes(), " on ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.device() == layer.device, who, ": ", name, " must be 1-dimensional on ",
+                      layer.device, ", got ", tensor.sizes(), " on ", tensor.device());
   };
   check(features.row_begin, "row_begin", at::kLong);
   check(features.features, "features", at::kLong);
@@ -178,7 +202,10 @@ at::Tensor Engine::decode(int64_t id, const SparseFeatures& features, const at::
     TORCH_CHECK_VALUE(x.size(0) == begin.numel() - 1, who, ": hidden must have the features' ", begin.numel() - 1, " rows, got ",
                       hidden.sizes());
   }
-  return decode_rows(layer, features, x);
+  // A decoder stays where the caller put it.
+  const at::Device there = layer.weights.W_dec.defined() ? layer.weights.W_dec.device() : layer.device;
+  const SparseFeatures moved = {begin.to(there), features.features.to(there), features.activations.to(there)};
+  return decode_rows(layer, moved, x.defined() ? x.to(there) : x).to(layer.device);
 }
 
 at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::Tensor& indices, const at::Tensor& hidden) const {
@@ -225,7 +252,7 @@ Memory Engine::memory() const {
     memory.screening_bytes += layer.copies.bytes();
   }
   if (state_->cpu_pool) memory.workspace_bytes += state_->cpu_pool->bytes();
-  for (const auto& [index, pool] : state_->cuda_pools) memory.workspace_bytes += pool->bytes();
+  for (const auto& [index, device] : state_->cuda) memory.workspace_bytes += device.bytes();
   return memory;
 }
 

@@ -84,7 +84,8 @@ void check_weights(int64_t id, const LayerWeights& weights) {
   TORCH_CHECK_VALUE(!weights.k || *weights.k > 0, who, ": k must be at least 1, got ", *weights.k);
 }
 
-Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id), weights(std::move(declared)) {
+Layer::Layer(int64_t id, LayerWeights declared, const Options& options, Placement placement)
+    : id(id), weights(std::move(declared)), device(placement.device), streamed(placement.streamed) {
   const DefaultFloatingPoint environment;
   const std::string who = describe(id, weights);
   check_weights(id, weights);
@@ -98,21 +99,34 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id)
   selected = std::min(top_k, most_active);
   dtype = kernel_dtype(weights.W_enc.scalar_type());
   W_enc = weights.W_enc.detach().contiguous();
-  bias = as_float(weights.b_enc);
-  input_bias = as_float(weights.input_bias);
-  ln_weight = as_float(weights.ln_weight);
-  ln_bias = as_float(weights.ln_bias);
-  const at::Tensor threshold = as_float(weights.threshold);
+  try {
+    W_enc = streamed ? W_enc.pin_memory() : W_enc.to(device);
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the encoder needs ", W_enc.nbytes(), " bytes ",
+                     streamed ? "of pinned host memory" : "on " + device.str(), "; ", streamed ? "a higher" : "a lower",
+                     " device_weight_bytes needs less, got ", options.device_weight_bytes);
+  }
+  const auto place = [this](const at::Tensor& tensor) { return tensor.defined() ? as_float(tensor).to(device) : tensor; };
+  bias = place(weights.b_enc);
+  input_bias = place(weights.input_bias);
+  ln_weight = place(weights.ln_weight);
+  ln_bias = place(weights.ln_bias);
+  const at::Tensor threshold = place(weights.threshold);
 
   at::Tensor exact_norm;
-  if (W_enc.is_cpu())
+  if (device.is_cpu())
     copies = make_copies(W_enc, options.screening, who, exact_norm);
   else
-    exact_norm = row_norms(W_enc);
+    exact_norm = row_norms(W_enc).to(device);
   const at::Tensor broken = at::isfinite(exact_norm).logical_not_();
   TORCH_CHECK_VALUE(!broken.any().item<bool>(), who, ": W_enc must be finite, got NaN or Inf in feature ",
                     broken.nonzero()[0][0].item<int64_t>());
   norm = (exact_norm * (1 + 0x1p-20)).to(at::kFloat).clamp_min_(std::numeric_limits<float>::min());  // rounded up
+  largest_norm = norm.max().item<float>();
+  if (device.is_cuda() && options.screening != Screening::off) {
+    bf16_screen = dtype == kernels::Dtype::bfloat16 || !streamed;
+    if (bf16_screen && dtype != kernels::Dtype::bfloat16) add_bf16_copy(copies, W_enc, who, norm);
+  }
 
   // A feature is active when its activation reaches tau (inclusive), is positive, and is strictly above its own threshold: one
   // inclusive gate per feature.
@@ -130,7 +144,6 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options) : id(id)
   low = at::full({(features + panel - 1) / panel * panel}, std::numeric_limits<float>::infinity(), bias.options());
   low.narrow(0, 0, features).copy_(wide_gate - wide_bias - slack);
   high = (wide_gate - wide_bias + slack).to(at::kFloat);
-  largest_norm = norm.max().item<float>();
   largest_bias = bias.abs().max().item<float>();
 }
 

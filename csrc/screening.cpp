@@ -36,7 +36,7 @@ at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::strin
 
 int64_t ScreeningCopies::bytes() const {
   int64_t bytes = 0;
-  for (const at::Tensor* t : {&int8, &int16, &int16_scale, &int16_residual})
+  for (const at::Tensor* t : {&int8, &int16, &int16_scale, &int16_residual, &bf16})
     if (t->defined()) bytes += t->nbytes();
   return bytes;
 }
@@ -84,6 +84,29 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
     }
   });
   return copies;
+}
+
+void add_bf16_copy(ScreeningCopies& copies, const at::Tensor& W_enc, const std::string& who, at::Tensor& norm) {
+  constexpr double largest_residual = 0x1p-9;  // half a unit in the last of bfloat16's 8 bits: of numbers in its normal range
+  try {
+    copies.bf16 = at::empty(W_enc.sizes(), W_enc.options().dtype(at::kBFloat16));
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the screening copy needs ", 2 * W_enc.numel(), " bytes on ",
+                     W_enc.device(), "; screening \"off\" makes none, and a lower device_weight_bytes needs less");
+  }
+  const int64_t features = W_enc.size(0), block = std::max<int64_t>(1, (int64_t{1} << 20) / W_enc.size(1));
+  at::Tensor residual = at::empty({features}, W_enc.options().dtype(at::kDouble));
+  for (int64_t first = 0; first < features; first += block) {
+    const int64_t count = std::min(block, features - first);
+    const at::Tensor rows = W_enc.narrow(0, first, count);
+    at::Tensor copy = copies.bf16.narrow(0, first, count);
+    copy.copy_(rows);
+    residual.narrow(0, first, count).copy_(at::linalg_vector_norm(rows.to(at::kDouble) - copy.to(at::kDouble), 2, {1}));
+  }
+  residual.mul_(1 + 0x1p-20);
+  const double share = std::clamp((residual / norm.to(at::kDouble)).max().item<double>(), 0x1p-30, largest_residual);
+  copies.bf16_residual = static_cast<float>(share * (1 + 0x1p-20));
+  norm = at::maximum(norm, (residual / share).to(at::kFloat));
 }
 
 Choice choose_screen(const ScreeningCopies& copies, int64_t rows) {

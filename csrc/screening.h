@@ -12,6 +12,8 @@ struct ScreeningCopies {
   at::Tensor int8;                         // [panels, panel_bytes] uint8
   at::Tensor int16;                        // [F, int16_stride] int16
   at::Tensor int16_scale, int16_residual;  // [F] float32
+  at::Tensor bf16;                         // [F, H] bfloat16, on CUDA
+  float bf16_residual = 0;                 // ||w - bf16(w)|| <= bf16_residual * norm(w)
 
   int64_t bytes() const;
 };
@@ -19,6 +21,10 @@ struct ScreeningCopies {
 // Copies of W_enc [F, H] on the CPU that `screening` asks for, made on all of torch's threads; and its row norms, [F] float64,
 // NaN or Inf where the row is not finite.
 ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who, at::Tensor& norms);
+
+// A bfloat16 copy of W_enc [F, H]. norm [F] float32, at least the rows' norms, is raised where a row of numbers under bfloat16's
+// normal range would make everybody's residual large.
+void add_bf16_copy(ScreeningCopies& copies, const at::Tensor& W_enc, const std::string& who, at::Tensor& norm);
 
 enum class Arithmetic { float32, int16, int8 };
 

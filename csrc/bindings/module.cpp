@@ -120,11 +120,12 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Engine>(m, "Engine", "The C++ engine; see sparse_transcoder.SparseTranscoderEncoder.")
       .def(py::init([](std::map<int64_t, LayerWeights> weights, int64_t top_k, float activation_threshold, int64_t chunk_size,
-                       int64_t lanes, Screening screening) {
-             return Engine(std::move(weights), {top_k, activation_threshold, chunk_size, lanes, screening});
+                       int64_t lanes, Screening screening, bool use_graphs, int64_t device_weight_bytes) {
+             return Engine(std::move(weights),
+                           {top_k, activation_threshold, chunk_size, lanes, screening, use_graphs, device_weight_bytes});
            }),
            py::arg("weights"), py::kw_only(), py::arg("top_k"), py::arg("activation_threshold"), py::arg("chunk_size"),
-           py::arg("lanes"), py::arg("screening"), release_gil())
+           py::arg("lanes"), py::arg("screening"), py::arg("use_graphs"), py::arg("device_weight_bytes"), release_gil())
       .def("encode", py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode, py::const_), py::arg("layer"),
            py::arg("hidden"), release_gil(), "Encodes one layer's hidden states.")
       .def("encode_all", py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_), py::arg("hidden"),

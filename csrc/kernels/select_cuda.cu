@@ -1,55 +1,341 @@
-// One block a row (and a group of features). Exact values are computed as on the CPU, bit for bit: a warp's 32 lanes are the 32
-// partial sums, a product of two float32 is exact in float64, and the shuffles fold in the same order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cfloat>
+// From scores to the k best. Exact values are computed as on the CPU, bit for bit: a warp's 32 lanes are the 32 partial sums, a
+// product of two float32 is exact in float64, and the shuffles fold in the same order.
+//
+// An activation and its feature are one integer, ordered as kernels::make_key orders them. Of a feature that is not computed yet
+// two integers are known that bracket it: its key is that of a value between `lower` and `upper`, rounded to float32 as it will
+// be, and rounding keeps the order.
 #include <cmath>
 
 #include "cuda.h"
+#include "element_cuda.h"
 
 namespace sparse_transcoder::kernels::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int in_shared = 1024;  // keys that a block sorts in shared memory
 
-__device__ float widen(float value) { return value; }
-__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ float widen(__half value) { return __half2float(value); }
+__device__ uint64_t pack(float score, int64_t feature, bool ambiguous) {
+  return uint64_t{__float_as_uint(score)} << 32 | unsigned(feature) << 1 | unsigned(ambiguous);
+}
+__device__ float score_of(uint64_t open) { return __uint_as_float(unsigned(open >> 32)); }
+__device__ int64_t feature_of(uint64_t open) { return unsigned(open) >> 1; }
+__device__ bool is_ambiguous(uint64_t open) { return open & 1; }
 
-__device__ double warp_fold(double sum) {
-  for (int width = 16; width > 0; width /= 2) sum += __shfl_down_sync(0xffffffffu, sum, width);
-  return sum;
+__device__ uint64_t make_key(float value, int64_t feature) {
+  return uint64_t{__float_as_uint(value)} << 32 | unsigned(~unsigned(feature));
 }
 
-// Lane 0 of the calling warp gets sum_i x[i] * w[i].
-template <typename Weight>
-__device__ double warp_dot(const float* x, const Weight* w, int64_t size) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x % 32; i < size; i += 32) sum = fma(double(x[i]), double(widen(w[i])), sum);
-  return warp_fold(sum);
+// What a row's screen means for a feature: how far score + bias may be from the exact value. Allowed for besides the margin: what
+// float32 numbers under the normal range lose, and the roundings of float64 sums with the bias.
+struct Bracket {
+  double margin;
+  Gate gate;
+  double underflow;
+
+  __device__ Bracket(float margin, const Weights& weights)
+      : margin(margin), gate(weights.gate), underflow((weights.size + 128) * 0x1p-124) {}
+
+  __device__ double slack(uint64_t open) const {
+    const int64_t feature = feature_of(open);
+    return margin * gate.norm[feature] + fabs(double(gate.bias[feature])) * 0x1p-50 + underflow;
+  }
+  __device__ double middle(uint64_t open) const { return double(score_of(open)) + gate.bias[feature_of(open)]; }
+
+  // Under the key of a feature that is surely active; 0 for an ambiguous one, which may have none.
+  __device__ uint64_t lower(uint64_t open) const {
+    const float value = float(middle(open) - slack(open));
+    return is_ambiguous(open) || !(value > 0) ? 0 : uint64_t{__float_as_uint(value)} << 32;
+  }
+  // Whether it may reach `least`. Written so that NaN may.
+  __device__ bool reaches(uint64_t open, uint64_t least) const {
+    return !(float(middle(open) + slack(open)) < __uint_as_float(unsigned(least >> 32)));
+  }
+};
+
+// A row's list, whose parts (one a group) lie `stride` apart; begin[g] of its items are before part g.
+struct Span {
+  const uint64_t* items;
+  int64_t stride;
+  const int* begin;  // [groups + 1]
+
+  __device__ uint64_t operator[](int i) const {
+    int group = 0;
+    while (i >= begin[group + 1]) ++group;
+    return items[group * stride + i - begin[group]];
+  }
+};
+
+// The k-th largest of values(0), ... values(count - 1), or a lower bound that exactly k of them reach; 0 where fewer than k are
+// not 0. All threads of the block take part. Radix select: digits of eight bits from the top.
+template <typename Values>
+__device__ uint64_t kth_largest(int count, int k, const Values& values) {
+  __shared__ int bins[256];
+  __shared__ int digit, rank, in_bin;
+  uint64_t prefix = 0;
+  if (threadIdx.x == 0) rank = k;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    bins[threadIdx.x] = 0;
+    if (threadIdx.x == 0) digit = -1;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += threads) {
+      const uint64_t value = values(i);
+      if (value != 0 && (shift == 56 || value >> (shift + 8) == prefix)) atomicAdd(&bins[value >> shift & 255], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {  // a lane for eight bins: how many are in its bins and those above
+      const int lane = threadIdx.x, wanted = rank;
+      int own = 0;
+      for (int b = 0; b < 8; ++b) own += bins[lane * 8 + b];
+      int reached = own;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int more = __shfl_down_sync(0xffffffffu, reached, distance);
+        if (lane + distance < 32) reached += more;
+      }
+      if (reached >= wanted && reached - own < wanted) {
+        int left = wanted - (reached - own), b = lane * 8 + 7;
+        for (; bins[b] < left; --b) left -= bins[b];
+        digit = b;
+        rank = left;
+        in_bin = bins[b];
+      }
+    }
+    __syncthreads();
+    if (digit < 0) return 0;
+    prefix = prefix << 8 | unsigned(digit);
+    const bool whole_bin = in_bin == rank;
+    __syncthreads();
+    if (whole_bin) return prefix << shift;
+  }
+  return prefix;
 }
 
-// The sum of every thread's value, to all threads; in a fixed order.
-__device__ double block_sum(double value) {
-  __shared__ double sums[threads];
-  sums[threadIdx.x] = value;
+// Writes the items that are kept to `to`, which may be where the first of them lies; returns how many.
+template <typename Items, typename Keeps>
+__device__ int compact(const Items& items, int count, uint64_t* to, const Keeps& keeps) {
+  __shared__ int kept;
+  if (threadIdx.x == 0) kept = 0;
   __syncthreads();
-  for (int width = threads / 2; width > 0; width /= 2) {
-    if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+  for (int first = 0; first < count; first += threads) {
+    const int i = first + int(threadIdx.x);
+    const uint64_t item = i < count ? items[i] : 0;
+    const bool keep = i < count && keeps(item);
+    __syncthreads();  // what is written next lies before what has been read
+    if (keep) to[atomicAdd(&kept, 1)] = item;
     __syncthreads();
   }
-  const double total = sums[0];
+  const int result = kept;
   __syncthreads();
-  return total;
+  return result;
+}
+
+// Drops what k others surely beat from both lists and puts the rest together at `open` and `keys`; *open_size and *keys_size, in
+// shared memory, become what is left. Returns the least key that k features reach, or `least`, if that is larger.
+template <typename Items>
+__device__ uint64_t thin(const Items& open_items, const Items& key_items, uint64_t* open, uint64_t* keys, int* open_size,
+                         int* keys_size, const Bracket& bracket, int k, uint64_t least) {
+  const int opens = *open_size, exact = *keys_size;
+  if (opens + exact >= k) {
+    const uint64_t bound =
+        kth_largest(opens + exact, k, [&](int i) { return i < exact ? key_items[i] : bracket.lower(open_items[i - exact]); });
+    least = max(least, bound);
+  }
+  __syncthreads();
+  const int open_left =
+      compact(open_items, opens, open, [&](uint64_t item) { return is_ambiguous(item) || bracket.reaches(item, least); });
+  const int keys_left = compact(key_items, exact, keys, [&](uint64_t key) { return key >= least; });
+  if (threadIdx.x == 0) {
+    *open_size = open_left;
+    *keys_size = keys_left;
+  }
+  __syncthreads();
+  return least;
+}
+
+// sums[j] = x . w[j] for lane 0 of the calling warp, `count` features at a time so that x is converted once.
+template <int count, typename Weight>
+__device__ void warp_dots(const float* x, const Weight* const (&w)[count], int64_t size, double (&sums)[count]) {
+  for (int j = 0; j < count; ++j) sums[j] = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % 32; i < size; i += 32) {
+    const double input = x[i];
+#pragma unroll
+    for (int j = 0; j < count; ++j) sums[j] = fma(input, double(widen(w[j][i])), sums[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < count; ++j)
+    for (int width = 16; width > 0; width /= 2) sums[j] += __shfl_down_sync(0xffffffffu, sums[j], width);
+}
+
+// Computes every item of a list that is this warp's (begin, begin + step, ..) and calls found(i, item, key), with key 0 where the
+// feature is not active, on lane 0.
+template <typename Weight, typename Found>
+__device__ void compute(const uint64_t* open, int count, int begin, int step, const float* x, const Weights& weights,
+                        const Found& found) {
+  constexpr int together = 4;
+  const auto* rows = static_cast<const Weight*>(weights.rows);
+  for (int i = begin; i < count; i += together * step) {
+    const Weight* w[together];
+    for (int j = 0; j < together; ++j) w[j] = rows + feature_of(open[i + j * step < count ? i + j * step : i]) * weights.size;
+    double sums[together];
+    if (i + step < count) {
+      warp_dots(x, w, weights.size, sums);
+    } else {  // alone
+      const Weight* const one[1] = {w[0]};
+      double sum[1];
+      warp_dots(x, one, weights.size, sum);
+      sums[0] = sum[0];
+    }
+    if (threadIdx.x % 32 != 0) continue;
+    for (int j = 0; j < together && i + j * step < count; ++j) {
+      const uint64_t item = open[i + j * step];
+      const int64_t feature = feature_of(item);
+      const float value = float(sums[j] + weights.gate.bias[feature]);
+      found(i + j * step, item, value >= weights.gate.gate[feature] ? make_key(value, feature) : 0);
+    }
+  }
+}
+
+// What float32 scores are compared with: under the k-th best activation by what the comparison may round.
+__device__ float bound_of(uint64_t least, const Weights& weights) {
+  if (least == 0) return -INFINITY;
+  const double value = __uint_as_float(unsigned(least >> 32));
+  return float(value - (value + weights.largest_bias) * 0x1p-20 - (weights.size + 128) * 0x1p-124);
+}
+
+// One block a row and group of the panel's features.
+template <typename Weight>
+__global__ void __launch_bounds__(threads) select_kernel(const float* scores, const float* x, const float* margins, int64_t first,
+                                                         int64_t count, Weights weights, Lists lists) {
+  const int row = blockIdx.x, group = blockIdx.y;
+  const float margin = margins[row];
+  if (isnan(margin)) return;
+  const int64_t list = int64_t{row} * lists.groups + group;
+  uint64_t* open = lists.open + list * lists.capacity;
+  uint64_t* keys = lists.keys + list * (lists.k + lists.capacity);
+  const Bracket bracket(margin, weights);
+  const Gate& gate = weights.gate;
+
+  __shared__ int open_size, keys_size, certain;
+  if (threadIdx.x == 0) {
+    open_size = lists.open_size[list];
+    keys_size = lists.keys_size[list];
+    certain = 0;
+  }
+  uint64_t least = lists.least[list];
+  float bound = bound_of(least, weights);
+  int sure_count = 0;
+  const int64_t share = (count + lists.groups - 1) / lists.groups;
+  const int64_t end = min(count, (group + 1) * share);
+  const float* score = scores + row * count;
+  __syncthreads();
+  bool full = lists.open_size[list] + segment > lists.capacity;  // open_size may be changing already
+  const auto thin_here = [&] {
+    least = thin(open, keys, open, keys, &open_size, &keys_size, bracket, lists.k, least);
+    bound = bound_of(least, weights);
+  };
+  for (int64_t begin = group * share; begin < end; begin += segment) {
+    if (full) {
+      thin_here();
+      if (open_size + segment > lists.capacity) {  // too many near the bound or their gates: compute them
+        compute<Weight>(open, open_size, threadIdx.x / 32, threads / 32, x + row * weights.size, weights,
+                        [&](int, uint64_t item, uint64_t key) {
+                          if (key != 0 && is_ambiguous(item)) atomicAdd(&certain, 1);
+                          if (key > least) keys[atomicAdd(&keys_size, 1)] = key;
+                        });
+        __syncthreads();
+        if (threadIdx.x == 0) open_size = 0;
+        __syncthreads();
+        thin_here();
+      }
+    }
+    constexpr int each = segment / threads;
+    int filled = 0;
+    float values[each], norms[each], lows[each];
+#pragma unroll
+    for (int j = 0; j < each; ++j) {
+      const int64_t i = begin + j * threads + threadIdx.x;
+      const bool inside = i < end;
+      values[j] = inside ? __ldcs(score + i) : -INFINITY;
+      norms[j] = inside ? gate.norm[first + i] : 0;
+      lows[j] = inside ? gate.low[first + i] : INFINITY;
+    }
+#pragma unroll
+    for (int j = 0; j < each; ++j) {
+      const int64_t i = begin + j * threads + threadIdx.x, feature = first + i;
+      const float slack = margin * norms[j], upper = values[j] + slack;
+      // Written so that NaN, which a margin or a score that is not finite can give, counts as "may be".
+      if (i < end && !(upper < lows[j])) {
+        const bool sure = values[j] - slack >= gate.high[feature];
+        sure_count += sure;
+        if (!sure || !(upper < bound - gate.bias[feature])) {
+          const int slot = atomicAdd(&open_size, 1);
+          open[slot] = pack(values[j], feature, !sure);
+          filled = slot + 1;
+        }
+      }
+    }
+    // Not read from open_size: another thread may be adding to it again.
+    full = __syncthreads_or(filled + segment > lists.capacity);
+  }
+  if (open_size > 2 * lists.k) thin_here();
+  if (sure_count) atomicAdd(&certain, sure_count);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    lists.open_size[list] = open_size;
+    lists.keys_size[list] = keys_size;
+    lists.least[list] = least;
+    lists.certain[list] += certain;
+  }
+}
+
+// One block a row.
+__global__ void __launch_bounds__(threads) merge_kernel(const float* margins, Weights weights, Lists lists) {
+  const float margin = margins[blockIdx.x];
+  if (isnan(margin)) return;
+  const int64_t list = int64_t{blockIdx.x} * lists.groups;
+  uint64_t* open = lists.open + list * lists.capacity;
+  uint64_t* keys = lists.keys + list * (lists.k + lists.capacity);
+  __shared__ int open_begin[most_groups + 1], keys_begin[most_groups + 1], open_size, keys_size;
+  if (threadIdx.x == 0) {
+    int certain = 0;
+    open_begin[0] = keys_begin[0] = 0;
+    for (int group = 0; group < lists.groups; ++group) {
+      open_begin[group + 1] = open_begin[group] + lists.open_size[list + group];
+      keys_begin[group + 1] = keys_begin[group] + lists.keys_size[list + group];
+      certain += lists.certain[list + group];
+    }
+    open_size = open_begin[lists.groups];
+    keys_size = keys_begin[lists.groups];
+    lists.certain[list] = certain;
+  }
+  __syncthreads();
+  const Span opens{open, lists.capacity, open_begin}, exact{keys, lists.k + lists.capacity, keys_begin};
+  thin(opens, exact, open, keys, &open_size, &keys_size, Bracket(margin, weights), lists.k, 0);
+  if (threadIdx.x == 0) {
+    lists.open_size[list] = open_size;
+    lists.keys_size[list] = keys_size;
+  }
+}
+
+// Blocks (row, part of its list). Neighbouring rows go through their features in about the same order: the cache serves them.
+template <typename Weight>
+__global__ void __launch_bounds__(threads) rescore_kernel(const float* x, const float* margins, Weights weights, Lists lists) {
+  const int64_t row = blockIdx.x, list = row * lists.groups;
+  if (isnan(margins[row])) return;
+  uint64_t* open = lists.open + list * lists.capacity;
+  const int warp = int(blockIdx.y * (threads / 32) + threadIdx.x / 32), warps = int(gridDim.y * (threads / 32));
+  compute<Weight>(open, lists.open_size[list], warp, warps, x + row * weights.size, weights,
+                  [&](int i, uint64_t item, uint64_t key) {
+                    if (key != 0 && is_ambiguous(item)) atomicAdd(&lists.certain[list], 1);
+                    open[i] = key;
+                  });
 }
 
 // Sorts count keys, descending, in place; count is a power of two. All threads of the block take part.
 __device__ void bitonic_sort(uint64_t* keys, int count) {
   for (int width = 2; width <= count; width *= 2)
     for (int step = width / 2; step > 0; step /= 2) {
-      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      for (int i = threadIdx.x; i < count; i += threads) {
         const int j = i ^ step;
         if (j > i) {
           const bool descending = (i & width) == 0;
@@ -64,208 +350,109 @@ __device__ void bitonic_sort(uint64_t* keys, int count) {
     }
 }
 
-// Sorts the first `size` keys descending; slots up to the next power of two are overwritten with 0, which no kept key equals.
-__device__ void sort_list(uint64_t* keys, int size) {
+// Sorts `size` keys descending; slots up to the next power of two become 0, which no key equals.
+__device__ void sort_keys(uint64_t* keys, int size) {
   int count = 1;
   while (count < size) count *= 2;
-  for (int i = size + threadIdx.x; i < count; i += blockDim.x) keys[i] = 0;
+  for (int i = size + int(threadIdx.x); i < count; i += threads) keys[i] = 0;
   __syncthreads();
   bitonic_sort(keys, count);
 }
 
-template <typename Hidden>
-__global__ void __launch_bounds__(threads)
-    prepare_kernel(HiddenRows rows, float roundoff, float largest_norm, float* x, float* margin, Lists lists) {
-  const int64_t row = rows.first + blockIdx.x, size = rows.size;
-  const auto* h = static_cast<const Hidden*>(rows.hidden) + row / rows.T * rows.stride[0] + row % rows.T * rows.stride[1];
-  float* out = x + blockIdx.x * size;
-  for (int64_t i = threadIdx.x; i < size; i += threads) {
-    const float value = widen(h[i * rows.stride[2]]);
-    out[i] = rows.input_bias ? value - rows.input_bias[i] : value;
-  }
-  if (rows.ln_weight) {  // each thread reads back only what it wrote
-    double sum = 0, squares = 0;
-    for (int64_t i = threadIdx.x; i < size; i += threads) sum += out[i];
-    const double mean = block_sum(sum) / size;
-    for (int64_t i = threadIdx.x; i < size; i += threads) squares += (out[i] - mean) * (out[i] - mean);
-    const double scale = 1 / sqrt(block_sum(squares) / size + 1e-5);
-    for (int64_t i = threadIdx.x; i < size; i += threads)
-      out[i] = float((out[i] - mean) * scale * rows.ln_weight[i] + rows.ln_bias[i]);
-  }
-  double squares = 0;
-  for (int64_t i = threadIdx.x; i < size; i += threads) squares = fma(double(out[i]), double(out[i]), squares);
-  squares = block_sum(squares);
-  if (threadIdx.x == 0) {
-    const double norm = fmax(sqrt(squares) * (1 + 0x1p-20), double(FLT_MIN));
-    margin[blockIdx.x] = !isfinite(squares)                                      ? NAN
-                         : roundoff > 0.5f || norm * double(largest_norm) > 1e37 ? INFINITY
-                                                                                 : float(norm * roundoff * (1 + 0x1p-20));
-  }
-  for (int group = threadIdx.x; group < lists.groups; group += threads) {
-    const int64_t list = int64_t{blockIdx.x} * lists.groups + group;
-    lists.size[list] = 0;
-    lists.least[list] = 0;
-    lists.certain[list] = 0;
-  }
-}
-
-template <typename Weight>
-__global__ void __launch_bounds__(threads)
-    select_kernel(const float* scores, const float* x, const float* margins, Panel panel, Lists lists) {
-  const int row = blockIdx.x, group = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float margin = margins[row];
-  if (isnan(margin)) return;
-  const int64_t list = int64_t{row} * lists.groups + group;
-  uint64_t* keys = lists.keys + list * lists.capacity;
-  const float* score = scores + row * panel.count;
-  const float* hidden = x + row * panel.size;
-  const auto* weights = static_cast<const Weight*>(panel.weights);
-  const Gate& gate = panel.gate;
-
-  __shared__ unsigned candidates[segment];
-  __shared__ int found, size, certain;
-  __shared__ uint64_t least;
-  if (threadIdx.x == 0) {
-    size = lists.size[list];
-    least = lists.least[list];
-    certain = 0;
-  }
-  const int64_t share = (panel.count + lists.groups - 1) / lists.groups;
-  const int64_t last = min(panel.count, (group + 1) * share);
-  for (int64_t first = group * share; first < last; first += segment) {
-    if (threadIdx.x == 0) found = 0;
-    __syncthreads();
-    float bound = -INFINITY;
-    if (least != 0) {
-      const double value = __uint_as_float(unsigned(least >> 32));
-      bound = float(value - (value + panel.largest_bias) * 0x1p-20 - panel.size * 0x1p-125);
-    }
-    int sure_count = 0;
-    for (int64_t i = first + threadIdx.x; i < min(last, first + segment); i += threads) {
-      const float slack = margin * gate.norm[i];
-      const float upper = score[i] + slack;
-      const bool sure = score[i] - slack >= gate.high[i];
-      sure_count += sure;
-      // NaN, the margin of a row too large to screen, counts as "may be".
-      if (!(upper < gate.low[i]) && (!sure || !(upper < bound - gate.bias[i])))
-        candidates[atomicAdd(&found, 1)] = unsigned(i - first) << 1 | !sure;
-    }
-    if (sure_count) atomicAdd(&certain, sure_count);
-    __syncthreads();
-    for (int c = warp; c < found; c += threads / 32) {
-      const int64_t i = first + (candidates[c] >> 1);
-      const double exact = warp_dot(hidden, weights + i * panel.size, panel.size);
-      if (lane == 0) {
-        const float value = float(exact + gate.bias[i]);
-        if (value >= gate.gate[i]) {
-          if (candidates[c] & 1) atomicAdd(&certain, 1);
-          const uint64_t key = uint64_t{__float_as_uint(value)} << 32 | unsigned(~(panel.first + i));
-          if (key > least) keys[atomicAdd(&size, 1)] = key;
-        }
-      }
-    }
-    __syncthreads();
-    if (size + segment > lists.capacity) {
-      sort_list(keys, size);
-      if (threadIdx.x == 0) {
-        size = lists.k;
-        least = keys[lists.k - 1];
-      }
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) {
-    lists.size[list] = size;
-    lists.least[list] = least;
-    lists.certain[list] += certain;
-  }
-}
-
-__global__ void __launch_bounds__(threads) finish_kernel(Lists lists, const float* margins, int64_t features, int64_t most_active,
-                                                         int64_t top_k, float* activations, int64_t* indices, float* sparsity) {
-  const int64_t row = blockIdx.x;
-  activations += row * top_k;
-  indices += row * top_k;
+// One block a row.
+__global__ void __launch_bounds__(threads) finish_kernel(const Io* io, const float* margins, int64_t first, int64_t features,
+                                                         int64_t most_active, int64_t top_k, int64_t sorted_stride, Lists lists) {
+  __shared__ uint64_t shared[in_shared];
+  const int64_t row = blockIdx.x, list = row * lists.groups;
+  float* activations = io->activations + (first + row) * top_k;
+  int64_t* indices = io->indices + (first + row) * top_k;
+  float* sparsity = io->sparsity + first + row;
   if (isnan(margins[row])) {
     for (int64_t i = threadIdx.x; i < top_k; i += threads) {
       activations[i] = NAN;
       indices[i] = i;
     }
-    if (threadIdx.x == 0) sparsity[row] = NAN;
+    if (threadIdx.x == 0) *sparsity = NAN;
     return;
   }
-  uint64_t* keys = lists.keys + row * lists.groups * lists.capacity;
-  const int64_t first_list = row * lists.groups;
-  int64_t active = 0;
-  int size = lists.size[first_list];
-  active += lists.certain[first_list];
-  for (int group = 1; group < lists.groups; ++group) {  // merge into the first list, whose capacity holds two cut ones
-    uint64_t* more = keys + int64_t{group} * lists.capacity;
-    const int added = lists.size[first_list + group];
-    active += lists.certain[first_list + group];
-    if (size > lists.k) sort_list(keys, size);
-    if (added > lists.k) sort_list(more, added);
-    size = min(size, lists.k);
-    const int kept = min(added, lists.k);
-    for (int i = threadIdx.x; i < kept; i += threads) keys[size + i] = more[i];
-    size += kept;
-    __syncthreads();
-  }
-  sort_list(keys, size);
-  const int winners = min(size, lists.k);
+  const uint64_t* computed = lists.open + list * lists.capacity;
+  const uint64_t* keys = lists.keys + list * (lists.k + lists.capacity);
+  const int open_size = lists.open_size[list], keys_size = lists.keys_size[list];
+  const int64_t active = lists.certain[list];
+  if (threadIdx.x == 0) *sparsity = float(double(min(active, most_active)) / double(features));
+
+  uint64_t* best = sorted_stride <= in_shared ? shared : lists.sorted + row * sorted_stride;
+  const auto key = [&](int i) { return i < keys_size ? keys[i] : computed[i - keys_size]; };
+  const uint64_t least = max(kth_largest(open_size + keys_size, lists.k, key), uint64_t{1});
+  __shared__ int winners;
+  if (threadIdx.x == 0) winners = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < open_size + keys_size; i += threads)
+    if (key(i) >= least) best[atomicAdd(&winners, 1)] = key(i);
+  __syncthreads();
+  sort_keys(best, winners);
   for (int i = threadIdx.x; i < winners; i += threads) {
-    activations[i] = __uint_as_float(unsigned(keys[i] >> 32));
-    indices[i] = unsigned(~keys[i]);
+    activations[i] = __uint_as_float(unsigned(best[i] >> 32));
+    indices[i] = unsigned(~best[i]);
   }
-  if (threadIdx.x == 0) sparsity[row] = float(double(min(active, most_active)) / double(features));
   if (winners == top_k) return;
   __syncthreads();
-  // Winners by ascending index: the complement sorts them so; slot j of the rest is the feature with j lower ones that did not
-  // win.
-  for (int i = threadIdx.x; i < winners; i += threads) keys[i] = unsigned(keys[i]);
+  // By ascending feature: its complement sorts them so. Of the features under winner j, all but j did not win.
+  for (int i = threadIdx.x; i < winners; i += threads) best[i] = unsigned(best[i]);
   __syncthreads();
-  sort_list(keys, winners);
+  sort_keys(best, winners);
   for (int64_t slot = threadIdx.x; slot < top_k - winners; slot += threads) {
-    int64_t feature = slot;
-    for (int i = 0; i < winners && int64_t{unsigned(~keys[i])} <= feature; ++i) ++feature;
+    int low = 0, high = winners;  // how many winners lie under the slot's feature
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (int64_t{unsigned(~best[middle])} - middle <= slot)
+        low = middle + 1;
+      else
+        high = middle;
+    }
     activations[winners + slot] = 0;
-    indices[winners + slot] = feature;
+    indices[winners + slot] = slot + low;
   }
 }
 
-template <typename Run>
-int for_dtype(Dtype dtype, const Run& run) {
-  if (dtype == Dtype::float32) run(float());
-  if (dtype == Dtype::bfloat16) run(__nv_bfloat16());
-  if (dtype == Dtype::float16) run(__half());
-  return cudaGetLastError();
+int64_t power_of_two(int64_t least) {
+  int64_t power = 1;
+  while (power < least) power *= 2;
+  return power;
 }
 
 }  // namespace
 
-int prepare(const HiddenRows& rows, float roundoff, float largest_norm, float* x, float* margin, const Lists& lists,
-            void* stream) {
-  return for_dtype(rows.dtype, [&](auto type) {
-    const auto kernel = prepare_kernel<decltype(type)>;
-    kernel<<<unsigned(rows.count), threads, 0, static_cast<cudaStream_t>(stream)>>>(rows, roundoff, largest_norm, x, margin,
-                                                                                    lists);
-  });
-}
-
-int select(const float* scores, const float* x, const float* margin, int64_t rows, const Panel& panel, const Lists& lists,
-           void* stream) {
+int select(const float* scores, const float* x, const float* margin, int64_t rows, int64_t first, int64_t count,
+           const Weights& weights, const Lists& lists, void* stream) {
   const dim3 grid(unsigned(rows), unsigned(lists.groups));
-  return for_dtype(panel.dtype, [&](auto type) {
+  return for_dtype(weights.dtype, [&](auto type) {
     const auto kernel = select_kernel<decltype(type)>;
-    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(scores, x, margin, panel, lists);
+    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(scores, x, margin, first, count, weights, lists);
   });
 }
 
-int finish(const Lists& lists, const float* margin, int64_t rows, int64_t features, int64_t most_active, int64_t top_k,
-           float* activations, int64_t* indices, float* sparsity, void* stream) {
+int merge(const float* margin, int64_t rows, const Weights& weights, const Lists& lists, void* stream) {
+  const auto kernel = merge_kernel;
+  const dim3 grid(unsigned(rows), 1);
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(margin, weights, lists);
+  return cudaGetLastError();
+}
+
+int rescore(const float* x, const float* margin, int64_t rows, const Weights& weights, const Lists& lists, void* stream) {
+  const dim3 grid(unsigned(rows), unsigned(lists.groups));
+  return for_dtype(weights.dtype, [&](auto type) {
+    const auto kernel = rescore_kernel<decltype(type)>;
+    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(x, margin, weights, lists);
+  });
+}
+
+int finish(const Io* io, const float* margin, int64_t first, int64_t rows, int64_t features, int64_t most_active, int64_t top_k,
+           const Lists& lists, void* stream) {
   const auto kernel = finish_kernel;
-  kernel<<<unsigned(rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(lists, margin, features, most_active, top_k,
-                                                                            activations, indices, sparsity);
+  const dim3 grid(unsigned(rows), 1);
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(io, margin, first, features, most_active, top_k,
+                                                                  power_of_two(lists.k), lists);
   return cudaGetLastError();
 }
 

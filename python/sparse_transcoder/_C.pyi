@@ -198,7 +198,7 @@ class Engine:
     """
     The C++ engine; see sparse_transcoder.SparseTranscoderEncoder.
     """
-    def __init__(self, weights: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, LayerWeights], *, top_k: typing.SupportsInt | typing.SupportsIndex, activation_threshold: typing.SupportsFloat | typing.SupportsIndex, chunk_size: typing.SupportsInt | typing.SupportsIndex, lanes: typing.SupportsInt | typing.SupportsIndex, screening: Screening) -> None:
+    def __init__(self, weights: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, LayerWeights], *, top_k: typing.SupportsInt | typing.SupportsIndex, activation_threshold: typing.SupportsFloat | typing.SupportsIndex, chunk_size: typing.SupportsInt | typing.SupportsIndex, lanes: typing.SupportsInt | typing.SupportsIndex, screening: Screening, use_graphs: bool, device_weight_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def decode(self, layer: typing.SupportsInt | typing.SupportsIndex, activations: torch.Tensor, indices: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         """

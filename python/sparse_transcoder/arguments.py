@@ -19,11 +19,15 @@ def _integer(name: str, value: Any) -> int:
     return number
 
 
-def _positive(name: str, value: Any) -> int:
+def _at_least(least: int, name: str, value: Any) -> int:
     number = _integer(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def _positive(name: str, value: Any) -> int:
+    return _at_least(1, name, value)
 
 
 def _number(name: str, value: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from . import _C
-from .arguments import _integer, _number, _positive, _tensor
+from .arguments import _at_least, _integer, _number, _positive, _tensor
 from .capture import _hook_of, capture
 from .weights import TranscoderWeights, _to_native
 
@@ -55,11 +55,14 @@ class SparseTranscoderEncoder:
         transcoders: {layer: weights}.
         top_k: features returned per row. None takes each layer's own k from its checkpoint.
         activation_threshold: the least activation that is kept, inclusive.
-        use_compile: replay captured work for shapes seen before, where the device can; no effect on results.
+        use_compile: replay captured work for shapes seen before, on CUDA, where a layer has at most 8 rows; no effect on results.
         chunk_size: rows worked on at a time: bounds the workspace, not the result.
         screening: which low-precision copies of the encoders find the candidates; no effect on results. "auto": the fastest on
             this machine, int8 and, for float32 weights, int16 (1 + 2 bytes a weight); "int8" or "int16": that one alone; "off":
-            none.
+            none. On CUDA all but "off" are bfloat16: a copy of 2 bytes a weight where the weights are not stored so.
+        device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device, also where they are larger
+            than it: encoders that fit in this many bytes, in the order of the layers, are copied there; the others stay in pinned
+            host memory and stream through two device buffers in each call. None: each layer is encoded where its weights are.
 
     Raises:
         ValueError: an option or a tensor's shape, device or value is wrong; TypeError: a tensor's dtype or an argument's type is.
@@ -74,6 +77,7 @@ class SparseTranscoderEncoder:
         chunk_size: int = 512,
         *,
         screening: str = "auto",
+        device_weight_bytes: int | None = None,
     ) -> None:
         if not isinstance(transcoders, Mapping):
             raise TypeError(f"transcoders must map layers to TranscoderWeights, got {type(transcoders).__name__}")
@@ -95,6 +99,10 @@ class SparseTranscoderEncoder:
             chunk_size=self.chunk_size,
             lanes=0,
             screening=_C.Screening.__members__[screening],
+            use_graphs=self.use_compile,
+            device_weight_bytes=-1
+            if device_weight_bytes is None
+            else _at_least(0, "device_weight_bytes", device_weight_bytes),
         )
 
     @property

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -20,15 +21,23 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 inline int cudaGetLastError() { return 0; }
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim;
+inline dim3 gridDim;
 
 struct Block {
   std::barrier<> all;
   std::vector<std::unique_ptr<std::barrier<>>> warps;
   std::vector<double> lanes;
+  std::atomic<int> votes = 0;
 
   explicit Block(unsigned threads) : all(threads), lanes(threads) {
     for (unsigned i = 0; i < threads / 32; ++i) warps.push_back(std::make_unique<std::barrier<>>(32));
@@ -38,12 +47,23 @@ inline Block* block = nullptr;
 
 inline void __syncthreads() { block->all.arrive_and_wait(); }
 
-inline double __shfl_down_sync(unsigned, double value, int width) {
+inline int __syncthreads_or(int vote) {
+  if (vote) block->votes = 1;
+  __syncthreads();
+  const int any = block->votes;
+  __syncthreads();
+  block->votes = 0;
+  __syncthreads();
+  return any;
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int width) {
   const unsigned thread = threadIdx.x, lane = thread % 32;
   std::barrier<>& warp = *block->warps[thread / 32];
-  block->lanes[thread] = value;
+  block->lanes[thread] = value;  // float and int are exact in double
   warp.arrive_and_wait();
-  const double got = lane + width < 32 ? block->lanes[thread + width] : value;
+  const T got = lane + width < 32 ? static_cast<T>(block->lanes[thread + width]) : value;
   warp.arrive_and_wait();
   return got;
 }
@@ -52,6 +72,7 @@ template <typename Kernel>
 void launch(dim3 grid, unsigned threads, const Kernel& kernel) {
   Block state(threads);
   block = &state;
+  gridDim = grid;
   std::vector<std::thread> team;
   for (unsigned t = 0; t < threads; ++t)
     team.emplace_back([&, t] {
@@ -68,6 +89,11 @@ void launch(dim3 grid, unsigned threads, const Kernel& kernel) {
 
 inline int atomicAdd(int* target, int value) { return __atomic_fetch_add(target, value, __ATOMIC_SEQ_CST); }
 
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+
 template <typename To, typename From>
 To reinterpret_bits(From from) {
   To to;
@@ -81,5 +107,9 @@ inline float __uint_as_float(unsigned bits) { return reinterpret_bits<float>(bit
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) {
   return b < a ? b : a;
+}
+template <typename A, typename B>
+std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
 }
 using std::isfinite, std::isnan;

@@ -16,12 +16,13 @@
 
 namespace sparse_transcoder {
 
-// Which approximate arithmetic finds the candidates; it never changes a result. On the CPU; CUDA screens in float32.
+// Which approximate arithmetic finds the candidates; it never changes a result.
 enum class Screening {
-  automatic,  // the fastest that this machine has: int8 and, for float32 weights, int16 copies: 1 + 2 bytes a weight
+  automatic,  // the fastest. CPU: int8 and, for float32 weights, int16 copies: 1 + 2 bytes a weight. CUDA: bfloat16, a copy of 2
+              // bytes a weight where the weights are not stored so
   off,        // float32 product of the stored weights: no copy of them is made
-  int16,      // an int16 copy alone: 2 bytes a weight
-  int8,       // an int8 copy alone: 1 byte a weight
+  int16,      // an int16 copy alone: 2 bytes a weight; CUDA: as automatic
+  int8,       // an int8 copy alone: 1 byte a weight; CUDA: as automatic
 };
 
 struct Options {
@@ -31,6 +32,11 @@ struct Options {
   int64_t chunk_size = 512;              // rows worked on at a time: bounds the workspace, not the result
   int64_t lanes = 0;                     // CPU: workers of one call; CUDA: streams. 0: torch's thread count; 4 streams
   Screening screening = Screening::automatic;
+  bool use_graphs = true;  // CUDA: replay captured work for shapes of at most 8 rows a layer that were seen before
+  // Encode layers whose weights are on the CPU on the current CUDA device: those whose encoders fit in this many bytes, in the
+  // order of the layers, are copied there; the others stay in pinned host memory and stream through two device buffers. -1: every
+  // layer is encoded where its weights are.
+  int64_t device_weight_bytes = -1;
 };
 
 // The result for hidden [B, T, H]; without B for hidden [T, H]. K = min(top_k, F).
@@ -49,10 +55,11 @@ struct SparseFeatures {
 
 // Bytes held by an Engine, beside the weights its caller gave it.
 struct Memory {
-  int64_t weight_bytes;     // the weights, shared with the caller; and a copy of an encoder whose rows are not contiguous
+  int64_t weight_bytes;     // the weights, shared with the caller; and copies of encoders: rows that are not contiguous,
+                            // Options::device_weight_bytes
   int64_t gate_bytes;       // per-feature vectors: norms, gates
   int64_t screening_bytes;  // low-precision copies; 0 with Screening::off
-  int64_t workspace_bytes;  // all pooled workspaces; grows only when calls overlap
+  int64_t workspace_bytes;  // all pooled workspaces, which grow only when calls overlap, and buffers for streamed weights
 };
 
 // What a call did, summed over its chunks: how many (row, feature) pairs each stage let through, and its time, summed over
@@ -73,7 +80,7 @@ class Engine {
   Engine(Engine&&) noexcept;
   ~Engine();
 
-  // One layer. hidden [B, T, H] or [T, H]: float32, bfloat16 or float16, any strides, on the weights' device.
+  // One layer. hidden [B, T, H] or [T, H]: float32, bfloat16 or float16, any strides, on the device that the layer is encoded on.
   Features encode(int64_t layer, const at::Tensor& hidden) const;
   // Many layers at once, concurrently. Every key must be one of layers().
   std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden) const;
