@@ -12,7 +12,8 @@ namespace {
 
 namespace cuda = kernels::cuda;
 
-constexpr size_t most_graphs = 64;  // further shapes run as they are
+constexpr size_t most_graphs = 64;     // further shapes run as they are
+constexpr int64_t filling_rows = 256;  // from which on a product fills the device
 
 c10::impl::VirtualGuardImpl guard_of(at::Device device) { return c10::impl::VirtualGuardImpl(device.type()); }
 
@@ -63,9 +64,7 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
 }
 
 WeightStream::WeightStream(int64_t slot_bytes, at::Device device)
-    : copies_(new_stream(device)),
-      filled_{c10::Event(device.type()), c10::Event(device.type())},
-      emptied_{c10::Event(device.type()), c10::Event(device.type())} {
+    : copies_(new_stream(device)), filled_{c10::Event(device.type()), c10::Event(device.type())} {
   const c10::StreamGuard guard(copies_);
   try {
     for (at::Tensor& slot : slots_) slot = at::empty({slot_bytes}, at::TensorOptions(at::kByte).device(device));
@@ -75,20 +74,21 @@ WeightStream::WeightStream(int64_t slot_bytes, at::Device device)
   }
 }
 
-at::Tensor WeightStream::load(const at::Tensor& pinned, const c10::Stream& stream) {
-  emptied_[turn_].block(copies_);
+at::Tensor WeightStream::load(const at::Tensor& pinned, const std::vector<c10::Stream>& streams) {
+  for (const c10::Event& emptied : emptied_[turn_]) emptied.block(copies_);
   const at::Tensor slot = slots_[turn_].narrow(0, 0, pinned.nbytes()).view(pinned.scalar_type()).view(pinned.sizes());
   {
     const c10::StreamGuard guard(copies_);
     slot.copy_(pinned, /*non_blocking=*/true);
   }
   filled_[turn_].record(copies_);
-  filled_[turn_].block(stream);
+  for (const c10::Stream& stream : streams) filled_[turn_].block(stream);
   return slot;
 }
 
-void WeightStream::release(const c10::Stream& stream) {
-  emptied_[turn_].record(stream);
+void WeightStream::release(const std::vector<c10::Stream>& streams) {
+  while (emptied_[turn_].size() < streams.size()) emptied_[turn_].emplace_back(copies_.device_type());
+  for (size_t i = 0; i < streams.size(); ++i) emptied_[turn_][i].record(streams[i]);
   turn_ = 1 - turn_;
 }
 
@@ -168,22 +168,34 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
 }
 
 void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weights) {
-  const size_t used = std::min(streams_.size(), requests.size());
+  int64_t chunks = 0, most_rows = 0;
+  for (const Request& request : requests) {
+    const int64_t rows = chunk_rows(request, plan_);
+    chunks += (request.rows() + rows - 1) / rows;
+    most_rows = std::max(most_rows, rows);
+  }
+  // Where a product fills the device a second stream is all that helps: one selects while the other multiplies. More tiles of
+  // scores would not stay in L2.
+  const int64_t lanes =
+      std::min<int64_t>({static_cast<int64_t>(streams_.size()), chunks, most_rows >= filling_rows ? 2 : chunks});
+  const std::vector<c10::Stream> streams(streams_.begin(), streams_.begin() + lanes);
   std::unique_lock<std::mutex> turn;
   if (weights) turn = std::unique_lock(weights->mutex);
   start_.record(streams_.front());
-  for (size_t lane = 1; lane < used; ++lane) start_.block(streams_[lane]);
+  for (int64_t lane = 1; lane < lanes; ++lane) start_.block(streams[lane]);
+  int64_t lane = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
-    const size_t lane = i % used;
     const Layer& layer = *requests[i].layer;
-    const c10::Stream& stream = streams_[lane];
-    const c10::StreamGuard guard(stream);
-    const at::Tensor W_enc = layer.streamed ? weights->load(layer.W_enc, stream) : layer.W_enc;
-    encode_layer(requests[i], W_enc, io(i), buffers_[lane], plan_, native(stream));
-    if (layer.streamed) weights->release(stream);
+    const at::Tensor W_enc = layer.streamed ? weights->load(layer.W_enc, streams) : layer.W_enc;
+    const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
+    for (int64_t first = 0; first < rows; first += chunk, lane = (lane + 1) % lanes) {
+      const c10::StreamGuard guard(streams[lane]);
+      encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, io(i), buffers_[lane], plan_, native(streams[lane]));
+    }
+    if (layer.streamed) weights->release(streams);
   }
-  for (size_t lane = 1; lane < used; ++lane) {
-    done_[lane].record(streams_[lane]);
+  for (lane = 1; lane < lanes; ++lane) {
+    done_[lane].record(streams[lane]);
     done_[lane].block(streams_.front());
   }
 }
@@ -194,9 +206,13 @@ void* CudaLanes::capture(const std::vector<Request>& requests) {
   void* graph = nullptr;
   try {
     check_cuda(status);
-    for (size_t i = 0; i < requests.size(); ++i)
-      encode_layer(requests[i], requests[i].layer->W_enc, io(i), buffers_[i % streams.size()], plan_,
-                   streams[i % streams.size()]);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const size_t lane = i % streams.size();
+      const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
+      for (int64_t first = 0; first < rows; first += chunk)
+        encode_rows(requests[i], first, std::min(chunk, rows - first), requests[i].layer->W_enc, io(i), buffers_[lane], plan_,
+                    streams[lane]);
+    }
   } catch (...) {
     cuda::end_capture(streams.data(), streams.size(), &graph);
     if (graph) cuda::destroy_graph(graph);
@@ -225,11 +241,13 @@ int64_t CudaDevice::bytes() const { return pool->bytes() + (weights ? weights->b
 SparseFeatures encode_sparse_cuda(const Request& request, const Options& options, const CudaDevice& device) {
   const at::Tensor& hidden = request.hidden;
   const int64_t rows = request.rows();
+  Options one_lane = options;
+  one_lane.lanes = 1;
   // Encodes some rows with room for k features each.
   const auto encode = [&](const at::Tensor& some, int64_t k) {
     Layer layer = *request.layer;
     layer.top_k = layer.selected = k;
-    CudaLanes lanes(plan_cuda({&layer}, options, multiprocessors_of(hidden.device())), hidden.device());
+    CudaLanes lanes(plan_cuda({&layer}, one_lane, multiprocessors_of(hidden.device())), hidden.device());
     const auto slots = some.options().dtype(at::kFloat);
     Features out = {at::empty({some.size(1), k}, slots), at::empty({some.size(1), k}, slots.dtype(at::kLong)),
                     at::empty({some.size(1)}, slots)};

@@ -45,9 +45,11 @@ struct CudaBuffers {
   at::Tensor open, keys, sorted, open_size, keys_size, certain, least;
 };
 
-// Enqueues one layer on the stream, which is torch's current one. `weights` is its W_enc on the device.
-void encode_layer(const Request& request, const at::Tensor& weights, const kernels::cuda::Io* io, const CudaBuffers& buffers,
-                  const CudaPlan& plan, void* stream);
+// Rows that are worked on at a time: as many as the buffers hold, evenly.
+int64_t chunk_rows(const Request& request, const CudaPlan& plan);
+// Enqueues a chunk on the stream, torch's current one. `weights` is the layer's W_enc on the device.
+void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights, const kernels::cuda::Io* io,
+                 const CudaBuffers& buffers, const CudaPlan& plan, void* stream);
 // out [n, f] = left [n, h] right [f, h]^T, in float32.
 void multiply(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
@@ -58,15 +60,16 @@ class WeightStream {
 
   // Calls take turns: hold this while enqueueing a call's layers.
   std::mutex mutex;
-  // The weights on the device, once what `stream` holds so far is done; valid for work on `stream` until release.
-  at::Tensor load(const at::Tensor& pinned, const c10::Stream& stream);
-  void release(const c10::Stream& stream);
+  // The weights in a device buffer, for work that is enqueued on these streams until release.
+  at::Tensor load(const at::Tensor& pinned, const std::vector<c10::Stream>& streams);
+  void release(const std::vector<c10::Stream>& streams);
   int64_t bytes() const { return slots_[0].nbytes() + slots_[1].nbytes(); }
 
  private:
   c10::Stream copies_;
   at::Tensor slots_[2];
-  c10::Event filled_[2], emptied_[2];
+  c10::Event filled_[2];
+  std::vector<c10::Event> emptied_[2];  // one a stream
   int turn_ = 0;
 };
 
@@ -84,6 +87,7 @@ class CudaLanes {
  private:
   using Shape = std::vector<int64_t>;
 
+  // Chunk by chunk, layer after layer, on one stream after the other.
   void enqueue(const std::vector<Request>& requests, WeightStream* weights);
   void* capture(const std::vector<Request>& requests);
   const kernels::cuda::Io* io(size_t request) const;

@@ -1,4 +1,4 @@
-// One layer on one CUDA lane: its rows are prepared chunk by chunk, screened panel by panel, gated, rescored exactly and written.
+// A chunk of a layer's rows on a CUDA lane: prepared, screened panel by panel of features, gated, rescored exactly and written.
 // Everything is enqueued on the lane's stream; nothing waits on the host, and nothing is allocated. Device-generic: no CUDA
 // header.
 #include <ATen/ATen.h>
@@ -52,7 +52,8 @@ CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& optio
       plan.widened = std::max(tile_bytes / 4, plan.hidden_size);
   }
   plan.layers = static_cast<int64_t>(layers.size());
-  plan.lanes = std::min(options.lanes > 0 ? options.lanes : 4, plan.layers);
+  // One layer's chunks use two, see CudaLanes::enqueue.
+  plan.lanes = options.lanes > 0 ? options.lanes : std::clamp<int64_t>(plan.layers, 2, 4);
   plan.multiprocessors = multiprocessors;
   plan.k = k;
   plan.capacity = 2 * (k + cuda::segment);
@@ -65,53 +66,53 @@ CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& optio
   return plan;
 }
 
-void encode_layer(const Request& request, const at::Tensor& weights, const cuda::Io* io, const CudaBuffers& buffers,
-                  const CudaPlan& plan, void* stream) {
+int64_t chunk_rows(const Request& request, const CudaPlan& plan) {
+  const int64_t rows = request.rows(), chunks = (rows + plan.rows - 1) / plan.rows;
+  return (rows + chunks - 1) / chunks;
+}
+
+void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights, const cuda::Io* io,
+                 const CudaBuffers& buffers, const CudaPlan& plan, void* stream) {
   const Layer& layer = *request.layer;
-  const int64_t rows = request.rows(), size = layer.hidden_size;
-  const bool few = rows <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
+  const int64_t size = layer.hidden_size;
+  const bool few = request.rows() <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
   const at::Tensor& screened = layer.copies.bf16.defined() ? layer.copies.bf16 : weights;
   const cuda::Screen screen = {few ? cuda::few_roundoff(size) : sum_roundoff(size, !bf16), layer.copies.bf16_residual,
                                layer.largest_norm};
   const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.gate_at(0), layer.largest_bias};
-  const int64_t chunks = (rows + plan.rows - 1) / plan.rows, chunk = (rows + chunks - 1) / chunks;
-  for (int64_t first = 0; first < rows; first += chunk) {
-    const int64_t count = std::min(chunk, rows - first);
-    const cuda::Lists lists = {static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
-                               static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
-                               static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
-                               buffers.open_size.mutable_data_ptr<int>(),
-                               buffers.keys_size.mutable_data_ptr<int>(),
-                               buffers.certain.mutable_data_ptr<int>(),
-                               static_cast<uint64_t*>(buffers.least.mutable_data_ptr()),
-                               static_cast<int>(std::clamp<int64_t>(busy_blocks / count, 1, cuda::most_groups)),
-                               static_cast<int>(plan.capacity),
-                               static_cast<int>(layer.selected)};
-    float *x = floats(buffers.hidden), *margin = floats(buffers.margin), *scores = floats(buffers.scores);
-    check_cuda(cuda::prepare({io, kernel_dtype(request.hidden.scalar_type()), first, count, size, floats(layer.input_bias),
-                              floats(layer.ln_weight), floats(layer.ln_bias)},
-                             screen, x, bf16 ? buffers.rounded.mutable_data_ptr() : nullptr, margin, lists, stream));
-    int64_t panel = panel_features(count, plan);
-    const bool widen = !few && !bf16 && layer.dtype != kernels::Dtype::float32;
-    if (widen) panel = std::min(panel, plan.widened / size);
-    for (int64_t feature = 0; feature < layer.features; feature += panel) {
-      const int64_t width = std::min(panel, layer.features - feature);
-      if (few) {
-        check_cuda(cuda::multiply_few(x, count, screened.const_data_ptr(), kernel_dtype(screened.scalar_type()), feature, width,
-                                      size, scores, stream));
-      } else {
-        at::Tensor out = buffers.scores.narrow(0, 0, count * width).view({count, width});
-        at::Tensor right = screened.narrow(0, feature, width);
-        if (widen) right = buffers.widened.narrow(0, 0, width * size).view({width, size}).copy_(right);
-        const at::Tensor left = (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
-        multiply(out, left, right);
-      }
-      check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, stream));
+  const cuda::Lists lists = {static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
+                             static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
+                             static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
+                             buffers.open_size.mutable_data_ptr<int>(),
+                             buffers.keys_size.mutable_data_ptr<int>(),
+                             buffers.certain.mutable_data_ptr<int>(),
+                             static_cast<uint64_t*>(buffers.least.mutable_data_ptr()),
+                             static_cast<int>(std::clamp<int64_t>(busy_blocks / count, 1, cuda::most_groups)),
+                             static_cast<int>(plan.capacity),
+                             static_cast<int>(layer.selected)};
+  float *x = floats(buffers.hidden), *margin = floats(buffers.margin), *scores = floats(buffers.scores);
+  const at::Tensor left = (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
+  check_cuda(cuda::prepare({io, kernel_dtype(request.hidden.scalar_type()), first, count, size, floats(layer.input_bias),
+                            floats(layer.ln_weight), floats(layer.ln_bias)},
+                           screen, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, stream));
+  const bool widen = !few && !bf16 && layer.dtype != kernels::Dtype::float32;
+  const int64_t panel = std::min(panel_features(count, plan), widen ? plan.widened / size : layer.features);
+  for (int64_t feature = 0; feature < layer.features; feature += panel) {
+    const int64_t width = std::min(panel, layer.features - feature);
+    if (few) {
+      check_cuda(cuda::multiply_few(x, count, screened.const_data_ptr(), kernel_dtype(screened.scalar_type()), feature, width,
+                                    size, scores, stream));
+    } else {
+      at::Tensor out = buffers.scores.narrow(0, 0, count * width).view({count, width});
+      at::Tensor right = screened.narrow(0, feature, width);
+      if (widen) right = buffers.widened.narrow(0, 0, width * size).view({width, size}).copy_(right);
+      multiply(out, left, right);
     }
-    check_cuda(cuda::merge(margin, count, exact, lists, stream));
-    check_cuda(cuda::rescore(x, margin, count, exact, lists, stream));
-    check_cuda(cuda::finish(io, margin, first, count, layer.features, layer.most_active, layer.top_k, lists, stream));
+    check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, stream));
   }
+  check_cuda(cuda::merge(margin, count, exact, lists, stream));
+  check_cuda(cuda::rescore(x, margin, count, exact, lists, stream));
+  check_cuda(cuda::finish(io, margin, first, count, layer.features, layer.most_active, layer.top_k, lists, stream));
 }
 
 }  // namespace sparse_transcoder

@@ -62,7 +62,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
                                 request.out.activations.mutable_data_ptr<float>(),
                                 request.out.indices.mutable_data_ptr<int64_t>(),
                                 request.out.sparsity.mutable_data_ptr<float>()};
-  encode_layer(request, layer.W_enc, &io, buffers, plan, nullptr);
+  const int64_t step = chunk_rows(request, plan);
+  for (int64_t first = 0; first < rows; first += step)
+    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan, nullptr);
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
