@@ -206,9 +206,16 @@ LayerWeights read_layer(int64_t id, const fs::path& path, const Config& config, 
   return w;
 }
 
-void move_to(LayerWeights& w, at::Device device) {
-  for (at::Tensor* tensor : {&w.W_enc, &w.b_enc, &w.W_dec, &w.b_dec, &w.threshold, &w.W_skip})
-    if (tensor->defined()) *tensor = tensor->to(device);
+void move_to(LayerWeights& w, at::Device device, const std::string& who) {
+  for (at::Tensor* tensor : {&w.W_enc, &w.b_enc, &w.W_dec, &w.b_dec, &w.threshold, &w.W_skip}) {
+    if (!tensor->defined()) continue;
+    try {
+      *tensor = tensor->to(device);
+    } catch (const c10::OutOfMemoryError&) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: a tensor needs ", tensor->nbytes(), " bytes on ", device,
+                       "; load on cpu and encode with device_weight_bytes");
+    }
+  }
 }
 
 }  // namespace
@@ -237,7 +244,7 @@ std::map<int64_t, LayerWeights> load_weights(const std::string& dir, std::vector
     if (file == files.end()) not_found(dir + ": there is no file for layer " + std::to_string(id));
     if (weights.count(id)) continue;
     LayerWeights& w = weights[id] = read_layer(id, file->second, config, scan_budget);
-    if (!device.is_cpu()) move_to(w, device);
+    if (!device.is_cpu()) move_to(w, device, describe(id, w));
   }
   return weights;
 }

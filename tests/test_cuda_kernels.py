@@ -29,7 +29,13 @@ def kernels(tmp_path_factory):
         files.append(folder / f"{name}.cpp")
         files[-1].write_text(source)
     library = Path(sparse_transcoder.__file__).parent
-    folders = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", ROOT / "csrc/kernels", ROOT / "csrc/include", TORCH / "include"]
+    folders = [
+        ROOT / "tests/cuda_on_cpu",
+        ROOT / "csrc",
+        ROOT / "csrc/kernels",
+        ROOT / "csrc/include",
+        TORCH / "include",
+    ]
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-Wl,-Bsymbolic"]
     libraries = [library / "lib/libsparse_transcoder.so", TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so"]
     made = folder / "cuda_on_cpu.so"

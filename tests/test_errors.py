@@ -162,6 +162,8 @@ def test_no_layer_left():
         ({"activation_threshold": NAN}, ValueError, ["activation_threshold"]),
         ({"activation_threshold": "1"}, TypeError, ["activation_threshold", "str"]),
         ({"activation_threshold": None}, TypeError, ["activation_threshold", "NoneType"]),
+        ({"device_weight_bytes": -1}, ValueError, ["device_weight_bytes", "at least 0", "-1"]),
+        ({"device_weight_bytes": 1.5}, TypeError, ["device_weight_bytes", "integer", "float"]),
         ({"screening": "fp4"}, ValueError, ["screening", "fp4", *SCREENINGS]),
         ({"screening": ""}, ValueError, ["screening", "auto", "off"]),
         ({"screening": None}, (TypeError, ValueError), ["screening", "None"]),
@@ -175,6 +177,11 @@ def test_no_layer_left():
 )
 def test_options(options, error, words):
     refused(lambda: encoder(**options), error, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_streamed_weights_need_a_cuda_device():
+    refused(lambda: encoder(device_weight_bytes=0), ValueError, "device_weight_bytes", "CUDA device")
 
 
 @pytest.mark.parametrize("value", [0, -1])

@@ -156,7 +156,13 @@ class Loading:
             if tensor.ndim == 1 or self.left_to_scan >= 0:
                 if not _is_finite(tensor):
                     raise ValueError(f"{source}: {name} must be finite, got NaN or Inf")
-            tensors[name] = tensor.to(self.device)
+            try:
+                tensors[name] = tensor.to(self.device)
+            except torch.OutOfMemoryError:
+                raise torch.OutOfMemoryError(
+                    f"{source}: out of memory: {name} needs {tensor.nbytes} bytes on {self.device}; load on cpu and encode with "
+                    "device_weight_bytes"
+                ) from None
         tensors["W_enc"] = tensors["W_enc"].contiguous()
         return TranscoderWeights(layer=layer, source=str(source), **{**fields, **tensors})
 
