@@ -1,4 +1,4 @@
-"""The CUDA path against the float64 oracle, on any machine: its sequence of steps with kernels whose threads run as CPU threads."""
+"""The CUDA path against the float64 oracle, on any machine: its own steps, with kernels whose threads run as CPU threads."""
 
 import math
 import re
