@@ -32,13 +32,6 @@ int64_t multiprocessors_of(at::Device device) {
 
 void check_cuda(int status) { TORCH_CHECK(status == 0, "a CUDA call failed: error ", status); }
 
-void multiply(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
-  if (left.scalar_type() == at::kFloat)
-    at::mm_out(out, left, right.t());
-  else
-    at::mm_out(out, left, right.t(), at::kFloat);
-}
-
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
   return 4 * plan.rows * (plan.hidden_size + 1) + 2 * plan.rounded + 4 * (plan.scores + plan.widened) + plan.lists * list +
@@ -79,7 +72,7 @@ at::Tensor WeightStream::load(const at::Tensor& pinned, const std::vector<c10::S
   const at::Tensor slot = slots_[turn_].narrow(0, 0, pinned.nbytes()).view(pinned.scalar_type()).view(pinned.sizes());
   {
     const c10::StreamGuard guard(copies_);
-    slot.copy_(pinned, /*non_blocking=*/true);
+    copy_to(slot, pinned);
   }
   filled_[turn_].record(copies_);
   for (const c10::Stream& stream : streams) filled_[turn_].block(stream);

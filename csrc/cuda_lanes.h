@@ -50,8 +50,9 @@ int64_t chunk_rows(const Request& request, const CudaPlan& plan);
 // Enqueues a chunk on the stream, torch's current one. `weights` is the layer's W_enc on the device.
 void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights, const kernels::cuda::Io* io,
                  const CudaBuffers& buffers, const CudaPlan& plan, void* stream);
-// out [n, f] = left [n, h] right [f, h]^T, in float32.
-void multiply(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
+// out [n, f] = left [n, h] right [f, h]^T, added up in float32.
+void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right);
+void copy_to(at::Tensor to, const at::Tensor& from);
 
 // Two device buffers that weights in pinned host memory pass through, in the order that calls ask for them.
 class WeightStream {

@@ -103,10 +103,13 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
       check_cuda(cuda::multiply_few(x, count, screened.const_data_ptr(), kernel_dtype(screened.scalar_type()), feature, width,
                                     size, scores, stream));
     } else {
-      at::Tensor out = buffers.scores.narrow(0, 0, count * width).view({count, width});
       at::Tensor right = screened.narrow(0, feature, width);
-      if (widen) right = buffers.widened.narrow(0, 0, width * size).view({width, size}).copy_(right);
-      multiply(out, left, right);
+      if (widen) {
+        const at::Tensor wide = buffers.widened.narrow(0, 0, width * size).view({width, size});
+        copy_to(wide, right);
+        right = wide;
+      }
+      multiply(buffers.scores.narrow(0, 0, count * width).view({count, width}), left, right);
     }
     check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, stream));
   }

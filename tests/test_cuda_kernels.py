@@ -20,11 +20,11 @@ def kernels(tmp_path_factory):
     if not (ROOT / "csrc/encode_cuda.cpp").exists():
         pytest.skip("the sources are not beside the tests")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    launches = re.compile(r"kernel<<<(.*?), threads, 0,.*?>>>\((.*?)\);", re.DOTALL)
-    files = [ROOT / "tests/cuda_on_cpu/encode.cpp"]
+    launches = re.compile(r"kernel<<<(.*?), threads, 0, static_cast<cudaStream_t>\(stream\)>>>\((.*?)\);", re.DOTALL)
+    files = [ROOT / "tests/cuda_on_cpu/encode.cpp", ROOT / "tests/cuda_on_cpu/streams.cpp"]
     for name, count in (("screen", 2), ("select", 4)):
         source = (ROOT / f"csrc/kernels/{name}_cuda.cu").read_text()
-        source, found = launches.subn(r"launch(\1, threads, [&] { kernel(\2); });", source)
+        source, found = launches.subn(r"launch(\1, threads, stream, [=] { kernel(\2); });", source)
         assert found == count
         files.append(folder / f"{name}.cpp")
         files[-1].write_text(source)
@@ -122,6 +122,19 @@ def test_broken_huge_and_tied_rows(kernels, tokens):
     check(got, hidden, layer, 50, 0.0, unit=False)
 
 
+@pytest.mark.parametrize("tokens", [3, 9])
+@pytest.mark.parametrize("of", ["rows", "weights"])
+def test_margins_hold_at_their_worst(kernels, tokens, of):
+    """What rounding to bfloat16 takes from a row lies along the weights, or the reverse; each feature is active by a hair."""
+    size, tau = 64, 1.0
+    long = normal(tokens, size, seed=3)
+    lost = (long - long.bfloat16().float()).sign() * 0.25  # exact in bfloat16
+    x, W = (long, lost) if of == "rows" else (lost, long)
+    exact = (x.double() * W.double()).sum(1)
+    layer = {"W_enc": torch.cat([W, -W]), "b_enc": torch.cat([tau - exact + 1e-5, tau + exact + 1e-5]).float()}
+    check_bits(encode(kernels, x, layer, 4, tau), x, layer, 4, tau)
+
+
 def test_any_strides(kernels):
     layer = make_layer(100, 24)
     hidden = normal(24, 3, 8, seed=6).permute(2, 1, 0)
@@ -134,3 +147,34 @@ def test_layer_norm_and_input_bias(kernels, tokens):
     layer = make_layer(100, 48, **fields)
     hidden = normal(tokens, 48, seed=10)
     check(encode(kernels, hidden, layer, 20, 0.5, chunk=4), hidden, layer, 20, 0.5)
+
+
+# Streams: work runs in an order drawn by lot among those that events allow
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "rows, streamed, use_graphs",
+    [
+        ([2, 2, 2, 2], [0, 0, 0], True),  # seen, captured, replayed
+        ([1, 2, 1, 2, 1], [0, 0, 0], True),
+        ([2, 2], [0, 0, 0], False),
+        ([11, 3, 11], [0, 0, 0], True),  # three chunks a layer
+        ([9, 2], [1, 1, 1], True),
+        ([2, 9, 2], [0, 1, 1], False),
+    ],
+)
+def test_streams(kernels, rows, streamed, use_graphs, seed):
+    layers = [make_layer(features, 16, seed=10 * features) for features in (40, 64, 30)]
+    for layer in layers:
+        layer["b_enc"][:] = 0
+    hidden = [
+        normal(count, 16, seed=100 * call + i)[None] for call, count in enumerate(rows) for i in range(len(layers))
+    ]
+    callers = [call % 2 + 1 for call in range(len(rows))]
+    weights = [layer["W_enc"] for layer in layers]
+    got = kernels.encode_calls(weights, streamed, hidden, callers, 5, 4, use_graphs, seed)
+    for i, x in enumerate(hidden):
+        values, ids, sparsity = got[3 * i : 3 * i + 3]
+        result = {"activations": values[None], "indices": ids[None], "sparsity": sparsity[None]}
+        check(result, x, layers[i % len(layers)], 5, 0.0)

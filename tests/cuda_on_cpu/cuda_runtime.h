@@ -1,15 +1,18 @@
 // Enough of CUDA to run a kernel's threads as CPU threads: one block at a time, 256 threads that meet at barriers. It shows that
-// the logic of a kernel is right (and, under a sanitizer, that it has no race); it says nothing of speed.
+// the logic of a kernel is right (and, under a sanitizer, that it has no race); it says nothing of speed. streams.cpp has the
+// rest.
 #pragma once
 
-#include <array>
-#include <atomic>
-#include <barrier>
+#include <ucontext.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <thread>
+#include <functional>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -30,29 +33,110 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 inline int cudaGetLastError() { return 0; }
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim;
-inline dim3 gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-struct Block {
-  std::barrier<> all;
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
-  std::vector<double> lanes;
-  std::atomic<int> votes = 0;
-
-  explicit Block(unsigned threads) : all(threads), lanes(threads) {
-    for (unsigned i = 0; i < threads / 32; ++i) warps.push_back(std::make_unique<std::barrier<>>(32));
+// The threads of a block take turns on one CPU thread, in an order drawn anew each time: one runs until it must wait for others.
+// That is as far apart as a device could let them come.
+class Block {
+ public:
+  explicit Block(unsigned threads) : fibers_(threads), lanes(threads), all_{threads}, warps_(threads / 32, Barrier{32}) {
+    for (Fiber& fiber : fibers_) fiber.stack.resize(stack_bytes);
   }
-};
-inline Block* block = nullptr;
 
-inline void __syncthreads() { block->all.arrive_and_wait(); }
+  void run(const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    current_ = this;
+    std::vector<unsigned> order(fibers_.size());
+    for (unsigned t = 0; t < fibers_.size(); ++t) {
+      order[t] = t;
+      Fiber& fiber = fibers_[t];
+      fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = &scheduler_;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    for (bool left = true, moved = true; left;) {
+      if (!moved) {
+        std::fputs("threads of a block wait at different barriers\n", stderr);
+        std::abort();
+      }
+      left = moved = false;
+      std::shuffle(order.begin(), order.end(), random_);
+      for (const unsigned t : order) {
+        if (fibers_[t].done) continue;
+        threadIdx = dim3(t);
+        moves_ = false;
+        swapcontext(&scheduler_, &fibers_[t].context);
+        moved |= moves_ || fibers_[t].done;
+        left = true;
+      }
+    }
+  }
+
+  void sync() { wait(all_); }
+  void sync_warp() { wait(warps_[threadIdx.x / 32]); }
+
+ private:
+  static constexpr size_t stack_bytes = 64 << 10;
+  struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done;
+  };
+  struct Barrier {
+    unsigned threads, arrived = 0, passed = 0;
+  };
+
+  static void enter() {
+    Block& block = *current_;
+    const unsigned thread = threadIdx.x;
+    (*block.kernel_)();
+    block.fibers_[thread].done = true;
+  }
+  void wait(Barrier& barrier) {
+    const unsigned before = barrier.passed, thread = threadIdx.x;
+    moves_ = true;
+    if (++barrier.arrived == barrier.threads) {
+      barrier.arrived = 0;
+      ++barrier.passed;
+      return;
+    }
+    do {
+      swapcontext(&fibers_[thread].context, &scheduler_);
+    } while (barrier.passed == before);
+    moves_ = true;
+  }
+
+  static inline Block* current_ = nullptr;
+  std::vector<Fiber> fibers_;
+  ucontext_t scheduler_;
+  const std::function<void()>* kernel_ = nullptr;
+  std::mt19937 random_;
+  bool moves_ = false;
+
+ public:
+  std::vector<double> lanes;
+  int votes = 0;
+
+ private:
+  Barrier all_;
+  std::vector<Barrier> warps_;
+};
+inline Block& block() {
+  static Block block(256);
+  return block;
+}
+
+inline void __syncthreads() { block().sync(); }
 
 inline int __syncthreads_or(int vote) {
-  if (vote) block->votes = 1;
+  if (vote) block().votes = 1;
   __syncthreads();
-  const int any = block->votes;
+  const int any = block().votes;
   __syncthreads();
-  block->votes = 0;
+  block().votes = 0;
   __syncthreads();
   return any;
 }
@@ -60,34 +144,35 @@ inline int __syncthreads_or(int vote) {
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int width) {
   const unsigned thread = threadIdx.x, lane = thread % 32;
-  std::barrier<>& warp = *block->warps[thread / 32];
-  block->lanes[thread] = value;  // float and int are exact in double
-  warp.arrive_and_wait();
-  const T got = lane + width < 32 ? static_cast<T>(block->lanes[thread + width]) : value;
-  warp.arrive_and_wait();
+  block().lanes[thread] = value;  // float and int are exact in double
+  block().sync_warp();
+  const T got = lane + width < 32 ? static_cast<T>(block().lanes[thread + width]) : value;
+  block().sync_warp();
   return got;
 }
 
-template <typename Kernel>
-void launch(dim3 grid, unsigned threads, const Kernel& kernel) {
-  Block state(threads);
-  block = &state;
+// Puts work on a stream; with none it runs at once.
+void enqueue(void* stream, std::function<void()> work);
+
+inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
   gridDim = grid;
-  std::vector<std::thread> team;
-  for (unsigned t = 0; t < threads; ++t)
-    team.emplace_back([&, t] {
-      threadIdx = dim3(t), blockDim = dim3(threads);
-      for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
-          blockIdx = dim3(x, y);
-          kernel();
-          __syncthreads();
-        }
-    });
-  for (std::thread& thread : team) thread.join();
+  blockDim = dim3(threads);
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      block().run(kernel);
+    }
 }
 
-inline int atomicAdd(int* target, int value) { return __atomic_fetch_add(target, value, __ATOMIC_SEQ_CST); }
+inline void launch(dim3 grid, unsigned threads, void* stream, std::function<void()> kernel) {
+  enqueue(stream, [=] { run(grid, threads, kernel); });
+}
+
+inline int atomicAdd(int* target, int value) {
+  const int before = *target;
+  *target += value;
+  return before;
+}
 
 template <typename T>
 T __ldcs(const T* from) {

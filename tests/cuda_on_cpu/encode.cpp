@@ -1,40 +1,62 @@
-// The CUDA path's own sequence of steps, csrc/encode_cuda.cpp, on CPU tensors with kernels whose threads are CPU threads.
+// The CUDA path, csrc/cuda_lanes.cpp and csrc/encode_cuda.cpp, on CPU tensors, with kernels whose threads are CPU threads.
 // Products are as far off as their margin allows, or nearly: towards one side for even features, the other for odd ones.
 #include <torch/library.h>
 
+#include "cuda_lanes.cpp"
+#include "cuda_runtime.h"
 #include "encode_cuda.cpp"
+#include "streams.h"
 
 namespace sparse_transcoder {
 
-void multiply(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
-  at::Tensor x = left.to(at::kDouble), w = right.to(at::kDouble);
-  const bool float32 = left.scalar_type() == at::kFloat;
-  if (float32) {  // as TF32 does
-    const auto cut = [](const at::Tensor& t) { return t.to(at::kFloat).view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat); };
-    x = cut(x).to(at::kDouble);
-    w = cut(w).to(at::kDouble);
-  }
-  const at::Tensor off = at::matmul(x.abs(), w.abs().t()) * (0.9 * sum_roundoff(left.size(1), false));
-  const at::Tensor sign = at::arange(w.size(0)).remainder(2) * 2 - 1;
-  out.copy_(at::matmul(x, w.t()) + off * sign);
+void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
+  enqueue(current_stream(), [=] {
+    at::Tensor x = left.to(at::kDouble), w = right.to(at::kDouble);
+    if (left.scalar_type() == at::kFloat) {  // as TF32 does
+      const auto cut = [](const at::Tensor& t) { return t.to(at::kFloat).view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat); };
+      x = cut(x).to(at::kDouble);
+      w = cut(w).to(at::kDouble);
+    }
+    const at::Tensor off = at::matmul(x.abs(), w.abs().t()) * (0.9 * sum_roundoff(left.size(1), false));
+    const at::Tensor sign = at::arange(w.size(0)).remainder(2) * 2 - 1;
+    out.copy_(at::matmul(x, w.t()) + off * sign);
+  });
 }
 
-void check_cuda(int status) { TORCH_CHECK(status == 0, "error ", status); }
+void copy_to(at::Tensor to, const at::Tensor& from) {
+  enqueue(current_stream(), [=] { to.copy_(from); });
+}
 
 namespace {
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+Layer make_layer(int64_t id, const LayerWeights& weights, Options options, bool screening, bool streamed) {
+  options.screening = Screening::off;  // of the CPU
+  Layer layer(id, weights, options, {at::kCPU, false});
+  layer.streamed = streamed;
+  layer.bf16_screen = screening && (layer.dtype == kernels::Dtype::bfloat16 || !streamed);
+  if (layer.bf16_screen && layer.dtype != kernels::Dtype::bfloat16)
+    add_bf16_copy(layer.copies, layer.W_enc, "layer 0", layer.norm);
+  return layer;
+}
+
+Features outputs(const Layer& layer, const at::Tensor& hidden) {
+  const int64_t rows = hidden.size(0) * hidden.size(1);
+  return {at::full({rows, layer.top_k}, -1.0f), at::full({rows, layer.top_k}, -1, at::kLong), at::full({rows}, -1.0f)};
+}
+
+// One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the features that are gated at a time.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
-                                                      const std::optional<at::Tensor>& threshold, std::optional<int64_t> k,
-                                                      const std::optional<at::Tensor>& input_bias,
-                                                      const std::optional<at::Tensor>& ln_weight,
-                                                      const std::optional<at::Tensor>& ln_bias, int64_t top_k, double tau,
-                                                      bool screening, int64_t chunk, int64_t scores, int64_t room) {
+                                                      const OptionalTensor& threshold, std::optional<int64_t> k,
+                                                      const OptionalTensor& input_bias, const OptionalTensor& ln_weight,
+                                                      const OptionalTensor& ln_bias, int64_t top_k, double tau, bool screening,
+                                                      int64_t chunk, int64_t scores, int64_t room) {
   const at::Tensor none;
   Options options;
   options.top_k = top_k;
   options.activation_threshold = static_cast<float>(tau);
   options.chunk_size = chunk;
-  options.screening = Screening::off;
   LayerWeights weights;
   weights.W_enc = W_enc;
   weights.b_enc = b_enc;
@@ -43,29 +65,73 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
   weights.input_bias = input_bias.value_or(none);
   weights.ln_weight = ln_weight.value_or(none);
   weights.ln_bias = ln_bias.value_or(none);
-  Layer layer(0, weights, options, {at::kCPU, false});
-  layer.bf16_screen = screening;
-  if (screening && layer.dtype != kernels::Dtype::bfloat16) add_bf16_copy(layer.copies, layer.W_enc, "layer 0", layer.norm);
+  const Layer layer = make_layer(0, weights, options, screening, false);
   CudaPlan plan = plan_cuda({&layer}, options, 3);
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
-  plan.capacity = kernels::cuda::segment + room;  // lists that are thinned early
+  plan.capacity = kernels::cuda::segment + room;
   const CudaBuffers buffers(plan, at::kCPU);
-  const int64_t rows = hidden.size(0) * hidden.size(1);
-  Request request = {
-      &layer,
-      hidden,
-      {at::full({rows, layer.top_k}, -1.0f), at::full({rows, layer.top_k}, -1, at::kLong), at::full({rows}, -1.0f)}};
+  const Request request = {&layer, hidden, outputs(layer, hidden)};
   const kernels::cuda::Io io = {hidden.const_data_ptr(),
                                 hidden.size(1),
                                 {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
                                 request.out.activations.mutable_data_ptr<float>(),
                                 request.out.indices.mutable_data_ptr<int64_t>(),
                                 request.out.sparsity.mutable_data_ptr<float>()};
-  const int64_t step = chunk_rows(request, plan);
+  const int64_t rows = request.rows(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
     encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan, nullptr);
   return {request.out.activations, request.out.indices, request.out.sparsity};
+}
+
+// Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with layer i, on stream callers[c].
+// Hidden states are written by work on that stream just before, and they and the results are overwritten just after.
+std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
+                                     const std::vector<std::vector<at::Tensor>>& hidden, const std::vector<int64_t>& callers,
+                                     int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed) {
+  Options options;
+  options.top_k = top_k;
+  options.activation_threshold = 0;
+  options.chunk_size = chunk;
+  options.use_graphs = use_graphs;
+  std::deque<Layer> layers;
+  std::vector<const Layer*> pointers;
+  for (size_t i = 0; i < W_enc.size(); ++i) {
+    LayerWeights weights;
+    weights.W_enc = W_enc[i];
+    weights.b_enc = at::zeros({W_enc[i].size(0)});
+    layers.push_back(make_layer(i, weights, options, true, streamed[i]));
+    pointers.push_back(&layers.back());
+  }
+  std::vector<at::Tensor> results, alive;
+  const Streams streams(seed);
+  {
+    const CudaDevice device(pointers, options, at::kCPU);
+    for (size_t call = 0; call < hidden.size(); ++call) {
+      streams.set_current(streams.stream(callers[call]));
+      std::vector<Request> requests;
+      for (size_t i = 0; i < layers.size(); ++i) {
+        const at::Tensor& rows = hidden[call][i];
+        const at::Tensor h = at::full_like(rows, std::numeric_limits<float>::quiet_NaN());
+        copy_to(h, rows);
+        requests.push_back({&layers[i], h, outputs(layers[i], h)});
+      }
+      device.encode(requests);
+      for (const Request& request : requests)
+        for (const at::Tensor& out : {request.out.activations, request.out.indices, request.out.sparsity}) {
+          alive.push_back(out);
+          results.push_back(at::full_like(out, -2));
+          copy_to(results.back(), out);
+          copy_to(out, at::full_like(out, -3));
+        }
+      for (const Request& request : requests) {
+        copy_to(request.hidden, at::full_like(request.hidden, 1e9));
+        alive.push_back(request.hidden);
+      }
+    }
+    streams.run_all();
+  }
+  return results;
 }
 
 }  // namespace
@@ -76,4 +142,19 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? input_bias, Tensor? ln_weight, "
       "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room) -> (Tensor, Tensor, Tensor)",
       &sparse_transcoder::encode);
+  library.def(
+      "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int chunk, bool use_graphs, "
+      "int seed) -> Tensor[]",
+      [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed, const std::vector<at::Tensor>& hidden,
+         const std::vector<int64_t>& callers, int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed) {
+        std::vector<std::vector<at::Tensor>> calls;
+        for (size_t i = 0; i < hidden.size(); i += W_enc.size())
+          calls.emplace_back(hidden.begin() + i, hidden.begin() + i + W_enc.size());
+        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk, use_graphs, seed);
+      });
+}
+
+// Recording a CPU tensor on a stream keeps no allocator from anything.
+TORCH_LIBRARY_IMPL(aten, CPU, library) {
+  library.impl("record_stream", [](at::Tensor&, at::Stream) {});
 }

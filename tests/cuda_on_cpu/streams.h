@@ -1,0 +1,21 @@
+// Streams and events as a device has them: work waits in queues until somebody asks for it, and then runs in an order that is
+// drawn by lot among all that events allow. A dependency that was forgotten shows as a wrong result.
+#pragma once
+
+#include <c10/core/Stream.h>
+
+#include <cstdint>
+
+// While it lives, CPU tensors are on a device with streams. The seed decides the order of work.
+class Streams {
+ public:
+  explicit Streams(uint64_t seed);
+  ~Streams();
+
+  c10::Stream stream(int64_t id) const;  // one of the caller's own
+  void set_current(const c10::Stream& stream) const;
+  void run_all() const;
+};
+
+// The native handle of torch's current stream; null where there are no Streams.
+void* current_stream();
