@@ -155,7 +155,7 @@ done
 export ST_REQUIRE_CUDA=1
 test_run=("$python" -m pytest -p no:cacheprovider -rf)
 begun=$SECONDS
-built "GPU tests" 200 "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
+built "GPU tests" "$(least 200 $(($(left) - 150)))" "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
 rest=$(least $((200 - SECONDS + begun)) $(($(left) - 230)))
 optional=1
 built "other tests" "$rest" "${test_run[@]}" --maxfail=20 -m "not gpu" "${files[@]}"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 TOP_K, TAU = 20, 0.5
-NAP = 400_000_000  # clock cycles, about 0.2 s: far longer than it takes to enqueue any call here
+NAP = 250_000_000  # clock cycles, more than 0.1 s: far longer than it takes to enqueue any call here
 MIB = 1 << 20
 RESULTS = ("activations", "indices", "sparsity")
 
@@ -95,7 +95,6 @@ def nothing_pending():
     """What a test leaves running or cached must not reach the next."""
     yield
     torch.cuda.synchronize()
-    gc.collect()
     torch.cuda.empty_cache()
 
 
@@ -188,7 +187,7 @@ def test_work_is_ordered_by_the_callers_stream(tokens, use_compile, streamed):
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             hidden = {i: torch.zeros_like(x) for i, x in late.items()}
-            torch.cuda._sleep(NAP // 10)
+            torch.cuda._sleep(NAP // 8)
             for i, x in late.items():
                 hidden[i].copy_(x)
             got = encode(encoder, hidden)
@@ -216,7 +215,7 @@ def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream(DEVICE))
         for _ in range(5):
             hidden = {i: torch.stack([x, x], -1)[..., 0] for i, x in source.items()}  # strided: may need a copy
-            torch.cuda._sleep(NAP // 20)
+            torch.cuda._sleep(NAP // 16)
             kept.append(encode(encoder, hidden))
             del hidden
             others += [torch.full((*x.shape, 2), math.nan, device=DEVICE) for x in source.values()]
@@ -676,7 +675,7 @@ def operands(kind, m, n, size, seed):
 def test_bfloat16_product_stays_within_its_bound(kind, size):
     """|product - exact| <= gamma * sum |a b| for every pair, whatever the shape of the product and torch's switches."""
     gamma = 1.25 * (size + 16) * 2.0**-22
-    for seed, (m, n) in enumerate([(9, 8), (16, 4096), (64, 1000), (512, 4096), (512, 333)]):
+    for seed, (m, n) in enumerate([(9, 8), (16, 4096), (64, 1000), (512, 16384), (512, 333)]):
         a, b = operands(kind, m, n, size, seed)
         exact, terms = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
         for reduced in (True, False):
