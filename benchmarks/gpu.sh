@@ -53,6 +53,7 @@ stage() {
   timeout -s INT -k 10 "$limit" "$@" >"$part" 2>&1 </dev/null
   status=$?
   cat "$part" >>"$log"
+  tail -n 40 "$part"
   remark=$(grep -v '^[[:space:]]*$' "$part" | tail -n 1 | cut -c 1-160)
   if ((status == 0)); then
     note "$name" passed $((SECONDS - begun)) "$remark"
@@ -60,11 +61,9 @@ stage() {
     if ((optional)) && ! grep -qE '^(FAILED|ERROR) |[0-9]+ (failed|error)' "$part"; then
       note "$name" "OUT OF TIME" $((SECONDS - begun)) "$remark"
     else
-      tail -n 40 "$part"
       note "$name" FAILED $((SECONDS - begun)) "stopped after $limit s; $remark"
     fi
   else
-    tail -n 40 "$part"
     note "$name" FAILED $((SECONDS - begun)) "exit status $status; $remark"
   fi
 }
@@ -76,7 +75,7 @@ built() {
 
 # The machine
 
-ask() { "$python" -c "$1" 2>/dev/null; }
+ask() { timeout 60 "$python" -c "$1" 2>/dev/null; }
 
 toolkit=
 compiler=$(readlink -f "$(command -v nvcc)")
