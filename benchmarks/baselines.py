@@ -58,6 +58,21 @@ def sparsify_step():
     return sparsify_fused_encoder
 
 
+def flashinfer_step():
+    """linear, then FlashInfer's radix top-k; None when it is not installed or has none."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return None
+    import flashinfer
+
+    if not hasattr(flashinfer, "top_k"):
+        return None
+
+    def linear_flashinfer_topk(x, W, b, k, threshold):
+        return flashinfer.top_k(F.linear(x, W, b), k, sorted=True)
+
+    return linear_flashinfer_topk
+
+
 def circuit_tracer_step(layers, threshold):
     """circuit-tracer's encode_sparse with its JumpReLU at the threshold; None when it is not installed.
 

@@ -76,7 +76,7 @@ def check(case, layer, result, x, W, b, dtype, tolerance):
     """The result of rows x against the dense computation in dtype, values by tolerance and sets by the k-th value."""
     for first in range(0, x.shape[0], 256):
         part = slice(first, first + 256)
-        pre = torch.empty(x[part].shape[0], W.shape[0], dtype=dtype)
+        pre = torch.empty(x[part].shape[0], W.shape[0], dtype=dtype, device=x.device)
         for f in range(0, W.shape[0], 8192):  # a slice of the weights at a time is widened
             pre[:, f : f + 8192] = x[part].to(dtype) @ W[f : f + 8192].to(dtype).T + b[f : f + 8192].to(dtype)
         values, indices, sparsity = (result[key][part] for key in ("activations", "indices", "sparsity"))

@@ -45,36 +45,37 @@ class Case:
         return 2 * self.T * self.H * self.F * self.layers
 
 
-made = {}  # (H, F): weights of its layers; of one shape at a time
+made = {}  # (H, F, device): weights of its layers; of one shape at a time
 
 
-def random_weights(H, F, layers):
+def random_weights(H, F, layers, device="cpu"):
     """Per layer W [F, H] with rows of length 1. Rounded to bfloat16, so that every precision encodes the same model."""
-    if (H, F) not in made:
+    if (H, F, device) not in made:
         made.clear()
-    known = made.setdefault((H, F), [])
+    known = made.setdefault((H, F, device), [])
     while len(known) < layers:
-        W = torch.randn(F, H, generator=torch.Generator().manual_seed(len(known)))
+        W = torch.randn(F, H, generator=torch.Generator(device).manual_seed(len(known)), device=device)
         known.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
     return known[:layers]
 
 
-def make_inputs(case):
+def make_inputs(case, device="cpu"):
     """Per layer rows [T, H], and (W [F, H], b [F])."""
     if case.kind == "real":
         return real_inputs(case)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
+    draw = {"generator": generator, "device": device}
     dtype = getattr(torch, case.dtype)
     rows, layers = [], []
-    for W in random_weights(case.H, case.F, case.layers):
+    for W in random_weights(case.H, case.F, case.layers, device):
         if case.kind == "planted":
-            x = torch.zeros(case.T, case.H)
+            x = torch.zeros(case.T, case.H, device=device)
             for _ in range(ACTIVE):
-                strength = 2 + 4 * torch.rand(case.T, 1, generator=generator)
-                x += strength * W[torch.randint(case.F, (case.T,), generator=generator)]
+                strength = 2 + 4 * torch.rand(case.T, 1, **draw)
+                x += strength * W[torch.randint(case.F, (case.T,), **draw)]
         else:
-            x = torch.randn(case.T, case.H, generator=generator)
-        x, b = x.to(dtype), torch.zeros(case.F, dtype=dtype)
+            x = torch.randn(case.T, case.H, **draw)
+        x, b = x.to(dtype), torch.zeros(case.F, dtype=dtype, device=device)
         if case.kind != "dense":
             # The bias that leaves ACTIVE features a row: the cut lies between the last of them and the next.
             sample = x[:64].float() @ W.T
