@@ -120,9 +120,6 @@ const cuda::Io* CudaLanes::io(size_t request) const { return static_cast<const c
 
 void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weights, bool use_graphs) {
   const c10::Stream caller = guard_of(device_).getStream(device_), &first = streams_.front();
-  TORCH_CHECK_VALUE(
-      !cuda::is_capturing(native(caller)),
-      "encode cannot be captured in a CUDA graph: later calls share its workspace; use_compile replays graphs of its own");
   fork_.record(caller);
   fork_.block(first);
   const c10::StreamGuard guard(first);
@@ -226,6 +223,10 @@ CudaDevice::CudaDevice(const std::vector<const Layer*>& layers, const Options& o
 }
 
 void CudaDevice::encode(const std::vector<Request>& requests) const {
+  const at::Device device = requests.front().layer->device;
+  TORCH_CHECK_VALUE(
+      !cuda::is_capturing(native(guard_of(device).getStream(device))),
+      "encode cannot be captured in a CUDA graph: later calls share its workspace; use_compile replays graphs of its own");
   pool->borrow()->encode(requests, weights.get(), use_graphs);
 }
 
