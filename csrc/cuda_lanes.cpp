@@ -1,6 +1,7 @@
 #include "cuda_lanes.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -39,6 +40,7 @@ int64_t CudaBuffers::bytes(const CudaPlan& plan) {
 }
 
 CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
+  const c10::InferenceMode normal(false);  // calls outside inference mode write to them too
   const auto take = [&](int64_t count, at::ScalarType type) {
     return at::empty({count}, at::TensorOptions(type).device(device));
   };
@@ -59,6 +61,7 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
 WeightStream::WeightStream(int64_t slot_bytes, at::Device device)
     : copies_(new_stream(device)), filled_{c10::Event(device.type()), c10::Event(device.type())} {
   const c10::StreamGuard guard(copies_);
+  const c10::InferenceMode normal(false);  // as in CudaBuffers
   try {
     for (at::Tensor& slot : slots_) slot = at::empty({slot_bytes}, at::TensorOptions(at::kByte).device(device));
   } catch (const c10::OutOfMemoryError&) {
@@ -141,20 +144,33 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
   for (size_t i = 0; i < io.size(); i += cuda::most_io)
     check_cuda(cuda::set_io(io.data() + i, std::min<int64_t>(io.size() - i, cuda::most_io), const_cast<cuda::Io*>(this->io(i)),
                             native(first)));
-  // Without cuBLAS, whose workspaces others share, work can be captured: the second time that it is seen, when every kernel has
-  // been loaded.
-  if (use_graphs && small && (graphs_.size() < most_graphs || graphs_.contains(shape))) {
-    const auto [seen, fresh] = graphs_.try_emplace(shape, nullptr);
-    if (!fresh && !seen->second) seen->second = capture(requests);
-    if (seen->second)
-      check_cuda(cuda::launch_graph(seen->second, native(first)));
+  const auto join = [&] {
+    done_.front().record(first);
+    done_.front().block(caller);
+  };
+  try {
+    // Without cuBLAS, whose workspaces others share, work can be captured: the second time that it is seen, when every kernel has
+    // been loaded.
+    void* graph = use_graphs && small ? graph_of(shape, requests) : nullptr;
+    if (graph)
+      check_cuda(cuda::launch_graph(graph, native(first)));
     else
       enqueue(requests, weights);
-  } else {
-    enqueue(requests, weights);
+  } catch (...) {
+    join();
+    throw;
   }
-  done_.front().record(first);
-  done_.front().block(caller);
+  join();
+}
+
+void* CudaLanes::graph_of(const Shape& shape, const std::vector<Request>& requests) {
+  if (graphs_.size() >= most_graphs && !graphs_.contains(shape)) {
+    std::erase_if(graphs_, [](const auto& known) { return !known.second; });
+    if (graphs_.size() >= most_graphs) return nullptr;
+  }
+  const auto [known, fresh] = graphs_.try_emplace(shape, nullptr);
+  if (!fresh && !known->second) known->second = capture(requests);
+  return known->second;
 }
 
 void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weights) {
@@ -173,21 +189,31 @@ void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weig
   if (weights) turn = std::unique_lock(weights->mutex);
   start_.record(streams_.front());
   for (int64_t lane = 1; lane < lanes; ++lane) start_.block(streams[lane]);
-  int64_t lane = 0;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    const Layer& layer = *requests[i].layer;
-    const at::Tensor W_enc = layer.streamed ? weights->load(layer.W_enc, streams) : layer.W_enc;
-    const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
-    for (int64_t first = 0; first < rows; first += chunk, lane = (lane + 1) % lanes) {
-      const c10::StreamGuard guard(streams[lane]);
-      encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, io(i), buffers_[lane], plan_, native(streams[lane]));
+  const auto join = [&] {
+    for (int64_t lane = 1; lane < lanes; ++lane) {
+      done_[lane].record(streams[lane]);
+      done_[lane].block(streams_.front());
     }
-    if (layer.streamed) weights->release(streams);
+  };
+  try {
+    int64_t lane = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const Layer& layer = *requests[i].layer;
+      const at::Tensor W_enc = layer.streamed ? weights->load(layer.W_enc, streams) : layer.W_enc;
+      const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
+      for (int64_t first = 0; first < rows; first += chunk, lane = (lane + 1) % lanes) {
+        const c10::StreamGuard guard(streams[lane]);
+        encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, io(i), buffers_[lane], plan_,
+                    native(streams[lane]));
+      }
+      if (layer.streamed) weights->release(streams);
+    }
+  } catch (...) {  // what is under way still uses the buffers
+    if (weights) weights->release(streams);
+    join();
+    throw;
   }
-  for (lane = 1; lane < lanes; ++lane) {
-    done_[lane].record(streams[lane]);
-    done_[lane].block(streams_.front());
-  }
+  join();
 }
 
 void* CudaLanes::capture(const std::vector<Request>& requests) {
@@ -251,10 +277,12 @@ SparseFeatures encode_sparse_cuda(const Request& request, const Options& options
   const at::Tensor flat = hidden.reshape({1, rows, hidden.size(2)});
   const int64_t features = request.layer->features;
   std::vector<at::Tensor> counts, indices, activations;
+  // Count, then write: with room for the largest count of a chunk, rounded up past the float32 rounding of the fraction.
+  const at::Tensor fractions = encode(flat, 1).sparsity.nan_to_num(0);
   for (int64_t first = 0; first < rows; first += options.chunk_size) {
-    const at::Tensor some = flat.narrow(1, first, std::min(options.chunk_size, rows - first));
-    // Count, then write: the largest count, rounded up past the float32 rounding of the fraction.
-    const double fraction = encode(some, 1).sparsity.nan_to_num(0).max().item<double>();
+    const int64_t count = std::min(options.chunk_size, rows - first);
+    const at::Tensor some = flat.narrow(1, first, count);
+    const double fraction = fractions.narrow(0, first, count).max().item<double>();
     const auto k = static_cast<int64_t>(fraction * features * (1 + 0x1p-20)) + 1;
     const Features top = encode(some, std::min(k, request.layer->most_active));
     const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)), kept = top.activations > 0;

@@ -90,6 +90,8 @@ class CudaLanes {
 
   // Chunk by chunk, layer after layer, on one stream after the other.
   void enqueue(const std::vector<Request>& requests, WeightStream* weights);
+  // Captured work for requests of this shape; null where they must be enqueued as they are.
+  void* graph_of(const Shape& shape, const std::vector<Request>& requests);
   void* capture(const std::vector<Request>& requests);
   const kernels::cuda::Io* io(size_t request) const;
 

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <numeric>
 
 #include "cuda_lanes.h"
 
@@ -14,7 +13,7 @@ namespace {
 
 namespace cuda = kernels::cuda;
 
-constexpr int64_t tile_bytes = 32 << 20;  // of scores, and of widened weights: L2 holds them
+constexpr int64_t tile_bytes = 18 << 20;  // of scores, and of widened weights: L2 holds those of two lanes
 constexpr int64_t list_bytes = 128 << 20;
 constexpr int64_t busy_blocks = 256;                     // fewer rows than this share each row among several blocks
 constexpr int64_t tile_rows = 128, tile_features = 256;  // of a matrix product's tiles, one a multiprocessor
@@ -31,11 +30,20 @@ float sum_roundoff(int64_t size, bool float32) {
   return static_cast<float>(sum / (1 - std::min(sum, 0.5)) + (float32 ? 0x1p-9 + 0x1p-20 : 0));
 }
 
-// Features of a panel: whole waves of the product's tiles where a tile of scores holds them.
-int64_t panel_features(int64_t rows, const CudaPlan& plan) {
-  const int64_t most = plan.scores / rows, row_tiles = (rows + tile_rows - 1) / tile_rows;
-  const int64_t wave = tile_features * (plan.multiprocessors / std::gcd(plan.multiprocessors, row_tiles));
-  return most >= wave ? most / wave * wave : most;
+// Features of a panel: of those that a tile of scores holds, as many as leave the least of the product's last wave of tiles idle.
+int64_t panel_features(int64_t rows, int64_t features, const CudaPlan& plan) {
+  const int64_t most = std::min(plan.scores / rows, features), row_tiles = (rows + tile_rows - 1) / tile_rows;
+  int64_t best = most;
+  double best_share = 0;
+  for (int64_t panel = most / tile_features * tile_features; panel > 0; panel -= tile_features) {
+    const int64_t tiles = row_tiles * (panel / tile_features), sms = plan.multiprocessors;
+    const double share = static_cast<double>(tiles) / ((tiles + sms - 1) / sms * sms);
+    if (share > best_share + 0.02) {
+      best = panel;
+      best_share = share;
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -60,7 +68,7 @@ CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& optio
   plan.sorted = std::bit_ceil(static_cast<uint64_t>(k));
   plan.chunk = options.chunk_size;
   plan.rows = std::clamp<int64_t>(list_bytes / (8 * (2 * plan.capacity + k + plan.sorted)), 1, options.chunk_size);
-  plan.lists = std::max(plan.rows, busy_blocks);
+  plan.lists = std::max(plan.rows, std::min(busy_blocks, list_bytes / (8 * (2 * plan.capacity + k))));
   plan.scores = std::max(tile_bytes / 4, plan.rows);
   plan.rounded *= plan.rows;
   return plan;
@@ -80,23 +88,24 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
   const cuda::Screen screen = {few ? cuda::few_roundoff(size) : sum_roundoff(size, !bf16), layer.copies.bf16_residual,
                                layer.largest_norm};
   const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.gate_at(0), layer.largest_bias};
-  const cuda::Lists lists = {static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
-                             static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
-                             static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
-                             buffers.open_size.mutable_data_ptr<int>(),
-                             buffers.keys_size.mutable_data_ptr<int>(),
-                             buffers.certain.mutable_data_ptr<int>(),
-                             static_cast<uint64_t*>(buffers.least.mutable_data_ptr()),
-                             static_cast<int>(std::clamp<int64_t>(busy_blocks / count, 1, cuda::most_groups)),
-                             static_cast<int>(plan.capacity),
-                             static_cast<int>(layer.selected)};
+  const cuda::Lists lists = {
+      static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
+      static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
+      static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
+      buffers.open_size.mutable_data_ptr<int>(),
+      buffers.keys_size.mutable_data_ptr<int>(),
+      buffers.certain.mutable_data_ptr<int>(),
+      static_cast<uint64_t*>(buffers.least.mutable_data_ptr()),
+      static_cast<int>(std::clamp<int64_t>(std::min(busy_blocks, plan.lists) / count, 1, cuda::most_groups)),
+      static_cast<int>(plan.capacity),
+      static_cast<int>(layer.selected)};
   float *x = floats(buffers.hidden), *margin = floats(buffers.margin), *scores = floats(buffers.scores);
   const at::Tensor left = (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
   check_cuda(cuda::prepare({io, kernel_dtype(request.hidden.scalar_type()), first, count, size, floats(layer.input_bias),
                             floats(layer.ln_weight), floats(layer.ln_bias)},
                            screen, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, stream));
   const bool widen = !few && !bf16 && layer.dtype != kernels::Dtype::float32;
-  const int64_t panel = std::min(panel_features(count, plan), widen ? plan.widened / size : layer.features);
+  const int64_t panel = std::min(panel_features(count, layer.features, plan), widen ? plan.widened / size : layer.features);
   for (int64_t feature = 0; feature < layer.features; feature += panel) {
     const int64_t width = std::min(panel, layer.features - feature);
     if (few) {

@@ -121,7 +121,10 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options, Placemen
   const at::Tensor broken = at::isfinite(exact_norm).logical_not_();
   TORCH_CHECK_VALUE(!broken.any().item<bool>(), who, ": W_enc must be finite, got NaN or Inf in feature ",
                     broken.nonzero()[0][0].item<int64_t>());
-  norm = (exact_norm * (1 + 0x1p-20)).to(at::kFloat).clamp_min_(std::numeric_limits<float>::min());  // rounded up
+  // Rounded up, and not under what numbers of the normal range give: below it a product may lose more, relatively.
+  norm = (exact_norm * (1 + 0x1p-20))
+             .to(at::kFloat)
+             .clamp_min_(std::numeric_limits<float>::min() * std::sqrt(static_cast<double>(hidden_size)));
   largest_norm = norm.max().item<float>();
   if (device.is_cuda() && options.screening != Screening::off) {
     bf16_screen = dtype == kernels::Dtype::bfloat16 || !streamed;

@@ -261,6 +261,17 @@ def test_a_call_allocates_its_results_alone(count, streamed, use_compile):
         assert encoder.workspace_bytes == workspace
 
 
+def test_inference_mode_leaves_buffers_that_others_can_use():
+    layers = alike(3)
+    with torch.inference_mode():
+        encoders = [build(layers), build(layers, "cpu", device_weight_bytes=0)]
+        for encoder in encoders:
+            encode(encoder, rows_of(layers, 20))
+    for encoder in encoders:
+        hidden = rows_of(layers, 20, seed=1)
+        check_all(encode(encoder, hidden), hidden, layers)
+
+
 # torch's switches
 
 MATMUL = torch.backends.cuda.matmul

@@ -44,11 +44,11 @@ def kernels(tmp_path_factory):
     return torch.ops.cuda_on_cpu
 
 
-def encode(kernels, hidden, layer, top_k, tau, screening=True, chunk=8, scores=512, room=64):
-    """scores: floats of a tile; room: of a list, beyond the features that are gated at a time."""
+def encode(kernels, hidden, layer, top_k, tau, screening=True, chunk=8, scores=512, room=64, lists=256):
+    """scores: floats of a tile; room: of a list, beyond what is gated at a time; lists: in all, a row has several if it can."""
     batched = hidden if hidden.ndim == 3 else hidden[None]
     fields = [layer.get(name) for name in ("threshold", "k", "input_bias", "ln_weight", "ln_bias")]
-    options = (top_k, tau, screening, chunk, scores, room)
+    options = (top_k, tau, screening, chunk, scores, room, lists)
     values, ids, sparsity = kernels.encode(batched, layer["W_enc"], layer["b_enc"], *fields, *options)
     k, lead = values.shape[-1], hidden.shape[:-1]
     return {"activations": values.view(*lead, k), "indices": ids.view(*lead, k), "sparsity": sparsity.view(lead)}
@@ -87,25 +87,31 @@ def test_kernels(kernels, tokens, size, features, top_k, tau, kind, dtype, optio
     check_bits(encode(kernels, hidden, layer, top_k, tau, **options), hidden, layer, top_k, tau)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("room", [40, 1000])
-def test_lists_that_are_full(kernels, tokens, room):
+@pytest.mark.parametrize("tokens, lists", [(1, 256), (2, 1), (9, 1)])
+@pytest.mark.parametrize("room", [40, 1100])
+@pytest.mark.parametrize("order", ["random", "ascending"])
+def test_lists_that_are_full(kernels, tokens, lists, room, order):
     """About half of the features are active: lists are thinned again and again, and joined."""
-    layer = make_layer(6000, 16)
-    hidden = normal(tokens, 16, seed=5)
-    check_bits(encode(kernels, hidden, layer, 20, 0.0, scores=6000 * tokens, room=room), hidden, layer, 20, 0.0)
+    layer = make_layer(4500, 16)
+    hidden = normal(1, 16, seed=5).repeat(tokens, 1)
+    if order == "ascending":
+        ranks = (hidden[0].double() @ layer["W_enc"].double().T + layer["b_enc"]).argsort()
+        layer = {name: tensor[ranks].contiguous() for name, tensor in layer.items()}
+    options = {"scores": 4500 * tokens, "room": room, "lists": lists}
+    check_bits(encode(kernels, hidden, layer, 20, 0.0, **options), hidden, layer, 20, 0.0)
 
 
-@pytest.mark.parametrize("tokens", [2, 9])
-def test_features_at_their_gate_are_computed_when_lists_are_full(kernels, tokens):
+@pytest.mark.parametrize("tokens, lists", [(2, 256), (2, 1), (9, 1)])
+def test_features_at_their_gate_are_computed_when_lists_are_full(kernels, tokens, lists):
     """Thinning cannot drop them: each must be counted."""
-    layer = make_layer(3000, 16)
-    layer["W_enc"][:] = layer["W_enc"][:3].repeat(1000, 1)
+    layer = make_layer(2500, 16)
+    layer["W_enc"][:] = layer["W_enc"][:2].repeat(1250, 1)
     hidden = normal(tokens, 16, seed=5)
-    layer["b_enc"] = torch.zeros(3000)
+    layer["b_enc"] = torch.zeros(2500)
     layer["threshold"] = (hidden[0].double() @ layer["W_enc"].double().T).float()
     layer["threshold"][::2] -= 1e-7
-    check_bits(encode(kernels, hidden, layer, 10, 0.0, scores=3000 * tokens, room=16), hidden, layer, 10, 0.0)
+    options = {"scores": 2300 * tokens, "room": 16, "lists": lists}
+    check_bits(encode(kernels, hidden, layer, 10, 0.0, **options), hidden, layer, 10, 0.0)
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
@@ -123,13 +129,17 @@ def test_broken_huge_and_tied_rows(kernels, tokens):
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
-@pytest.mark.parametrize("of", ["rows", "weights"])
-def test_margins_hold_at_their_worst(kernels, tokens, of):
-    """What rounding to bfloat16 takes from a row lies along the weights, or the reverse; each feature is active by a hair."""
+@pytest.mark.parametrize("lost_by", ["rows", "weights", "sums"])
+def test_margins_hold_at_their_worst(kernels, tokens, lost_by):
+    """What bfloat16 takes from a row lies along the weights, or the reverse, or all terms of a sum have one sign: each feature is
+    active by a hair."""
     size, tau = 64, 1.0
-    long = normal(tokens, size, seed=3)
-    lost = (long - long.bfloat16().float()).sign() * 0.25  # exact in bfloat16
-    x, W = (long, lost) if of == "rows" else (lost, long)
+    x = normal(tokens, size, seed=3)
+    W = (x - x.bfloat16().float()).sign() * 0.25  # exact in bfloat16
+    if lost_by == "weights":
+        x, W = W, x
+    if lost_by == "sums":
+        x, W = torch.full((tokens, size), 0.5), torch.full((tokens, size), 0.25)
     exact = (x.double() * W.double()).sum(1)
     layer = {"W_enc": torch.cat([W, -W]), "b_enc": torch.cat([tau - exact + 1e-5, tau + exact + 1e-5]).float()}
     check_bits(encode(kernels, x, layer, 4, tau), x, layer, 4, tau)

@@ -59,13 +59,14 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x == 0) {
     // |x.w - score| <= |(x - x').w| + |x'.(w - w')| + roundoff ||x'|| ||w'||, each by Cauchy-Schwarz, and ||w'|| <= (1 +
     // residual)
-    // ||w||. Rounded up; never 0, so that a feature of norm 0 is no special case.
-    const double off = sqrt(off_squares), norm = fmax(sqrt(squares) + off, double(FLT_MIN));
+    // ||w||. Rounded up. Numbers that are all under the normal range lose more, relatively: they count as of that range, as they
+    // do in Layer::norm.
+    const double off = sqrt(off_squares), norm = fmax(sqrt(squares) + off, double(FLT_MIN) * sqrt(double(size)));
     const double slack = off + norm * (screen.residual + screen.roundoff * (1 + double(screen.residual)));
     margin[blockIdx.x] = !isfinite(squares) ? NAN
                          : !(screen.roundoff < 0.5f && norm * (double(screen.largest_norm) + FLT_MIN) < 1e37)
                              ? INFINITY
-                             : float(slack * (1 + 0x1p-20));
+                             : float(slack * (1 + 0x1p-20) + 0x1p-149);
   }
   for (int group = threadIdx.x; group < lists.groups; group += threads) {
     const int64_t list = int64_t{blockIdx.x} * lists.groups + group;
@@ -79,6 +80,10 @@ struct Word;
 template <>
 struct Word<16> {
   using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
 };
 template <>
 struct Word<4> {
@@ -169,9 +174,9 @@ int multiply_few(const float* x, int64_t rows, const void* w, Dtype dtype, int64
                  float* scores, void* stream) {
   return for_dtype(dtype, [&](auto type) {
     using Weight = decltype(type);
-    constexpr int width = 16 / sizeof(Weight);
+    constexpr int width = 4;
     const auto* weights = static_cast<const Weight*>(w) + first * size;
-    if (size % width == 0 && reinterpret_cast<uintptr_t>(weights) % 16 == 0)
+    if (size % width == 0 && reinterpret_cast<uintptr_t>(weights) % (width * sizeof(Weight)) == 0)
       multiply_few_rows<Weight, width>(x, int(rows), weights, count, size, scores, stream);
     else
       multiply_few_rows<Weight, 1>(x, int(rows), weights, count, size, scores, stream);

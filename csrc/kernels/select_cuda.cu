@@ -155,7 +155,7 @@ __device__ uint64_t thin(const Items& open_items, const Items& key_items, uint64
 template <int count, typename Weight>
 __device__ void warp_dots(const float* x, const Weight* const (&w)[count], int64_t size, double (&sums)[count]) {
   for (int j = 0; j < count; ++j) sums[j] = 0;
-#pragma unroll 4
+#pragma unroll(16 / count)
   for (int64_t i = threadIdx.x % 32; i < size; i += 32) {
     const double input = x[i];
 #pragma unroll
@@ -236,7 +236,9 @@ __global__ void __launch_bounds__(threads) select_kernel(const float* scores, co
   for (int64_t begin = group * share; begin < end; begin += segment) {
     if (full) {
       thin_here();
-      if (open_size + segment > lists.capacity) {  // too many near the bound or their gates: compute them
+      const bool crowded = open_size + segment > lists.capacity;
+      __syncthreads();  // a thread that goes on adds to open_size
+      if (crowded) {    // too many near the bound or their gates: compute them
         compute<Weight>(open, open_size, threadIdx.x / 32, threads / 32, x + row * weights.size, weights,
                         [&](int, uint64_t item, uint64_t key) {
                           if (key != 0 && is_ambiguous(item)) atomicAdd(&certain, 1);
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(threads) select_kernel(const float* scores, co
     // Not read from open_size: another thread may be adding to it again.
     full = __syncthreads_or(filled + segment > lists.capacity);
   }
-  if (open_size > 2 * lists.k) thin_here();
+  if (open_size > max(2 * lists.k, segment / 2)) thin_here();  // the next panel's bound
   if (sure_count) atomicAdd(&certain, sure_count);
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -30,6 +30,9 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 using cudaStream_t = void*;
 inline int cudaGetLastError() { return 0; }
 

@@ -17,7 +17,7 @@ void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
       x = cut(x).to(at::kDouble);
       w = cut(w).to(at::kDouble);
     }
-    const at::Tensor off = at::matmul(x.abs(), w.abs().t()) * (0.9 * sum_roundoff(left.size(1), false));
+    const at::Tensor off = at::matmul(x.abs(), w.abs().t()) * (0.9 * 1.25 * (left.size(1) + 16) * 0x1p-22);
     const at::Tensor sign = at::arange(w.size(0)).remainder(2) * 2 - 1;
     out.copy_(at::matmul(x, w.t()) + off * sign);
   });
@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
                                                       const OptionalTensor& threshold, std::optional<int64_t> k,
                                                       const OptionalTensor& input_bias, const OptionalTensor& ln_weight,
                                                       const OptionalTensor& ln_bias, int64_t top_k, double tau, bool screening,
-                                                      int64_t chunk, int64_t scores, int64_t room) {
+                                                      int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
   const at::Tensor none;
   Options options;
   options.top_k = top_k;
@@ -70,6 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
   plan.capacity = kernels::cuda::segment + room;
+  plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
   const Request request = {&layer, hidden, outputs(layer, hidden)};
   const kernels::cuda::Io io = {hidden.const_data_ptr(),
@@ -140,7 +141,8 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
 TORCH_LIBRARY(cuda_on_cpu, library) {
   library.def(
       "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? input_bias, Tensor? ln_weight, "
-      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room) -> (Tensor, Tensor, Tensor)",
+      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int lists) -> (Tensor, Tensor, "
+      "Tensor)",
       &sparse_transcoder::encode);
   library.def(
       "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int chunk, bool use_graphs, "

@@ -60,6 +60,7 @@ struct Memory {
   int64_t gate_bytes;       // per-feature vectors: norms, gates
   int64_t screening_bytes;  // low-precision copies; 0 with Screening::off
   int64_t workspace_bytes;  // all pooled workspaces, which grow only when calls overlap, and buffers for streamed weights
+                            // (on CUDA torch keeps workspaces for cuBLAS besides: one a calling thread and stream)
 };
 
 // What a call did, summed over its chunks: how many (row, feature) pairs each stage let through, and its time, summed over
