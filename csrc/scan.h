@@ -149,7 +149,7 @@ class Scan {
       if (arithmetic == Arithmetic::int8) {
         const int64_t survivors = screen_int8(first, count);
         tally_.survivors += survivors;
-        if (survivors > dense_share * static_cast<double>(job_.rows * count)) {
+        if (survivors > choice.dense_share * static_cast<double>(job_.rows * count)) {
           settle();
           dense_panels = retry;
         }
@@ -224,7 +224,7 @@ class Scan {
       add_each(fresh_, reinterpret_cast<const char*>(int16_), 2 * stride);
     else
       add_each(fresh_, exact_.weights(0), exact_.row_bytes());
-    if (next_panel && rows >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
+    if (next_panel && rows * job_.choice.planes >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
   }
 
   // Leaves those that int16 cannot settle: as CpuKernels::candidates does, for pairs from all over.

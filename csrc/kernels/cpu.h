@@ -90,8 +90,11 @@ constexpr int64_t int16_stride(int64_t size) { return (size + 31) / 64 * 64 + 32
 
 struct CpuKernels {
   const char* name;
-  int64_t int8_rows;  // rows of a call up to which the int8 screen beats the float32 product
-  bool fast_int16;    // the int16 screen beats it
+  // Measured by benchmarks/crossovers.py; docs/screening.md shows what they rest on.
+  int64_t int8_rows;        // rows of a call up to which the int8 screen beats the float32 product
+  int64_t two_planes_rows;  // up to which a second plane of int8 costs next to nothing, as the screen waits for memory
+  double dense_share;       // of the pairs: when more survive int8, the float32 product beats it
+  bool fast_int16;          // the int16 screen beats the float32 product
 
   // sum_i x[i] * w[i] in float64: exact products, 32 interleaved partial sums, then a fixed tree. Independent of the instruction
   // set and of fused multiply-add, because a product of two float32 is exact in float64.

@@ -175,6 +175,7 @@ void widen(const void* weights, float* out, int64_t size) {
 void use_avx2(CpuKernels& kernels) {
   kernels.name = "avx2";
   kernels.int8_rows = std::numeric_limits<int64_t>::max();
+  kernels.dense_share = 0.05;
   kernels.dot[0] = dot<F32>;
   kernels.dot[1] = dot<BF16>;
   kernels.dot[2] = dot<F16>;

@@ -112,7 +112,9 @@ void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, cons
 
 void use_portable(CpuKernels& kernels) {
   kernels = {"portable",
+             4,
              0,
+             0.05,
              false,
              {dot<F32>, dot<BF16>, dot<F16>},
              {product<F32>, product<BF16>, product<F16>},
