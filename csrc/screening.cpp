@@ -71,7 +71,8 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
       kernel.widen[static_cast<int>(dtype)](weights + first * H * W_enc.element_size(), wide.data(), count * H);
       for (int64_t i = 0; i < count; ++i) {
         const float* w = wide.data() + i * H;
-        norm[first + i] = std::sqrt(kernel.dot[0](w, w, H));
+        kernel.dot[0](&w, 1, w, H, norm + first + i);
+        norm[first + i] = std::sqrt(norm[first + i]);
         if (!want_int16) continue;
         const auto scale = kernel.quantise_int16(w, H, copies.int16.mutable_data_ptr<int16_t>() + (first + i) * stride);
         copies.int16_scale.mutable_data_ptr<float>()[first + i] = scale.scale;
