@@ -4,6 +4,7 @@ python benchmarks/table.py [--write] [RESULTS]
 """
 
 import argparse
+import itertools
 import json
 import re
 import textwrap
@@ -14,6 +15,7 @@ from plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+CROSSOVERS = ROOT / "benchmarks" / "results" / "crossovers.json"
 README, DOCS, PLOT = ROOT / "README.md", ROOT / "docs" / "screening.md", ROOT / "docs" / "speed.svg"
 OURS = "sparse_transcoder"
 BASELINES = [
@@ -90,6 +92,72 @@ def phases(results):
     return markdown(["case", *names, "int8 screen, GOP/s"], lines)
 
 
+def grid(title, records, row, column, ratio, columns):
+    """Ratios of times, one line for each name that row(record) gives, in order of appearance."""
+    lines = {}
+    for record in records:
+        lines.setdefault(row(record), {})[column(record)] = ratio(record["ms"])
+    cells = [[name, *(number(of[c]) if c in of else "" for c in columns)] for name, of in lines.items()]
+    return markdown([title, *columns], cells)
+
+
+def shares(crossovers):
+    """int8 over the dense screen, by the share of pairs that survives int8; and where they are equal."""
+    records = crossovers["dense"]
+
+    def name(record):
+        return f"{record['cpu']}, {record['weights']} weights, {record['dense']}"
+
+    def share(record):
+        return f"{record['survive']:.0%}"
+
+    columns = list(dict.fromkeys(map(share, records)))
+    table = grid("int8 over the dense screen", records, name, share, lambda ms: ms["int8"] / ms["dense"], columns)
+    lines = table.split("\n")
+    for i, line in enumerate(lines):
+        of = [r for r in records if line.startswith(f"| {name(r)} |")]
+        lines[i] += f" {equal_at(of):.0%} |" if of else " equal at |" if i == 0 else " --- |"
+    return "\n".join(lines)
+
+
+def equal_at(records):
+    """The share at which a straight line between two of the records has both times equal."""
+    points = [(r["survive"], r["ms"]["int8"] / r["ms"]["dense"]) for r in sorted(records, key=lambda r: r["survive"])]
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if before <= 1 < after:
+            return low + (high - low) * (1 - before) / (after - before)
+    return 0.0 if points[0][1] > 1 else 1.0
+
+
+def by_rows(crossovers, part, title, over, under):
+    records = crossovers[part]
+    columns = [str(T) for T in sorted({r["T"] for r in records})]
+    return grid(
+        title,
+        records,
+        lambda r: f"{r['cpu']}, {r['kind']}",
+        lambda r: str(r["T"]),
+        lambda ms: ms[over] / ms[under],
+        columns,
+    )
+
+
+def planes(crossovers):
+    return by_rows(crossovers, "planes", "two planes over one, rows:", "2", "1")
+
+
+def rows(crossovers):
+    return by_rows(crossovers, "rows", "int8 over float32, rows:", "int8", "float32")
+
+
+def adverse(crossovers):
+    lines = [
+        [r["case"], number(r["ms"]["auto"]), number(r["ms"]["off"]), number(r["ms"]["auto"] / r["ms"]["off"])]
+        for r in crossovers["adverse"]
+    ]
+    return markdown(["rows or weights", '"auto", ms', '"off", ms', "auto over off"], lines)
+
+
 def find(results, **fields):
     """The first case with these fields, or None."""
     return next((r for r in results["cases"] if all(r[key] == value for key, value in fields.items())), None)
@@ -130,12 +198,12 @@ def fill(parts):
     return textwrap.fill(" ".join(parts), 130, break_long_words=False, break_on_hyphens=False)
 
 
-def written(results):
+def written(results, crossovers):
     """{path: its text with the results' numbers}"""
     readme = re.sub(r"(?ms)^## Measured\n.*?(?=^## )", lambda _: measured(results), README.read_text())
     docs = DOCS.read_text()
-    for table in (survivors, screens, phases):
-        made = table(results)
+    tables = [survivors(results), screens(results), phases(results)]
+    for made in [*tables, *(table(crossovers) for table in (shares, planes, rows, adverse))]:
         title = re.escape(made.split("\n", 1)[0])
         docs, found = re.subn(rf"(?m)^{title}\n(\|.*\n?)+", lambda _, made=made: made + "\n", docs)
         if found != 1:
@@ -150,7 +218,7 @@ def main():
     options = parser.parse_args()
     results = json.loads(options.results.read_text())
     if options.write:
-        for path, text in written(results).items():
+        for path, text in written(results, json.loads(CROSSOVERS.read_text())).items():
             path.write_text(text)
         return
     print("\n\n".join([measured(results), survivors(results), screens(results), phases(results)]))

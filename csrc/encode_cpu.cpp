@@ -80,7 +80,9 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   const int64_t slot = job.slot + row;
   float* x = hidden_row(w, job, row);
   load_row(layer, job.request->hidden, job.first_row + row, x);
-  const float product = product_margin(layer, kernel.dot[0](x, x, layer.hidden_size));
+  double squares;
+  kernel.dot[0](&x, 1, x, layer.hidden_size, &squares);
+  const float product = product_margin(layer, squares);
   RowMargin& margin = w.margin[slot];
   margin = {{product, 0}, {product, 0}};
   w.tally[lane].fallback_rows += std::isinf(product);

@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "encode.h"
 
@@ -83,14 +84,22 @@ class Exact {
         size_(layer.hidden_size),
         row_bytes_(layer.hidden_size * layer.W_enc.element_size()) {}
 
+  // Of up to dot_rows rows.
+  void activations(const float* const* x, int64_t rows, int64_t feature, float* values) const {
+    double sums[kernels::dot_rows];
+    dot_(x, rows, weights(feature), size_, sums);
+    for (int64_t r = 0; r < rows; ++r) values[r] = static_cast<float>(sums[r] + bias_[feature]);
+  }
   float activation(const float* x, int64_t feature) const {
-    return static_cast<float>(dot_(x, weights(feature), size_) + bias_[feature]);
+    float value;
+    activations(&x, 1, feature, &value);
+    return value;
   }
   const char* weights(int64_t feature) const { return weights_ + feature * row_bytes_; }
   int64_t row_bytes() const { return row_bytes_; }
 
  private:
-  double (*dot_)(const float*, const void*, int64_t);
+  void (*dot_)(const float* const*, int64_t, const void*, int64_t, double*);
   const char* weights_;
   const float* bias_;
   int64_t size_, row_bytes_;
@@ -124,10 +133,10 @@ class Scan {
         packed_(w.packed + lane * kernels::panel_features * w.plan.int16_stride),
         tally_(w.tally[lane]),
         watch_(tally_, w.timed) {
-    Survivor* survivors = w.survivors + lane * 3 * w.plan.strip * kernels::panel_features;
+    Survivor* survivors = w.survivors + lane * 3 * w.plan.survivors();
     for (SurvivorList* list : {&fresh_, &refined_, &spare_}) {
       *list = {survivors, 0};
-      survivors += w.plan.strip * kernels::panel_features;
+      survivors += w.plan.survivors();
     }
     if (layer_.copies.int16.defined()) {
       int16_ = layer_.copies.int16.template const_data_ptr<int16_t>();
@@ -137,73 +146,94 @@ class Scan {
   }
 
   void run() {
-    // A panel with many survivors sends the next ones through the dense screen; then int8 is tried again.
-    constexpr int64_t retry = 16;
+    // A panel with many survivors goes through the dense screen, with the next ones; then int8 is tried again.
+    constexpr int64_t retry = 15;
     const Choice choice = job_.choice;
     const int64_t wide = choice.sparse == Arithmetic::float32 ? w_.plan.panel : kernels::panel_features;
     int64_t dense_panels = 0;
     for (int64_t first = unit_.first; first < unit_.last; first += wide) {
       const int64_t count = std::min(wide, unit_.last - first);
-      const Arithmetic arithmetic = dense_panels > 0 ? choice.dense : choice.sparse;
-      tally_.pairs[static_cast<int>(arithmetic)] += job_.rows * count;
-      if (arithmetic == Arithmetic::int8) {
-        const int64_t survivors = screen_int8(first, count);
-        tally_.survivors += survivors;
-        if (survivors > dense_share * static_cast<double>(job_.rows * count)) {
-          settle();
-          dense_panels = retry;
-        }
-      } else if (arithmetic == Arithmetic::int16) {
-        screen_int16(first, count);
+      if (choice.sparse == Arithmetic::int8 && dense_panels == 0) {
+        if (!screen_int8(first, count)) dense_panels = retry;
       } else {
-        screen_float32(first, count);
+        screen_densely(first, count, 0, job_.rows);
+        if (dense_panels > 0) --dense_panels;
       }
-      if (dense_panels > 0) --dense_panels;
     }
     settle();
   }
 
  private:
-  // Returns how many pairs survived int8. Survivors wait for the next call to be refined, and for the one after that to be
-  // rescored: meanwhile what this reads of their features is on its way from memory.
-  int64_t screen_int8(int64_t first, int64_t count) {
+  // False where too many pairs survived int8: those rows have had the dense screen instead. Survivors wait for the next rows to
+  // be refined, and for those after that to be rescored: meanwhile what this reads of their features is on its way from memory.
+  bool screen_int8(int64_t first, int64_t count) {
     const auto* panel =
         layer_.copies.int8.template const_data_ptr<uint8_t>() + first / kernels::panel_features * layout_.panel_bytes();
     const uint64_t all = count == kernels::panel_features ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    int64_t total = 0;
+    bool few = true;
     for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
       const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
       look_ahead(rows, row + rows == job_.rows && first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
       kernel_.screen_int8(layout_, int8_row(w_, job_, row), rows, job_.choice.planes, panel, gate_.low + first, scores_, masks_,
                           ahead_);
+      int64_t survivors = 0;
       for (int64_t r = 0; r < rows; ++r) {
         const RowMargin& margin = margin_[row + r];
-        if (!is_finite(margin)) continue;
-        for (uint64_t mask = is_screened(margin) ? masks_[r] & all : all; mask != 0; mask &= mask - 1) {
+        masks_[r] = is_finite(margin) ? is_screened(margin) ? masks_[r] & all : all : 0;
+        survivors += __builtin_popcountll(masks_[r]);
+      }
+      if (survivors > job_.choice.dense_share * static_cast<double>(rows * count)) {
+        watch_.add_to(screen_phase);
+        settle();
+        screen_densely(first, count, row, rows);
+        few = false;
+        continue;
+      }
+      tally_.pairs[static_cast<int>(Arithmetic::int8)] += rows * count;
+      tally_.survivors += survivors;
+      for (int64_t r = 0; r < rows; ++r)
+        for (uint64_t mask = masks_[r]; mask != 0; mask &= mask - 1) {
           const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
           spare_.push({static_cast<int32_t>(row + r), feature << 1 | 1});
         }
-      }
-      total += spare_.size;
       watch_.add_to(screen_phase);
-      advance();
+      advance(first, count);
     }
-    return total;
+    return few;
   }
 
-  // Rescores what is refined, refines what is fresh, and takes what is in spare_ as fresh.
-  void advance() {
+  // Rescores what is refined, refines what is fresh, and takes what is in spare_, of features [first, first + count), as fresh.
+  void advance(int64_t first, int64_t count) {
     rescore(refined_);
     watch_.add_to(rescore_phase);
+    sort(spare_, first, count, refined_);
     std::swap(refined_, fresh_);
     if (int16_) refine(refined_);
     watch_.add_to(refine_phase);
-    std::swap(fresh_, spare_);
   }
 
   void settle() {
-    advance();
-    advance();
+    advance(0, 0);
+    advance(0, 0);
+  }
+
+  // Moves pairs of features [first, first + count) by feature, so that what is read of one serves many rows. The rows of a
+  // feature keep their order.
+  void sort(SurvivorList& from, int64_t first, int64_t count, SurvivorList& to) {
+    uint32_t* begin = candidates_;
+    std::fill(begin, begin + count, 0);
+    for (int64_t i = 0; i < from.size; ++i) ++begin[from.pairs[i].id() - first];
+    for (int64_t f = 0, sum = 0; f < count; ++f) sum += std::exchange(begin[f], static_cast<uint32_t>(sum));
+    for (int64_t i = 0; i < from.size; ++i) to.pairs[begin[from.pairs[i].id() - first]++] = from.pairs[i];
+    to.size = std::exchange(from.size, 0);
+  }
+
+  // Pairs of the list from i on that are of one feature, up to dot_rows.
+  int64_t alike(const SurvivorList& list, int64_t i) const {
+    const int64_t most = std::min(list.size - i, kernels::dot_rows), feature = list.pairs[i].id();
+    int64_t count = 1;
+    while (count < most && list.pairs[i + count].id() == feature) ++count;
+    return count;
   }
 
   void look_ahead(int64_t rows, const uint8_t* next_panel) {
@@ -224,7 +254,7 @@ class Scan {
       add_each(fresh_, reinterpret_cast<const char*>(int16_), 2 * stride);
     else
       add_each(fresh_, exact_.weights(0), exact_.row_bytes());
-    if (next_panel && rows >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
+    if (next_panel && rows * job_.choice.planes >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
   }
 
   // Leaves those that int16 cannot settle: as CpuKernels::candidates does, for pairs from all over.
@@ -232,34 +262,65 @@ class Scan {
     const int64_t size = layer_.hidden_size, stride = kernels::int16_stride(size);
     const int16_t* rows = int16_row(w_, job_, 0);
     int64_t kept = 0;
-    for (int64_t i = 0; i < list.size; ++i) {
-      const int64_t row = list.pairs[i].row, feature = list.pairs[i].id();
-      const auto product = static_cast<float>(kernel_.dot_int16(rows + row * stride, int16_ + feature * stride, size));
-      const float score = product * (scale_[row].scale * int16_scale_[feature]);
-      const kernels::Margin margin = margin_[row].int16;
-      const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
-      const float upper = score + slack;
-      if (upper < gate_.low[feature]) continue;
-      const bool sure = score - slack >= gate_.high[feature];
-      sink_.active(row) += sure;
-      if (sure && upper < sink_.bound(row) - gate_.bias[feature]) continue;
-      list.pairs[kept++] = {list.pairs[i].row, static_cast<uint32_t>(feature << 1) | !sure};
+    for (int64_t i = 0, count = 0; i < list.size; i += count) {
+      count = alike(list, i);
+      const int64_t feature = list.pairs[i].id();
+      const int16_t* x[kernels::dot_rows];
+      int32_t products[kernels::dot_rows];
+      for (int64_t j = 0; j < count; ++j) x[j] = rows + list.pairs[i + j].row * stride;
+      kernel_.dot_int16(x, count, int16_ + feature * stride, size, products);
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t row = list.pairs[i + j].row;
+        const float score = static_cast<float>(products[j]) * (scale_[row].scale * int16_scale_[feature]);
+        const kernels::Margin margin = margin_[row].int16;
+        const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
+        const float upper = score + slack;
+        if (upper < gate_.low[feature]) continue;
+        const bool sure = score - slack >= gate_.high[feature];
+        sink_.active(row) += sure;
+        if (sure && upper < sink_.bound(row) - gate_.bias[feature]) continue;
+        list.pairs[kept++] = {list.pairs[i + j].row, static_cast<uint32_t>(feature << 1) | !sure};
+      }
     }
     list.size = kept;
   }
 
+  // Computes the pairs exactly, and keeps those that are active.
   void rescore(SurvivorList& list) {
-    for (int64_t i = 0; i < list.size; ++i) {
-      if (i + 1 < list.size) fetch(hidden_row(w_, job_, list.pairs[i + 1].row), 4 * layer_.hidden_size);
-      rescore(list.pairs[i].row, list.pairs[i].id(), list.pairs[i].feature & 1);
+    for (int64_t i = 0, count = 0; i < list.size; i += count) {
+      count = alike(list, i);
+      const float* x[kernels::dot_rows];
+      for (int64_t j = 0; j < count; ++j) x[j] = hidden_row(w_, job_, list.pairs[i + j].row);
+      for (int64_t j = i + count; j < std::min(i + count + kernels::dot_rows, list.size); ++j)
+        fetch(hidden_row(w_, job_, list.pairs[j].row), 4 * layer_.hidden_size);
+      const int64_t feature = list.pairs[i].id();
+      float values[kernels::dot_rows];
+      exact_.activations(x, count, feature, values);
+      for (int64_t j = 0; j < count; ++j) {
+        const bool ambiguous = list.pairs[i + j].feature & 1;
+        tally_.ambiguous += ambiguous;
+        if (!(values[j] >= gate_.gate[feature])) continue;
+        sink_.active(list.pairs[i + j].row) += ambiguous;  // the others are counted already
+        sink_.keep(list.pairs[i + j].row, feature, values[j]);
+      }
     }
+    tally_.rescored += list.size;
     list.size = 0;
   }
 
-  void screen_int16(int64_t first, int64_t count) {
+  // Rows [row, row + rows) times a panel in the arithmetic that does not care how many survive. No pair waits here.
+  void screen_densely(int64_t first, int64_t count, int64_t row, int64_t rows) {
+    tally_.pairs[static_cast<int>(job_.choice.dense)] += rows * count;
+    if (job_.choice.dense == Arithmetic::int16)
+      screen_int16(first, count, row, rows);
+    else
+      screen_float32(first, count, row, rows);
+  }
+
+  void screen_int16(int64_t first, int64_t count, int64_t begin, int64_t size) {
     const int64_t stride = kernels::int16_stride(layer_.hidden_size);
-    for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
-      const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
+    for (int64_t row = begin; row < begin + size; row += w_.plan.strip) {
+      const int64_t rows = std::min(w_.plan.strip, begin + size - row);
       ahead_.clear();
       if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
       kernel_.product_int16(int16_row(w_, job_, row), scale_ + row, rows, int16_ + first * stride, int16_scale_ + first, count,
@@ -268,25 +329,29 @@ class Scan {
       const int64_t before = tally_.rescored;
       for (int64_t r = 0; r < rows; ++r)
         gate(row + r, scores_ + r * kernels::panel_features, first, count, int16_residual_ + first, margin_[row + r].int16);
+      rescore_spare(first, count);
       busy_ = tally_.rescored - before >= count;
       watch_.add_to(rescore_phase);
     }
   }
 
-  void screen_float32(int64_t first, int64_t count) {
+  void screen_float32(int64_t first, int64_t count, int64_t begin, int64_t size) {
     const auto product = kernel_.product[static_cast<int>(layer_.dtype)];
-    for (int64_t row = 0; row < job_.rows; row += w_.plan.block) {
-      const int64_t rows = std::min(w_.plan.block, job_.rows - row);
+    for (int64_t row = begin; row < begin + size; row += w_.plan.block) {
+      const int64_t rows = std::min(w_.plan.block, begin + size - row);
       product(hidden_row(w_, job_, row), rows, exact_.weights(first), count, layer_.hidden_size, scores_);
       watch_.add_to(screen_phase);
       for (int64_t r = 0; r < rows; ++r)
         gate(row + r, scores_ + r * count, first, count, gate_.norm + first, margin_[row + r].float32);
+      rescore_spare(first, count);
       watch_.add_to(rescore_phase);
     }
   }
 
+  // What is to be computed of the row goes into spare_.
   void gate(int64_t row, const float* scores, int64_t first, int64_t count, const float* residual, kernels::Margin margin) {
     if (!is_finite(margin_[row])) return;
+    if (spare_.size + count > w_.plan.survivors()) rescore_spare(first, count);
     const kernels::Gate gate = {gate_.norm + first, gate_.bias + first, gate_.gate + first, gate_.low + first,
                                 gate_.high + first};
     const int64_t found =
@@ -303,17 +368,13 @@ class Scan {
                               static_cast<uint32_t>(feature)}))
           continue;
       }
-      rescore(row, feature, ambiguous);
+      spare_.push({static_cast<int32_t>(row), static_cast<uint32_t>(feature << 1) | ambiguous});
     }
   }
 
-  void rescore(int64_t row, int64_t feature, bool ambiguous) {
-    const float value = exact_.activation(hidden_row(w_, job_, row), feature);
-    tally_.ambiguous += ambiguous;
-    ++tally_.rescored;
-    if (!(value >= gate_.gate[feature])) return;
-    sink_.active(row) += ambiguous;  // the others are counted already
-    sink_.keep(row, feature, value);
+  void rescore_spare(int64_t first, int64_t count) {
+    sort(spare_, first, count, refined_);
+    rescore(refined_);
   }
 
   const Workspace& w_;

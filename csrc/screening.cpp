@@ -10,7 +10,7 @@
 namespace sparse_transcoder {
 namespace {
 
-constexpr int64_t few_rows = 3;  // the int8 screen is bound by reading weights: a second plane is free and halves the margin
+constexpr double int16_share = 0.16;  // as CpuKernels::dense_share, for the int16 screen
 
 // Memory in huge pages where the system gives them: rows are read from all over it.
 at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::string& who) {
@@ -49,7 +49,7 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
   constexpr int64_t panel = kernels::panel_features;
   const int64_t panels = (F + panel - 1) / panel;
   // Weights of two bytes are their own sharper screen: an int16 copy would save nothing.
-  const bool want_int8 = screening == Screening::int8 || (screening == Screening::automatic && kernel.int8_rows > 0);
+  const bool want_int8 = screening == Screening::int8 || screening == Screening::automatic;
   const bool want_int16 = screening == Screening::int16 ||
                           (screening == Screening::automatic && kernel.fast_int16 && dtype == kernels::Dtype::float32);
   ScreeningCopies copies;
@@ -71,7 +71,8 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
       kernel.widen[static_cast<int>(dtype)](weights + first * H * W_enc.element_size(), wide.data(), count * H);
       for (int64_t i = 0; i < count; ++i) {
         const float* w = wide.data() + i * H;
-        norm[first + i] = std::sqrt(kernel.dot[0](w, w, H));
+        kernel.dot[0](&w, 1, w, H, norm + first + i);
+        norm[first + i] = std::sqrt(norm[first + i]);
         if (!want_int16) continue;
         const auto scale = kernel.quantise_int16(w, H, copies.int16.mutable_data_ptr<int16_t>() + (first + i) * stride);
         copies.int16_scale.mutable_data_ptr<float>()[first + i] = scale.scale;
@@ -113,7 +114,8 @@ Choice choose_screen(const ScreeningCopies& copies, int64_t rows) {
   const kernels::CpuKernels& kernel = kernels::cpu_kernels();
   const Arithmetic dense = copies.int16.defined() ? Arithmetic::int16 : Arithmetic::float32;
   const bool int8 = copies.int8.defined() && rows <= kernel.int8_rows;
-  return {int8 ? Arithmetic::int8 : dense, dense, rows <= few_rows ? 2 : 1};
+  return {int8 ? Arithmetic::int8 : dense, dense, rows <= kernel.two_planes_rows ? 2 : 1,
+          dense == Arithmetic::int16 ? int16_share : kernel.dense_share};
 }
 
 }  // namespace sparse_transcoder

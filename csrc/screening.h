@@ -29,14 +29,12 @@ void add_bf16_copy(ScreeningCopies& copies, const at::Tensor& W_enc, const std::
 enum class Arithmetic { float32, int16, int8 };
 
 struct Choice {
-  Arithmetic sparse;  // where few features survive int8
-  Arithmetic dense;   // where many do
-  int64_t planes;     // int8 numbers that a hidden state's input is held in
+  Arithmetic sparse;   // where few features survive int8
+  Arithmetic dense;    // where many do
+  int64_t planes;      // int8 numbers that a hidden state's input is held in
+  double dense_share;  // of a panel's pairs: when more survive int8, the dense screen takes the next panels
 };
 
 Choice choose_screen(const ScreeningCopies& copies, int64_t rows);
-
-// Share of the pairs that survive int8 above which the dense screen is faster.
-constexpr double dense_share = 0.1;
 
 }  // namespace sparse_transcoder

@@ -36,7 +36,7 @@ int64_t carve(Workspace& w, const Plan& plan, char* base) {
   carver.take(w.scores, plan.lanes * plan.scores());
   carver.take(w.candidates, plan.lanes * plan.panel);
   carver.take(w.masks, plan.lanes * plan.strip);
-  carver.take(w.survivors, plan.lanes * 3 * plan.strip * kernels::panel_features);
+  carver.take(w.survivors, plan.lanes * 3 * plan.survivors());
   carver.take(w.packed, plan.lanes * kernels::panel_features * plan.int16_stride);
   carver.take(w.bounds, plan.lanes * 2 * plan.int8_groups);
   carver.take(w.tally, plan.lanes);

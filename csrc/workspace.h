@@ -27,6 +27,7 @@ struct Plan {
   int64_t top_k;         // the largest
   int64_t capacity;      // keys a list holds
 
+  int64_t survivors() const { return std::max(strip * kernels::panel_features, panel); }
   int64_t scores() const { return std::max(block * panel, strip * kernels::panel_features); }
 };
 
@@ -66,7 +67,7 @@ struct Workspace {
   float* scores;                     // [lanes, plan.scores()]
   uint32_t* candidates;              // [lanes, panel]
   uint64_t* masks;                   // [lanes, strip]
-  Survivor* survivors;               // [lanes, 3, strip * 64]
+  Survivor* survivors;               // [lanes, 3, plan.survivors()]
   int16_t* packed;                   // [lanes, 64 * int16_stride]
   double* bounds;                    // [lanes, 2 * int8_groups]
   Tally* tally;                      // [lanes]

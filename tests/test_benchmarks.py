@@ -12,8 +12,8 @@ def test_documents_hold_the_results(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     import table
 
-    results = json.loads(table.RESULTS.read_text())
-    for path, text in table.written(results).items():
+    results, crossovers = (json.loads(path.read_text()) for path in (table.RESULTS, table.CROSSOVERS))
+    for path, text in table.written(results, crossovers).items():
         assert path.read_text() == text, f"{path.name}: python benchmarks/table.py --write"
     assert table.measured(results) in table.README.read_text()
 

@@ -396,6 +396,14 @@ def test_the_screens_are_used(recorded):
             assert (told["pairs_int16"] > 0) == (screening == "auto")
 
 
+@pytest.mark.parametrize("cpu", CPUS)
+def test_no_copy_is_made_for_nothing(recorded, cpu):
+    """Where an int8 copy takes memory, calls of few rows at least are screened with it."""
+    for screening in ("auto", "int8"):
+        result = recorded(cpu)["patchy, few rows", screening]
+        assert result["memory"]["screening_bytes"] > 0 and result["explained"]["pairs_int8"] > 0
+
+
 def test_explain_of_no_rows_and_of_wrong_arguments():
     engine = encoder(make_layer(130, 24), 10, 0.5)
     told = engine.explain(0, torch.empty(0, 24))

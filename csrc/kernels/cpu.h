@@ -26,6 +26,7 @@ struct Margin {
   float per_norm, per_residual;
 };
 
+constexpr int64_t dot_rows = 4;         // that a feature's exact and int16 products are made for at a time
 constexpr int64_t panel_features = 64;  // of the int8 and int16 screens: one bit each in a 64-bit mask
 
 // How the int8 screen lays out the inputs: `groups` of `depth` inputs, each with a scale of its own, then one group more whose
@@ -90,12 +91,16 @@ constexpr int64_t int16_stride(int64_t size) { return (size + 31) / 64 * 64 + 32
 
 struct CpuKernels {
   const char* name;
-  int64_t int8_rows;  // rows of a call up to which the int8 screen beats the float32 product
-  bool fast_int16;    // the int16 screen beats it
+  // Measured by benchmarks/crossovers.py; docs/screening.md shows what they rest on.
+  int64_t int8_rows;        // rows of a call up to which the int8 screen beats the float32 product
+  int64_t two_planes_rows;  // up to which a second plane of int8 costs next to nothing, as the screen waits for memory
+  double dense_share;       // of the pairs: when more survive int8, the float32 product beats it
+  bool fast_int16;          // the int16 screen beats the float32 product
 
-  // sum_i x[i] * w[i] in float64: exact products, 32 interleaved partial sums, then a fixed tree. Independent of the instruction
-  // set and of fused multiply-add, because a product of two float32 is exact in float64.
-  double (*dot[3])(const float* x, const void* w, int64_t size);
+  // sums[r] = sum_i x[r][i] * w[i] in float64 for up to dot_rows rows: exact products, 32 interleaved partial sums, then a fixed
+  // tree. Independent of the instruction set, of fused multiply-add, because a product of two float32 is exact in float64, and of
+  // the rows beside.
+  void (*dot[3])(const float* const* x, int64_t rows, const void* w, int64_t size, double* sums);
 
   // scores[r * count + f] = sum_i x[r * size + i] * w[f * size + i] in float32, in any order; x [rows, size], w [count, size].
   void (*product[3])(const float* x, int64_t rows, const void* w, int64_t count, int64_t size, float* scores);
@@ -120,8 +125,8 @@ struct CpuKernels {
 
   // q [int16_stride(size)], zeros after `size`.
   Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);
-  // Exact: quantise_int16 keeps every partial sum within int32.
-  int32_t (*dot_int16)(const int16_t* x, const int16_t* w, int64_t size);
+  // sums[r] = x[r] . w for up to dot_rows rows, exact: quantise_int16 keeps every partial sum within int32.
+  void (*dot_int16)(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int32_t* sums);
   // scores[r * 64 + f] = scale[r] * w_scale[f] * (x[r] . w[f]) for a panel of count <= 64 features; rows int16_stride(size)
   // apart; packed [64 * int16_stride(size)] is scratch.
   void (*product_int16)(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale,

@@ -20,32 +20,59 @@ __m256 load8(const uint16_t* w, BF16) {
 }
 __m256 load8(const uint16_t* w, F16) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
 
-__m256d low_half(__m256 v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
-__m256d high_half(__m256 v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }
+// Converted from memory where that is possible: half the work of doing so from a register.
+__m256d load4(const float* w, F32) { return _mm256_cvtps_pd(_mm_loadu_ps(w)); }
+__m256d load4(const uint16_t* w, BF16) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(raw), 16)));
+}
+__m256d load4(const uint16_t* w, F16) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
+}
+
+// The 32 partial sums of each row, a few vectors of them at a time, so that all rows' stay in registers: weights are converted
+// once for all rows.
+template <typename Element, int rows>
+void dot_block(const float* const* x, const typename Element::type* w, int64_t size, double* totals) {
+  constexpr int vectors = rows == 1 ? 8 : rows == 4 ? 2 : 4;
+  const int64_t whole = size / 32 * 32;
+  alignas(32) double sums[rows][32];
+  for (int first = 0; first < 32; first += 4 * vectors) {
+    __m256d sum[rows][vectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] = _mm256_setzero_pd();
+    for (int64_t i = first; i < whole; i += 32)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        const __m256d wv = load4(w + i + 4 * v, Element());
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) sum[r][v] = _mm256_fmadd_pd(load4(x[r] + i + 4 * v, F32()), wv, sum[r][v]);
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) _mm256_store_pd(sums[r] + first + 4 * v, sum[r][v]);
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t i = whole, lane = 0; i < size; ++i, ++lane) sums[r][lane] += double{x[r][i]} * Element::widen(w[i]);
+    // The order of fold, in registers.
+    __m256d sum[8];
+    for (int v = 0; v < 8; ++v) sum[v] = _mm256_load_pd(sums[r] + 4 * v);
+    for (int width = 4; width > 0; width /= 2)
+      for (int v = 0; v < width; ++v) sum[v] = _mm256_add_pd(sum[v], sum[v + width]);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(sum[0]), _mm256_extractf128_pd(sum[0], 1));
+    totals[r] = _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+}
 
 template <typename Element>
-double dot(const float* x, const void* weights, int64_t size) {
+void dot(const float* const* x, int64_t rows, const void* weights, int64_t size, double* totals) {
   const auto* w = static_cast<const typename Element::type*>(weights);
-  __m256d sum[8];
-  for (auto& s : sum) s = _mm256_setzero_pd();
-  int64_t i = 0;
-  for (; i + 32 <= size; i += 32)
-    for (int part = 0; part < 4; ++part) {
-      const __m256 xv = _mm256_loadu_ps(x + i + 8 * part);
-      const __m256 wv = load8(w + i + 8 * part, Element());
-      sum[2 * part] = _mm256_fmadd_pd(low_half(xv), low_half(wv), sum[2 * part]);
-      sum[2 * part + 1] = _mm256_fmadd_pd(high_half(xv), high_half(wv), sum[2 * part + 1]);
-    }
-  if (i == size) {  // the order of fold, in registers
-    for (int width = 4; width > 0; width /= 2)
-      for (int part = 0; part < width; ++part) sum[part] = _mm256_add_pd(sum[part], sum[part + width]);
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(sum[0]), _mm256_extractf128_pd(sum[0], 1));
-    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
-  }
-  double sums[32];
-  for (int part = 0; part < 8; ++part) _mm256_storeu_pd(sums + 4 * part, sum[part]);
-  for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
-  return fold(sums);
+  static constexpr void (*blocks[dot_rows])(const float* const*, const typename Element::type*, int64_t, double*) = {
+      dot_block<Element, 1>, dot_block<Element, 2>, dot_block<Element, 3>, dot_block<Element, 4>};
+  blocks[rows - 1](x, w, size, totals);
 }
 
 // A block of `rows` x `features` dot products: both operands are read along their rows, so nothing is packed.
@@ -136,6 +163,10 @@ int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
   return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 1);
 }
 
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int32_t* sums) {
+  for (int64_t r = 0; r < rows; ++r) sums[r] = dot_int16(x[r], w, size);
+}
+
 int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
                    uint32_t* out, int64_t* certain) {
   const __m256 per_norm = _mm256_set1_ps(margin.per_norm), per_residual = _mm256_set1_ps(margin.per_residual);
@@ -175,6 +206,7 @@ void widen(const void* weights, float* out, int64_t size) {
 void use_avx2(CpuKernels& kernels) {
   kernels.name = "avx2";
   kernels.int8_rows = std::numeric_limits<int64_t>::max();
+  kernels.dense_share = 0.05;
   kernels.dot[0] = dot<F32>;
   kernels.dot[1] = dot<BF16>;
   kernels.dot[2] = dot<F16>;

@@ -120,15 +120,41 @@ void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, in
   (planes == 1 ? screen_planes<1> : screen_planes<2>)(layout, rows, count, panel, low, tile, masks, ahead);
 }
 
-int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
-  // Rows are padded with zeros to whole vectors.
-  __m512i sum[4] = {};
-  int64_t i = 0;
-  for (; i + 128 <= size; i += 128)
+// Rows are padded with zeros to whole vectors. Two sums a row hide the latency; with one row, four.
+template <int rows>
+void dot_block(const int16_t* const* x, const int16_t* w, int64_t size, int32_t* totals) {
+  constexpr int vectors = rows == 1 ? 4 : 2;
+  __m512i sum[rows][vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) Int16::add(sum[v], _mm512_loadu_si512(w + i + 32 * v), _mm512_loadu_si512(x + i + 32 * v));
-  for (; i < size; i += 32) Int16::add(sum[0], _mm512_loadu_si512(w + i), _mm512_loadu_si512(x + i));
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 32 * vectors <= size; i += 32 * vectors)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const __m512i wv = _mm512_loadu_si512(w + i + 32 * v);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) Int16::add(sum[r][v], wv, _mm512_loadu_si512(x[r] + i + 32 * v));
+    }
+  for (; i < size; i += 32) {
+    const __m512i wv = _mm512_loadu_si512(w + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) Int16::add(sum[r][0], wv, _mm512_loadu_si512(x[r] + i));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    __m512i total = sum[r][0];
+#pragma GCC unroll 4
+    for (int v = 1; v < vectors; ++v) total = _mm512_add_epi32(total, sum[r][v]);
+    totals[r] = _mm512_reduce_add_epi32(total);
+  }
+}
+
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int32_t* sums) {
+  static constexpr void (*blocks[dot_rows])(const int16_t* const*, const int16_t*, int64_t, int32_t*) = {
+      dot_block<1>, dot_block<2>, dot_block<3>, dot_block<4>};
+  blocks[rows - 1](x, w, size, sums);
 }
 
 // 16 x 16 of int32.

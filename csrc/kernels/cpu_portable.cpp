@@ -10,14 +10,17 @@ namespace sparse_transcoder::kernels {
 namespace {
 
 template <typename Element>
-double dot(const float* x, const void* weights, int64_t size) {
+void dot(const float* const* rows, int64_t count, const void* weights, int64_t size, double* totals) {
   const auto* w = static_cast<const typename Element::type*>(weights);
-  double sums[32] = {};
-  int64_t i = 0;
-  for (; i + 32 <= size; i += 32)
-    for (int lane = 0; lane < 32; ++lane) sums[lane] += double{x[i + lane]} * Element::widen(w[i + lane]);
-  for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
-  return fold(sums);
+  for (int64_t r = 0; r < count; ++r) {
+    const float* x = rows[r];
+    double sums[32] = {};
+    int64_t i = 0;
+    for (; i + 32 <= size; i += 32)
+      for (int lane = 0; lane < 32; ++lane) sums[lane] += double{x[i + lane]} * Element::widen(w[i + lane]);
+    for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
+    totals[r] = fold(sums);
+  }
 }
 
 // Four partial sums each for two rows and two features: what compilers turn into vectors on any machine.
@@ -93,26 +96,34 @@ void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, in
   }
 }
 
-int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += int32_t{x[i]} * w[i];
-  return sum;
+void dot_int16(const int16_t* const* rows, int64_t count, const int16_t* w, int64_t size, int32_t* sums) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int16_t* x = rows[r];
+    int32_t sum = 0;
+    for (int64_t i = 0; i < size; ++i) sum += int32_t{x[i]} * w[i];
+    sums[r] = sum;
+  }
 }
 
 void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale, int64_t count,
                    int64_t size, int16_t*, float* scores, Ahead&) {
   const int64_t stride = int16_stride(size);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t f = 0; f < count; ++f)
-      scores[r * panel_features + f] =
-          static_cast<float>(dot_int16(x + r * stride, w + f * stride, size)) * (scale[r].scale * w_scale[f]);
+    for (int64_t f = 0; f < count; ++f) {
+      const int16_t* row = x + r * stride;
+      int32_t sum;
+      dot_int16(&row, 1, w + f * stride, size, &sum);
+      scores[r * panel_features + f] = static_cast<float>(sum) * (scale[r].scale * w_scale[f]);
+    }
 }
 
 }  // namespace
 
 void use_portable(CpuKernels& kernels) {
   kernels = {"portable",
+             4,
              0,
+             0.05,
              false,
              {dot<F32>, dot<BF16>, dot<F16>},
              {product<F32>, product<BF16>, product<F16>},

@@ -41,7 +41,7 @@ struct F16 {
 };
 
 // Folds the 32 partial sums of a dot product in the one order that every instruction set keeps.
-double fold(double* sums) {
+inline double fold(double* sums) {
   for (int width = 16; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
   return sums[0];

@@ -14,7 +14,7 @@ namespace {  // internal linkage: each instruction set compiles its own
 // One strip of rows times group g of a panel, added to the tile. Twelve sums, two weights and an input fill the 16 registers.
 template <typename Dot, int rows>
 void screen_group(const Int8Layout& layout, const int8_t* x, int64_t g, const uint8_t* w, const float* w_scales, int64_t planes,
-                  float* tile, Ahead& ahead, int64_t lines) {
+                  float* tile, Ahead& ahead, int64_t lines, bool stream) {
   const int64_t stride = layout.row_bytes(), steps = (g < layout.groups ? layout.depth : layout.margin_depth) / 4;
   for (int64_t first = 0; first < panel_features; first += Dot::features) {
     __m256i sum[rows][2];
@@ -24,8 +24,8 @@ void screen_group(const Int8Layout& layout, const int8_t* x, int64_t g, const ui
     const uint8_t* weights = w + 4 * first;
     for (int64_t step = 0; step < steps; ++step, inputs += 4, weights += 4 * panel_features) {
       if (first == 0) ahead.fetch(lines);
-      // Few rows: a stream through memory, which the order of these loops hides from the processor. The next group follows.
-      if (rows <= 4 && first % 16 == 0) __builtin_prefetch(weights + panel_features * layout.depth, 0, 2);
+      // A stream through memory, which the order of these loops hides from the processor. The next group follows.
+      if (stream && first % 16 == 0) __builtin_prefetch(weights + panel_features * layout.depth, 0, 2);
       __m256i wv[2];
       Dot::load(weights, wv);
 #pragma GCC unroll 6
@@ -55,7 +55,7 @@ template <typename Dot>
 void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
                  const float* low, float* tile, uint64_t* masks, Ahead& ahead) {
   using Strip =
-      void (*)(const Int8Layout&, const int8_t*, int64_t, const uint8_t*, const float*, int64_t, float*, Ahead&, int64_t);
+      void (*)(const Int8Layout&, const int8_t*, int64_t, const uint8_t*, const float*, int64_t, float*, Ahead&, int64_t, bool);
   static constexpr Strip strips[] = {screen_group<Dot, 1>, screen_group<Dot, 2>, screen_group<Dot, 3>,
                                      screen_group<Dot, 4>, screen_group<Dot, 5>, screen_group<Dot, 6>};
   constexpr int64_t most = 6;
@@ -67,7 +67,8 @@ void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, in
     for (int64_t r = 0; r < count * planes; r += most) {
       const int64_t strip = std::min(most, count * planes - r);
       strips[strip - 1](layout, rows + r * layout.row_bytes(), g, panel + panel_features * g * layout.depth,
-                        scales + g * panel_features, planes, tile + r / planes * panel_features, ahead, lines);
+                        scales + g * panel_features, planes, tile + r / planes * panel_features, ahead, lines,
+                        count * planes <= most);
     }
   for (int64_t r = 0; r < count; ++r) {
     masks[r] = 0;

@@ -59,12 +59,20 @@ TEST(kernels_dot) {
           exact += static_cast<long double>(x.value[i]) * w.value[i];
           magnitude += std::fabs(static_cast<long double>(x.value[i]) * w.value[i]);
         }
-        const double first = portable_kernels.dot[type](floats(x, skip), w.at(skip), size);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
-          const double value = kernel->dot[type](floats(x, skip), w.at(skip), size);
-          EXPECT(std::fabs(value - exact) <= magnitude * (size * 0x1p-53L));
-          EXPECT(std::memcmp(&value, &first, sizeof(value)) == 0);
-        }
+        const Elements other = make(at::kFloat, size);
+        const float* const row = floats(x, skip);
+        double first;
+        portable_kernels.dot[type](&row, 1, w.at(skip), size, &first);
+        for (const CpuKernels* kernel : runnable_cpu_kernels())
+          for (int64_t count = 1; count <= dot_rows; ++count)
+            for (int64_t place = 0; place < count; ++place) {  // among rows of other numbers
+              const float* beside[dot_rows] = {floats(other), floats(other), floats(other), floats(other)};
+              beside[place] = row;
+              double values[dot_rows];
+              kernel->dot[type](beside, count, w.at(skip), size, values);
+              EXPECT(std::fabs(values[place] - exact) <= magnitude * (size * 0x1p-53L));
+              EXPECT(std::memcmp(&values[place], &first, sizeof(first)) == 0);
+            }
       }
 }
 
@@ -74,8 +82,14 @@ TEST(kernels_dot_keeps_its_order) {
   x[5] = 0x1p60f;
   w[37] = -0x1p60f;
   for (const CpuKernels* kernel : runnable_cpu_kernels()) {
-    EXPECT_EQUAL(kernel->dot[0](x.data(), w.data(), 64), 62.0);
-    EXPECT_EQUAL(kernel->dot[0](x.data(), w.data(), 0), 0.0);
+    const float* const rows[] = {x.data(), x.data(), x.data(), x.data()};
+    for (int64_t count = 1; count <= dot_rows; ++count) {
+      double sums[dot_rows];
+      kernel->dot[0](rows, count, w.data(), 64, sums);
+      for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 62.0);
+      kernel->dot[0](rows, count, w.data(), 0, sums);
+      for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 0.0);
+    }
   }
 }
 

@@ -300,6 +300,15 @@ struct Int16Rows {
   std::vector<Int16Scale> scale;
 };
 
+// x . w, computed after `beside` products of another row.
+int32_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, int64_t size, int64_t beside) {
+  const int16_t* rows[dot_rows] = {w, w, w, w};
+  rows[beside] = x;
+  int32_t sums[dot_rows];
+  kernel.dot_int16(rows, beside + 1, w, size, sums);
+  return sums[beside];
+}
+
 }  // namespace
 
 TEST(screening_int16_of_one_row) {
@@ -354,7 +363,7 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
                 magnitude += std::abs(term);
               }
               EXPECT(magnitude <= 2147483647);  // partial sums in any order stay within int32
-              EXPECT_EQUAL(kernel->dot_int16(x_rows.row(r), w_rows.row(f), size), sum);
+              EXPECT_EQUAL(dot_int16(*kernel, x_rows.row(r), w_rows.row(f), size, r % dot_rows), sum);
               const Int16Scale &a = x_rows.scale[r], &b = w_rows.scale[f];
               const float score = scores[r * panel_features + f];
               const long double scaled = static_cast<long double>(a.scale) * b.scale * sum;
@@ -381,10 +390,11 @@ TEST(screening_int16_at_the_end_of_int32) {
         int64_t sum = 0;
         for (int64_t i = 0; i < size; ++i) sum += int64_t{rows.q[i]} * rows.q[i];
         EXPECT(sum <= 2147483647);
-        EXPECT_EQUAL(kernel->dot_int16(rows.row(0), rows.row(0), size), sum);
+        for (int64_t beside = 0; beside < dot_rows; ++beside)
+          EXPECT_EQUAL(dot_int16(*kernel, rows.row(0), rows.row(0), size, beside), sum);
         for (float& value : x) value = -value;
         Int16Rows turned(*kernel, x, size);
-        EXPECT_EQUAL(kernel->dot_int16(rows.row(0), turned.row(0), size), -sum);
+        EXPECT_EQUAL(dot_int16(*kernel, rows.row(0), turned.row(0), size, 0), -sum);
       }
 }
 

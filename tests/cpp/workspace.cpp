@@ -76,7 +76,7 @@ TEST(workspace_buffers_are_apart) {
                                span(w.scores, plan.lanes * std::max(plan.block * plan.panel, plan.strip * tile)),
                                span(w.candidates, plan.lanes * plan.panel),
                                span(w.masks, plan.lanes * plan.strip),
-                               span(w.survivors, plan.lanes * 3 * plan.strip * tile),
+                               span(w.survivors, plan.lanes * 3 * plan.survivors()),
                                span(w.packed, plan.lanes * tile * plan.int16_stride),
                                span(w.bounds, plan.lanes * 2 * plan.int8_groups),
                                span(w.tally, plan.lanes),
