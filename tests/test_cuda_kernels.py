@@ -89,13 +89,16 @@ def test_kernels(kernels, tokens, size, features, top_k, tau, kind, dtype, optio
 
 @pytest.mark.parametrize("tokens, lists", [(1, 256), (2, 1), (9, 1)])
 @pytest.mark.parametrize("room", [40, 1100])
-@pytest.mark.parametrize("order", ["random", "ascending"])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending, the k-th last"])
 def test_lists_that_are_full(kernels, tokens, lists, room, order):
     """About half of the features are active: lists are thinned again and again, and joined."""
     layer = make_layer(4500, 16)
     hidden = normal(1, 16, seed=5).repeat(tokens, 1)
-    if order == "ascending":
+    if order != "random":
         ranks = (hidden[0].double() @ layer["W_enc"].double().T + layer["b_enc"]).argsort()
+        if order != "ascending":
+            ranks = ranks.flip(0)
+            ranks = torch.cat([ranks[:19], ranks[20:], ranks[19:20]])
         layer = {name: tensor[ranks].contiguous() for name, tensor in layer.items()}
     options = {"scores": 4500 * tokens, "room": room, "lists": lists}
     check_bits(encode(kernels, hidden, layer, 20, 0.0, **options), hidden, layer, 20, 0.0)
@@ -164,17 +167,18 @@ def test_layer_norm_and_input_bias(kernels, tokens):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "rows, streamed, use_graphs",
+    "rows, streamed, use_graphs, failing",
     [
-        ([2, 2, 2, 2], [0, 0, 0], True),  # seen, captured, replayed
-        ([1, 2, 1, 2, 1], [0, 0, 0], True),
-        ([2, 2], [0, 0, 0], False),
-        ([11, 3, 11], [0, 0, 0], True),  # three chunks a layer
-        ([9, 2], [1, 1, 1], True),
-        ([2, 9, 2], [0, 1, 1], False),
+        ([2, 2, 2, 2], [0, 0, 0], True, None),  # seen, captured, replayed
+        ([1, 2, 1, 2, 1], [0, 0, 0], True, None),
+        ([2, 2], [0, 0, 0], False, None),
+        ([11, 3, 11], [0, 0, 0], True, None),  # three chunks a layer
+        ([9, 2], [1, 1, 1], True, None),
+        ([2, 9, 2], [0, 1, 1], False, None),
+        ([9, 9], [0, 1, 1], True, 5),  # the first call fails when most of it is under way
     ],
 )
-def test_streams(kernels, rows, streamed, use_graphs, seed):
+def test_streams(kernels, rows, streamed, use_graphs, failing, seed):
     layers = [make_layer(features, 16, seed=10 * features) for features in (40, 64, 30)]
     for layer in layers:
         layer["b_enc"][:] = 0
@@ -183,8 +187,12 @@ def test_streams(kernels, rows, streamed, use_graphs, seed):
     ]
     callers = [call % 2 + 1 for call in range(len(rows))]
     weights = [layer["W_enc"] for layer in layers]
-    got = kernels.encode_calls(weights, streamed, hidden, callers, 5, 4, use_graphs, seed)
+    got = kernels.encode_calls(
+        weights, streamed, hidden, callers, 5, 4, use_graphs, seed, -1 if failing is None else failing
+    )
     for i, x in enumerate(hidden):
+        if failing is not None and i < len(layers):
+            continue
         values, ids, sparsity = got[3 * i : 3 * i + 3]
         result = {"activations": values[None], "indices": ids[None], "sparsity": sparsity[None]}
         check(result, x, layers[i % len(layers)], 5, 0.0)

@@ -9,7 +9,10 @@
 
 namespace sparse_transcoder {
 
+int64_t products_left = -1;  // until one fails; negative: none does
+
 void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
+  TORCH_CHECK(products_left-- != 0, "this product fails");
   enqueue(current_stream(), [=] {
     at::Tensor x = left.to(at::kDouble), w = right.to(at::kDouble);
     if (left.scalar_type() == at::kFloat) {  // as TF32 does
@@ -89,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
 // Hidden states are written by work on that stream just before, and they and the results are overwritten just after.
 std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
                                      const std::vector<std::vector<at::Tensor>>& hidden, const std::vector<int64_t>& callers,
-                                     int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed) {
+                                     int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
   Options options;
   options.top_k = top_k;
   options.activation_threshold = 0;
@@ -105,6 +108,7 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
     pointers.push_back(&layers.back());
   }
   std::vector<at::Tensor> results, alive;
+  products_left = failing;
   const Streams streams(seed);
   {
     const CudaDevice device(pointers, options, at::kCPU);
@@ -117,7 +121,11 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
         copy_to(h, rows);
         requests.push_back({&layers[i], h, outputs(layers[i], h)});
       }
-      device.encode(requests);
+      try {
+        device.encode(requests);
+      } catch (const c10::Error&) {  // its results are whatever they are; those of the others must not be
+        TORCH_CHECK(products_left < 0);
+      }
       for (const Request& request : requests)
         for (const at::Tensor& out : {request.out.activations, request.out.indices, request.out.sparsity}) {
           alive.push_back(out);
@@ -146,13 +154,13 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::encode);
   library.def(
       "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int chunk, bool use_graphs, "
-      "int seed) -> Tensor[]",
+      "int seed, int failing) -> Tensor[]",
       [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed, const std::vector<at::Tensor>& hidden,
-         const std::vector<int64_t>& callers, int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed) {
+         const std::vector<int64_t>& callers, int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
         std::vector<std::vector<at::Tensor>> calls;
         for (size_t i = 0; i < hidden.size(); i += W_enc.size())
           calls.emplace_back(hidden.begin() + i, hidden.begin() + i + W_enc.size());
-        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk, use_graphs, seed);
+        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk, use_graphs, seed, failing);
       });
 }
 
