@@ -378,6 +378,30 @@ def test_replays_give_the_bits_of_plain_calls():
         check_all(got, hidden, layers)
 
 
+@pytest.mark.parametrize("use_compile", [True, False])
+def test_a_replay_is_one_launch(use_compile):
+    layers = alike(6)
+    encoder = build(layers, use_compile=use_compile)
+    hidden = rows_of(layers, 2)
+    for _ in range(3):
+        encode(encoder, hidden)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        encode(encoder, hidden)
+        torch.cuda.synchronize()
+    calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("cuda")}
+    if not calls:
+        pytest.skip("the profiler sees no CUDA calls here")
+    kernels = sum(count for name, count in calls.items() if name.startswith("cudaLaunchKernel"))
+    if use_compile:
+        assert (calls.get("cudaGraphLaunch"), kernels) == (1, 1), (
+            calls
+        )  # the addresses are written by a kernel of their own
+    else:
+        assert "cudaGraphLaunch" not in calls and kernels > 6 * 5, calls
+
+
 def test_more_shapes_than_are_kept():
     layers = mixed()
     replaying, plain = encoders_of(layers)
