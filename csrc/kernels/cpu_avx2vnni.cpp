@@ -39,7 +39,7 @@ void use_avx2vnni_evex(CpuKernels& kernels) {
 #endif
   kernels.name = "avx2vnni";
   kernels.two_planes_rows = 3;
-  kernels.dense_share = 0.12;
+  kernels.dense_share = 0.17;
   kernels.screen_int8 = screen_int8<Vnni>;
 }
 
