@@ -105,7 +105,9 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
                             floats(layer.ln_weight), floats(layer.ln_bias)},
                            screen, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, stream));
   const bool widen = !few && !bf16 && layer.dtype != kernels::Dtype::float32;
-  const int64_t panel = std::min(panel_features(count, layer.features, plan), widen ? plan.widened / size : layer.features);
+  const int64_t panel = few     ? std::min(plan.scores / count, layer.features)
+                        : widen ? std::min(panel_features(count, layer.features, plan), plan.widened / size)
+                                : panel_features(count, layer.features, plan);
   for (int64_t feature = 0; feature < layer.features; feature += panel) {
     const int64_t width = std::min(panel, layer.features - feature);
     if (few) {
