@@ -18,8 +18,8 @@ struct Request {
   int64_t rows() const { return hidden.size(0) * hidden.size(1); }
 };
 
-// Two passes a chunk: count, then write. Waits for the counts.
 struct CudaDevice;
+// Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
 SparseFeatures encode_sparse_cuda(const Request& request, const Options& options, const CudaDevice& device);
 
 // Rows a CPU call works on at a time, and its buffers.

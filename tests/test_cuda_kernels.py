@@ -162,6 +162,29 @@ def test_layer_norm_and_input_bias(kernels, tokens):
     check(encode(kernels, hidden, layer, 20, 0.5, chunk=4), hidden, layer, 20, 0.5)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind, tokens, chunk", [("relu", 3, 2), ("topk", 10, 4), ("relu", 10, 64)])
+def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
+    layer = make_layer(300, 24, kind=kind)
+    hidden = normal(1, tokens, 24, seed=5)
+    hidden[0, 1], hidden[0, 2, 3] = 0.0, math.nan
+    begin, features, values = kernels.encode_sparse(
+        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed
+    )
+    assert begin[0] == 0 and begin[-1] == len(features) == len(values)
+    counts = begin.diff()
+    rows = torch.arange(tokens).repeat_interleave(counts)
+    assert all((part.diff() > 0).all() for part in features.split(counts.tolist())), "not ascending in a row"
+    assert features[rows == 2].tolist() == [0] and values[rows == 2].isnan().all()
+    dense = torch.zeros(tokens, 300).index_put((rows, features), values)
+    activations, indices = dense.sort(dim=-1, descending=True, stable=True)
+    activations[2], indices[2] = math.nan, torch.arange(300)
+    sparsity = (counts.double() / 300).float()
+    sparsity[2] = math.nan
+    got = {"activations": activations, "indices": indices, "sparsity": sparsity}
+    check(got, hidden[0], layer, 300, 0.5)
+
+
 # Streams: work runs in an order drawn by lot among those that events allow
 
 

@@ -57,10 +57,9 @@ __global__ void __launch_bounds__(threads)
   squares = block_sum(squares);
   off_squares = block_sum(off_squares);
   if (threadIdx.x == 0) {
-    // |x.w - score| <= |(x - x').w| + |x'.(w - w')| + roundoff ||x'|| ||w'||, each by Cauchy-Schwarz, and ||w'|| <= (1 +
-    // residual)
-    // ||w||. Rounded up. Numbers that are all under the normal range lose more, relatively: they count as of that range, as they
-    // do in Layer::norm.
+    // |x.w - score| <= |(x - x').w| + |x'.(w - w')| + roundoff ||x'|| ||w'||, each by Cauchy-Schwarz, with
+    // ||w'|| <= (1 + residual) ||w||. Rounded up. Numbers that are all under the normal range lose more, relatively: they count
+    // as of that range, as they do in Layer::norm.
     const double off = sqrt(off_squares), norm = fmax(sqrt(squares) + off, double(FLT_MIN) * sqrt(double(size)));
     const double slack = off + norm * (screen.residual + screen.roundoff * (1 + double(screen.residual)));
     margin[blockIdx.x] = !isfinite(squares) ? NAN

@@ -88,6 +88,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
+// Every kept feature of one layer, as Engine::encode_sparse gives it.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& hidden, const at::Tensor& W_enc,
+                                                             const at::Tensor& b_enc, std::optional<int64_t> k, double tau,
+                                                             int64_t chunk, bool streamed) {
+  products_left = -1;
+  Options options;
+  options.activation_threshold = static_cast<float>(tau);
+  options.chunk_size = chunk;
+  LayerWeights weights;
+  weights.W_enc = W_enc;
+  weights.b_enc = b_enc;
+  weights.k = k;
+  const Layer layer = make_layer(0, weights, options, true, streamed);
+  const Streams at_once({});
+  const CudaDevice device({&layer}, options, at::kCPU);
+  const SparseFeatures found = encode_sparse_cuda({&layer, hidden, {}}, options, device);
+  return {found.row_begin, found.features, found.activations};
+}
+
 // Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with layer i, on stream callers[c].
 // Hidden states are written by work on that stream just before, and they and the results are overwritten just after.
 std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
@@ -109,7 +128,7 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
   }
   std::vector<at::Tensor> results, alive;
   products_left = failing;
-  const Streams streams(seed);
+  const Streams streams(static_cast<uint64_t>(seed));
   {
     const CudaDevice device(pointers, options, at::kCPU);
     for (size_t call = 0; call < hidden.size(); ++call) {
@@ -152,6 +171,10 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int lists) -> (Tensor, Tensor, "
       "Tensor)",
       &sparse_transcoder::encode);
+  library.def(
+      "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool streamed) "
+      "-> (Tensor, Tensor, Tensor)",
+      &sparse_transcoder::encode_sparse);
   library.def(
       "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int chunk, bool use_graphs, "
       "int seed, int failing) -> Tensor[]",

@@ -31,12 +31,11 @@ struct Machine {
   std::map<int64_t, Queue> queues;
   std::mt19937_64 random;
   int64_t current = 0, pool = 100;
+  bool at_once = false;
 
   void push(Queue& queue, Step step) {
-    if (queue.recorder)
-      queue.recorder->push_back(std::move(step));
-    else
-      queue.steps.push_back(std::move(step));
+    (queue.recorder ? queue.recorder->emplace_back() : queue.steps.emplace_back()) = std::move(step);
+    if (at_once) run();
   }
   void record(Queue& queue, const std::shared_ptr<Event>& event) { push(queue, {{}, event, {}, ++event->recorded}); }
   void wait(Queue& queue, const std::shared_ptr<Event>& event) {
@@ -104,9 +103,10 @@ const c10::impl::DeviceGuardImplInterface* before = nullptr;
 
 }  // namespace
 
-Streams::Streams(uint64_t seed) {
+Streams::Streams(std::optional<uint64_t> seed) {
   machine = std::make_unique<Machine>();
-  machine->random.seed(seed);
+  machine->at_once = !seed;
+  machine->random.seed(seed.value_or(0));
   static const Guard guard;
   before = c10::impl::device_guard_impl_registry[static_cast<size_t>(at::kCPU)].exchange(&guard);
 }

@@ -5,11 +5,13 @@
 #include <c10/core/Stream.h>
 
 #include <cstdint>
+#include <optional>
 
-// While it lives, CPU tensors are on a device with streams. The seed decides the order of work.
+// While it lives, CPU tensors are on a device with streams. The seed decides the order of work; with none it runs at once, for a
+// host that waits for it.
 class Streams {
  public:
-  explicit Streams(uint64_t seed);
+  explicit Streams(std::optional<uint64_t> seed);
   ~Streams();
 
   c10::Stream stream(int64_t id) const;  // one of the caller's own
