@@ -99,12 +99,22 @@ Layer::Layer(int64_t id, LayerWeights declared, const Options& options, Placemen
   selected = std::min(top_k, most_active);
   dtype = kernel_dtype(weights.W_enc.scalar_type());
   W_enc = weights.W_enc.detach().contiguous();
-  try {
-    W_enc = streamed ? W_enc.pin_memory() : W_enc.to(device);
-  } catch (const c10::Error&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the encoder needs ", W_enc.nbytes(), " bytes ",
-                     streamed ? "of pinned host memory" : "on " + device.str(), "; ", streamed ? "a higher" : "a lower",
-                     " device_weight_bytes needs less, got ", options.device_weight_bytes);
+  const auto refuse = [&](const std::string& where, const char* less) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the encoder needs ", W_enc.nbytes(), " bytes ", where, "; ",
+                     less, " device_weight_bytes needs less, got ", options.device_weight_bytes);
+  };
+  if (streamed) {
+    try {
+      W_enc = W_enc.pin_memory();
+    } catch (const c10::Error&) {
+      refuse("of pinned host memory", "a higher");
+    }
+  } else {
+    try {
+      W_enc = W_enc.to(device);
+    } catch (const c10::OutOfMemoryError&) {
+      refuse("on " + device.str(), "a lower");
+    }
   }
   const auto place = [this](const at::Tensor& tensor) { return tensor.defined() ? as_float(tensor).to(device) : tensor; };
   bias = place(weights.b_enc);

@@ -91,7 +91,7 @@ void add_bf16_copy(ScreeningCopies& copies, const at::Tensor& W_enc, const std::
   constexpr double largest_residual = 0x1p-9;  // half a unit in the last of bfloat16's 8 bits: of numbers in its normal range
   try {
     copies.bf16 = at::empty(W_enc.sizes(), W_enc.options().dtype(at::kBFloat16));
-  } catch (const c10::Error&) {
+  } catch (const c10::OutOfMemoryError&) {
     TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the screening copy needs ", 2 * W_enc.numel(), " bytes on ",
                      W_enc.device(), "; screening \"off\" makes none, and a lower device_weight_bytes needs less");
   }
