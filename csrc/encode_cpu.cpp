@@ -88,7 +88,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   w.tally[lane].fallback_rows += std::isinf(product);
   if (job.choice.sparse == Arithmetic::int8 && is_finite(margin))
     kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
-                        w.bounds + lane * 2 * w.plan.int8_groups);
+                        w.rotated + lane * w.plan.int8_inputs);
   if (layer.copies.int16.defined()) {
     const kernels::Int16Scale scale = kernel.quantise_int16(x, layer.hidden_size, int16_row(w, job, row));
     w.int16_scale[slot] = scale;
@@ -237,7 +237,11 @@ class Wave {
       const Job& job = jobs_[index / units_];
       const int64_t number = index % units_, features = job.layer().features;
       const int64_t panels = (features + kernels::panel_features - 1) / kernels::panel_features;
-      const auto begin = [&](int64_t i) { return std::min(i * panels / units_ * kernels::panel_features, features); };
+      // Smaller and smaller, so that the lanes end together.
+      const auto begin = [&](int64_t i) {
+        const int64_t left = (units_ - i) * (units_ - i) * panels / (units_ * units_);
+        return std::min((panels - left) * kernels::panel_features, features);
+      };
       const Unit unit = {&job, begin(number), begin(number + 1)};
       if (unit.first < unit.last) body(lane, unit);
     });
@@ -361,7 +365,7 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
     if (layer->copies.int8.defined()) {
       const kernels::Int8Layout layout(layer->hidden_size);
       plan.int8_bytes = std::max(plan.int8_bytes, 2 * layout.row_bytes());
-      plan.int8_groups = std::max(plan.int8_groups, layout.groups);
+      plan.int8_inputs = std::max(plan.int8_inputs, layout.inputs);
     }
     if (layer->copies.int16.defined()) plan.int16_stride = std::max(plan.int16_stride, kernels::int16_stride(layer->hidden_size));
   }

@@ -47,7 +47,8 @@ class Lanes {
   struct State {
     std::mutex mutex;
     std::condition_variable work, done;
-    std::vector<Call*> open;  // calls that another worker may join
+    std::vector<Call*> open;        // calls that another worker may join
+    std::atomic<int64_t> calls{0};  // that there have been
     bool stop = false;
     std::vector<std::thread> workers;
   };

@@ -174,8 +174,7 @@ class Scan {
     for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
       const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
       look_ahead(rows, row + rows == job_.rows && first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
-      kernel_.screen_int8(layout_, int8_row(w_, job_, row), rows, job_.choice.planes, panel, gate_.low + first, scores_, masks_,
-                          ahead_);
+      kernel_.screen_int8(layout_, int8_row(w_, job_, row), rows, job_.choice.planes, panel, gate_.low + first, masks_, ahead_);
       int64_t survivors = 0;
       for (int64_t r = 0; r < rows; ++r) {
         const RowMargin& margin = margin_[row + r];
@@ -261,26 +260,26 @@ class Scan {
   void refine(SurvivorList& list) {
     const int64_t size = layer_.hidden_size, stride = kernels::int16_stride(size);
     const int16_t* rows = int16_row(w_, job_, 0);
-    int64_t kept = 0;
+    auto* products = reinterpret_cast<int64_t*>(scores_);
     for (int64_t i = 0, count = 0; i < list.size; i += count) {
       count = alike(list, i);
-      const int64_t feature = list.pairs[i].id();
       const int16_t* x[kernels::dot_rows];
-      int32_t products[kernels::dot_rows];
       for (int64_t j = 0; j < count; ++j) x[j] = rows + list.pairs[i + j].row * stride;
-      kernel_.dot_int16(x, count, int16_ + feature * stride, size, products);
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t row = list.pairs[i + j].row;
-        const float score = static_cast<float>(products[j]) * (scale_[row].scale * int16_scale_[feature]);
-        const kernels::Margin margin = margin_[row].int16;
-        const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
-        const float upper = score + slack;
-        if (upper < gate_.low[feature]) continue;
-        const bool sure = score - slack >= gate_.high[feature];
-        sink_.active(row) += sure;
-        if (sure && upper < sink_.bound(row) - gate_.bias[feature]) continue;
-        list.pairs[kept++] = {list.pairs[i + j].row, static_cast<uint32_t>(feature << 1) | !sure};
-      }
+      kernel_.dot_int16(x, count, int16_ + list.pairs[i].id() * stride, size, products + i);
+    }
+    int64_t kept = 0;
+    for (int64_t i = 0; i < list.size; ++i) {
+      const int64_t row = list.pairs[i].row, feature = list.pairs[i].id();
+      const float score = static_cast<float>(products[i]) * (scale_[row].scale * int16_scale_[feature]);
+      const kernels::Margin margin = margin_[row].int16;
+      const float slack = margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
+      const float upper = score + slack;
+      const bool sure = score - slack >= gate_.high[feature];
+      list.pairs[kept] = {list.pairs[i].row, static_cast<uint32_t>(feature << 1) | !sure};
+      kept += !(upper < gate_.low[feature]);  // as likely as not: no branch
+      if (!sure) continue;
+      ++sink_.active(row);
+      if (upper < sink_.bound(row) - gate_.bias[feature]) --kept;
     }
     list.size = kept;
   }
@@ -291,8 +290,6 @@ class Scan {
       count = alike(list, i);
       const float* x[kernels::dot_rows];
       for (int64_t j = 0; j < count; ++j) x[j] = hidden_row(w_, job_, list.pairs[i + j].row);
-      for (int64_t j = i + count; j < std::min(i + count + kernels::dot_rows, list.size); ++j)
-        fetch(hidden_row(w_, job_, list.pairs[j].row), 4 * layer_.hidden_size);
       const int64_t feature = list.pairs[i].id();
       float values[kernels::dot_rows];
       exact_.activations(x, count, feature, values);
@@ -323,6 +320,10 @@ class Scan {
       const int64_t rows = std::min(w_.plan.strip, begin + size - row);
       ahead_.clear();
       if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
+      const int64_t next = first + kernels::panel_features;
+      if (row + rows == job_.rows && next < unit_.last)
+        ahead_.add(reinterpret_cast<const char*>(int16_ + next * stride),
+                   2 * stride * std::min(kernels::panel_features, unit_.last - next));
       kernel_.product_int16(int16_row(w_, job_, row), scale_ + row, rows, int16_ + first * stride, int16_scale_ + first, count,
                             layer_.hidden_size, packed_, scores_, ahead_);
       watch_.add_to(screen_phase);

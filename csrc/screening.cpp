@@ -49,9 +49,11 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
   constexpr int64_t panel = kernels::panel_features;
   const int64_t panels = (F + panel - 1) / panel;
   // Weights of two bytes are their own sharper screen: an int16 copy would save nothing.
-  const bool want_int8 = screening == Screening::int8 || screening == Screening::automatic;
+  const bool want_int8 =
+      (screening == Screening::int8 || screening == Screening::automatic) && H <= kernels::Int8Layout::most_inputs;
   const bool want_int16 = screening == Screening::int16 ||
                           (screening == Screening::automatic && kernel.fast_int16 && dtype == kernels::Dtype::float32);
+  const auto int16_roundoff = static_cast<float>((8 + 2 * (H / kernels::int16_depth(H))) * 0x1p-24);
   ScreeningCopies copies;
   if (want_int8) copies.int8 = allocate({panels, layout.panel_bytes()}, at::kByte, who);
   if (want_int16) {
@@ -65,7 +67,6 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     const DefaultFloatingPoint environment;
     std::vector<float> wide(panel * H);
-    std::vector<double> bounds(2 * layout.groups);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * panel, count = std::min(panel, F - first);
       kernel.widen[static_cast<int>(dtype)](weights + first * H * W_enc.element_size(), wide.data(), count * H);
@@ -76,12 +77,11 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
         if (!want_int16) continue;
         const auto scale = kernel.quantise_int16(w, H, copies.int16.mutable_data_ptr<int16_t>() + (first + i) * stride);
         copies.int16_scale.mutable_data_ptr<float>()[first + i] = scale.scale;
-        // The score is rounded four times, of a product of norms.
-        copies.int16_residual.mutable_data_ptr<float>()[first + i] = scale.residual + scale.norm * 0x1p-21f;
+        // The score is rounded four times, and once more in each part, of a product of norms.
+        copies.int16_residual.mutable_data_ptr<float>()[first + i] = scale.residual + scale.norm * int16_roundoff;
       }
       if (want_int8)
-        kernel.quantise_panel(layout, wide.data(), count, copies.int8.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes(),
-                              bounds.data());
+        kernel.quantise_panel(layout, wide.data(), count, copies.int8.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes());
     }
   });
   return copies;

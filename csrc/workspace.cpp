@@ -38,7 +38,7 @@ int64_t carve(Workspace& w, const Plan& plan, char* base) {
   carver.take(w.masks, plan.lanes * plan.strip);
   carver.take(w.survivors, plan.lanes * 3 * plan.survivors());
   carver.take(w.packed, plan.lanes * kernels::panel_features * plan.int16_stride);
-  carver.take(w.bounds, plan.lanes * 2 * plan.int8_groups);
+  carver.take(w.rotated, plan.lanes * plan.int8_inputs);
   carver.take(w.tally, plan.lanes);
   carver.take(w.merged, plan.lanes * plan.lanes * plan.capacity);
   carver.take(w.merged_open, plan.lanes * plan.lanes * plan.capacity);

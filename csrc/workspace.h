@@ -21,14 +21,15 @@ struct Plan {
   int64_t block, panel;  // rows and features screened at a time in float32
   int64_t hidden_size;   // the largest; of the layers that have such a copy, for the next two
   int64_t int8_bytes;    // of a row, both planes
-  int64_t int8_groups;
+  int64_t int8_inputs;
   int64_t int16_stride;  // elements of a row
   int64_t strip;         // rows screened at a time against a panel of 64 features in int8 or int16
   int64_t top_k;         // the largest
   int64_t capacity;      // keys a list holds
 
   int64_t survivors() const { return std::max(strip * kernels::panel_features, panel); }
-  int64_t scores() const { return std::max(block * panel, strip * kernels::panel_features); }
+  // Also of the survivors' int64 products.
+  int64_t scores() const { return std::max(block * panel, 2 * survivors()); }
 };
 
 // A pair that a screen let through.
@@ -69,7 +70,7 @@ struct Workspace {
   uint64_t* masks;                   // [lanes, strip]
   Survivor* survivors;               // [lanes, 3, plan.survivors()]
   int16_t* packed;                   // [lanes, 64 * int16_stride]
-  double* bounds;                    // [lanes, 2 * int8_groups]
+  float* rotated;                    // [lanes, int8_inputs]
   Tally* tally;                      // [lanes]
   uint64_t* merged;                  // [lanes, lanes * capacity]
   kernels::Bounded* merged_open;     // [lanes, lanes * capacity]

@@ -198,15 +198,28 @@ def adverse():
         yield f"largest quantisation error, {tokens} rows", (aligned, hidden, 20, 1.0)
 
 
+def rotation(hidden_size, mixed):
+    """The int8 screen's, [hidden_size, hidden_size], from its definition: signs, then Hadamard's matrix of `mixed` rows over
+    inputs hidden_size / mixed apart. Its inverse is its transpose / mixed."""
+    number = torch.arange(hidden_size, dtype=torch.int64)
+    bits = number * 0x9E3779B1 % 2**32
+    bits = (bits ^ bits >> 15) * 0x85EBCA77 % 2**32
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while hadamard.shape[0] < mixed:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
+    return torch.kron(hadamard, torch.eye(hidden_size // mixed, dtype=torch.float64)) * (1 - 2 * (bits >> 31))
+
+
 def worst(tokens):
-    """Inputs half-way between two int8 numbers, on the side that each weight rewards, and weights likewise; biases put every
-    feature just over its gate, so that a screen whose margin is any smaller than the error loses it."""
-    hidden_size, features = 256, 200
-    signs = torch.sign(normal(2, hidden_size, seed=1))
+    """Rotated inputs half-way between two int8 numbers, on the side that each weight rewards, and weights likewise; biases put
+    every feature just over its gate, so that a screen whose margin is any smaller than the error loses it."""
+    hidden_size, features, mixed = 256, 200, 64
+    signs = torch.sign(normal(2, hidden_size, seed=1)).double()
     x = 63 * signs[0] + 0.499 * signs[1]
     w = 63 * signs[1] + 0.499 * signs[0]
     x[0], w[0] = 127, 127
-    W = torch.where(torch.arange(features)[:, None] % 2 == 0, w, w * 0.37) / 127
+    x, w = (torch.stack([x, w]) @ rotation(hidden_size, mixed)) / mixed
+    W = (torch.where(torch.arange(features)[:, None] % 2 == 0, w, w * 0.37) / 127).float()
     layer = {"W_enc": W, "b_enc": torch.zeros(features)}
     hidden = (torch.linspace(0.5, 1.5, tokens)[:, None] * x / 127).float()
     middle = pre_activations(hidden, layer)[tokens // 2]
@@ -426,10 +439,10 @@ def test_bytes_of_the_copies(hidden_size, features, dtype):
     layer = make_layer(features, hidden_size, dtype=dtype)
     memory = {s: encoder(layer, 5, 1.0, screening=s).memory()["screening_bytes"] for s in SCREENINGS}
     whole = (features + 63) // 64 * 64
-    groups = (hidden_size + 255) // 256
+    inputs = (hidden_size + 63) // 64 * 64
     assert memory["off"] == 0
     assert 2 * features * hidden_size <= memory["int16"] <= features * (2 * (hidden_size + 96) + 8)
-    assert whole * hidden_size <= memory["int8"] <= whole * (hidden_size + 4 * groups + 2 * groups + 3 + 4 * groups + 4)
+    assert memory["int8"] == whole * (inputs + 12)
     assert memory["auto"] in (0, memory["int8"], memory["int8"] + memory["int16"])
 
 

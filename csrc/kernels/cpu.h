@@ -29,24 +29,33 @@ struct Margin {
 constexpr int64_t dot_rows = 4;         // that a feature's exact and int16 products are made for at a time
 constexpr int64_t panel_features = 64;  // of the int8 and int16 screens: one bit each in a 64-bit mask
 
-// How the int8 screen lays out the inputs: `groups` of `depth` inputs, each with a scale of its own, then one group more whose
-// product is the margin (quantise.h). Rows and panels are padded with zeros.
+// How the int8 screen lays out a row or a feature, rotated (quantise.h): `inputs` numbers, zeros after the first `size` before
+// their rotation, `mixed` of which are rotated into each other.
 struct Int8Layout {
-  static constexpr int64_t most_depth = 256;  // a group of a panel stays in L1
-  int64_t size, groups, depth, margin_depth;
+  static constexpr int64_t most_inputs = 1 << 16;  // sums stay within int32
+  int64_t size, inputs, mixed;
 
-  explicit Int8Layout(int64_t size)
-      : size(size),
-        groups((size + most_depth - 1) / most_depth),
-        depth(((size + groups - 1) / groups + 3) / 4 * 4),
-        margin_depth((2 * groups + 3) / 4 * 4) {}
+  explicit Int8Layout(int64_t size) : size(size), inputs((size + 63) / 64 * 64), mixed(64) {
+    while (inputs % (2 * mixed) == 0 && inputs / (2 * mixed) >= 16) mixed *= 2;  // at least 16 side by side: a vector
+  }
 
-  int64_t inputs() const { return groups * depth + margin_depth; }
-  // Of a row: int8 inputs, then a float scale and an int32 start of the sum for each group. An odd number of cache lines, so that
-  // rows do not share their place in the caches.
-  int64_t row_bytes() const { return (inputs() + 8 * (groups + 1) + 63) / 128 * 128 + 64; }
-  // Of a panel: [inputs / 4][64 features][4] uint8 (weight + 128), then [groups + 1][64] float scales.
-  int64_t panel_bytes() const { return panel_features * (inputs() + 4 * (groups + 1)); }
+  // Of a row: int8 inputs, then Int8Row. An odd number of cache lines, so that rows do not share their place in the caches.
+  int64_t row_bytes() const { return inputs / 128 * 128 + 64 * (inputs % 128 == 0 ? 1 : 3); }
+  // Of a panel: [inputs / 4][64 features][4] uint8 (weight + 128), then Int8Features.
+  int64_t panel_bytes() const { return panel_features * (inputs + 12); }
+};
+
+// x is about scale * q, two planes of q being added.
+struct Int8Row {
+  float scale;
+  int32_t start;         // -128 times the sum of q: weights are stored as weight + 128
+  float residual, norm;  // with both planes: >= ||x - scale * q||, >= ||scale * q||
+};
+
+struct Int8Features {
+  float scale[panel_features];
+  float norm[panel_features];      // >= ||w||
+  float residual[panel_features];  // >= ||w - scale * q||, and the rounding of a score in units of the row's norm
 };
 
 // Memory to bring into the cache while a screen computes, evenly over its course: a burst would hold it up.
@@ -88,6 +97,11 @@ struct Int16Scale {
 
 // Elements between int16 rows: whole vectors, an odd number of cache lines.
 constexpr int64_t int16_stride(int64_t size) { return (size + 31) / 64 * 64 + 32; }
+// Inputs whose products add up within int32: the more, the coarser the scale. Parts of a row, nearly alike, of whole vectors.
+constexpr int64_t int16_depth(int64_t size) {
+  const int64_t parts = (size + 639) / 640;
+  return ((size + parts - 1) / parts + 127) / 128 * 128;
+}
 
 struct CpuKernels {
   const char* name;
@@ -114,21 +128,21 @@ struct CpuKernels {
   // out[i] = float(w[i]), exactly.
   void (*widen[3])(const void* w, float* out, int64_t size);
 
-  // One row for the int8 screen, row_bytes() a plane: with two planes the second holds what the first leaves. bounds [2 * groups]
+  // One row for the int8 screen, row_bytes() a plane: with two planes the second holds what the first leaves. rotated [inputs]
   // is scratch.
-  void (*quantise_row)(const Int8Layout& layout, const float* x, int64_t planes, int8_t* row, double* bounds);
-  // 64 features for the int8 screen; those from `count` on are zeros. w [count, size]; bounds [2 * groups] is scratch.
-  void (*quantise_panel)(const Int8Layout& layout, const float* w, int64_t count, uint8_t* panel, double* bounds);
-  // masks[r] bit f: row r's dot product with feature f of the panel may reach low[f]. tile [rows, 64] is scratch.
+  void (*quantise_row)(const Int8Layout& layout, const float* x, int64_t planes, int8_t* row, float* rotated);
+  // 64 features for the int8 screen; those from `count` on are zeros. w [count, size].
+  void (*quantise_panel)(const Int8Layout& layout, const float* w, int64_t count, uint8_t* panel);
+  // masks[r] bit f: row r's dot product with feature f of the panel may reach low[f].
   void (*screen_int8)(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
-                      const float* low, float* tile, uint64_t* masks, Ahead& ahead);
+                      const float* low, uint64_t* masks, Ahead& ahead);
 
   // q [int16_stride(size)], zeros after `size`.
   Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);
-  // sums[r] = x[r] . w for up to dot_rows rows, exact: quantise_int16 keeps every partial sum within int32.
-  void (*dot_int16)(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int32_t* sums);
-  // scores[r * 64 + f] = scale[r] * w_scale[f] * (x[r] . w[f]) for a panel of count <= 64 features; rows int16_stride(size)
-  // apart; packed [64 * int16_stride(size)] is scratch.
+  // sums[r] = x[r] . w for up to dot_rows rows, exact.
+  void (*dot_int16)(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int64_t* sums);
+  // scores[r * 64 + f] = scale[r] * w_scale[f] * (x[r] . w[f]), parts of int16_depth(size) inputs added up in float32, for a
+  // panel of count <= 64 features; rows int16_stride(size) apart; packed [64 * int16_stride(size)] is scratch.
   void (*product_int16)(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale,
                         int64_t count, int64_t size, int16_t* packed, float* scores, Ahead& ahead);
 };

@@ -148,8 +148,8 @@ struct Widen {
   }
 };
 
-int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
-  // Rows are padded with zeros to whole vectors.
+// Up to int16_depth inputs. Rows are padded with zeros to whole vectors.
+int32_t dot_part(const int16_t* x, const int16_t* w, int64_t size) {
   __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   const auto load = [](const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
   int64_t i = 0;
@@ -163,8 +163,12 @@ int32_t dot_int16(const int16_t* x, const int16_t* w, int64_t size) {
   return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 1);
 }
 
-void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int32_t* sums) {
-  for (int64_t r = 0; r < rows; ++r) sums[r] = dot_int16(x[r], w, size);
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int64_t* sums) {
+  const int64_t depth = int16_depth(size);
+  for (int64_t r = 0; r < rows; ++r) {
+    sums[r] = 0;
+    for (int64_t i = 0; i < size; i += depth) sums[r] += dot_part(x[r] + i, w + i, std::min(depth, size - i));
+  }
 }
 
 int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,

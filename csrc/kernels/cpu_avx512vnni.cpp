@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "cpu.h"
+#include "element.h"
 #include "gate.h"
 #include "quantise.h"
 
@@ -39,122 +40,167 @@ inline __attribute__((always_inline)) void multiply(const void* inputs, int64_t 
   }
 }
 
-// One group of a panel, as the rows pass.
-struct Group64 {
+struct Panel {
   const Int8Layout& layout;
-  const int64_t g;
   const uint8_t* weights;
-  const float *scales, *low;
+  const float* low;
   Ahead& ahead;
   const int64_t lines;  // to fetch ahead in each step
+
+  const Int8Features& features() const {
+    return *reinterpret_cast<const Int8Features*>(weights + panel_features * layout.inputs);
+  }
 };
 
-// One strip of rows times a group, added to the tile; with the margin, the last group, the masks come out.
-template <int rows, int planes, bool margin>
-__attribute__((noinline)) void screen_group(const Group64& group, const int8_t* x, float* tile, uint64_t* masks) {
-  const Int8Layout& layout = group.layout;
-  const int64_t stride = layout.row_bytes(), g = group.g;
-  const auto scale = [&](int r) { return reinterpret_cast<const float*>(x + r * stride + layout.inputs())[g]; };
-  const auto start = [&](int r) {
-    return reinterpret_cast<const int32_t*>(x + r * stride + layout.inputs())[layout.groups + 1 + g];
-  };
+// One strip of rows, of all planes, times a panel, which streams from L2: its sums never leave the registers.
+template <int rows, int planes>
+__attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x, uint64_t* masks) {
+  const Int8Layout& layout = panel.layout;
+  const Int8Features& features = panel.features();
+  const int64_t stride = layout.row_bytes();
+  const auto terms = [&](int r) -> const Int8Row& { return *reinterpret_cast<const Int8Row*>(x + r * stride + layout.inputs); };
   __m512i sum[rows][4];
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_set1_epi32(start(r));
-  multiply<Int8, rows>(x + g * layout.depth, stride, group.weights, (margin ? layout.margin_depth : layout.depth) / 4, sum,
-                       [&] { group.ahead.fetch(group.lines); });
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_set1_epi32(terms(r).start);
+  multiply<Int8, rows>(x, stride, panel.weights, layout.inputs / 4, sum, [&] { panel.ahead.fetch(panel.lines); });
 #pragma GCC unroll 6
-  for (int r = 0; r < rows; r += margin ? planes : 1) {  // the second plane has no margin of its own
-    float* row = tile + r / planes * panel_features;
-    const __m512 x_scale = _mm512_set1_ps(scale(r));
+  for (int r = 0; r < rows; r += planes) {
     uint64_t mask = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       // The scales first: their product times a sum is at most ||x|| ||w||; a sum times one of them alone could overflow.
-      const __m512 both = _mm512_mul_ps(x_scale, _mm512_loadu_ps(group.scales + 16 * v));
-      const __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][v]), both, _mm512_loadu_ps(row + 16 * v));
-      if (margin)
-        mask |= uint64_t{_mm512_cmp_ps_mask(score, _mm512_loadu_ps(group.low + 16 * v), _CMP_NLT_UQ)} << 16 * v;
-      else
-        _mm512_storeu_ps(row + 16 * v, score);
+      const __m512 scale = _mm512_loadu_ps(features.scale + 16 * v);
+      __m512 upper = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_mul_ps(_mm512_set1_ps(terms(r).scale), scale));
+      if (planes == 2)
+        upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r + planes - 1][v]),
+                                _mm512_mul_ps(_mm512_set1_ps(terms(r + planes - 1).scale), scale), upper);
+      upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).residual), _mm512_loadu_ps(features.norm + 16 * v), upper);
+      upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).norm), _mm512_loadu_ps(features.residual + 16 * v), upper);
+      mask |= uint64_t{_mm512_cmp_ps_mask(upper, _mm512_loadu_ps(panel.low + 16 * v), _CMP_NLT_UQ)} << 16 * v;
     }
-    if (margin) masks[r / planes] = mask;
+    masks[r / planes] = mask;
   }
 }
 
 template <int planes>
-void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count, const uint8_t* panel, const float* low,
-                   float* tile, uint64_t* masks, Ahead& ahead) {
-  using Strip = void (*)(const Group64&, const int8_t*, float*, uint64_t*);
+void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count, const uint8_t* weights, const float* low,
+                   uint64_t* masks, Ahead& ahead) {
   constexpr int p = planes, most = strip_rows / planes;
-  static constexpr Strip add[] = {screen_group<p, p, false>,
-                                  screen_group<2 * p, p, false>,
-                                  screen_group<3 * p, p, false>,
-                                  screen_group<(planes == 1 ? 4 : 2), p, false>,
-                                  screen_group<(planes == 1 ? 5 : 2), p, false>,
-                                  screen_group<6, p, false>};
-  static constexpr Strip gate[] = {screen_group<p, p, true>,
-                                   screen_group<2 * p, p, true>,
-                                   screen_group<3 * p, p, true>,
-                                   screen_group<(planes == 1 ? 4 : 2), p, true>,
-                                   screen_group<(planes == 1 ? 5 : 2), p, true>,
-                                   screen_group<6, p, true>};
-  const auto* scales = reinterpret_cast<const float*>(panel + panel_features * layout.inputs());
-  const int64_t steps = layout.inputs() / 4 * ((count + most - 1) / most), lines = (ahead.lines() + steps - 1) / steps;
-  for (int64_t i = 0; i < count * panel_features; i += 16) _mm512_storeu_ps(tile + i, _mm512_setzero_ps());
-  // A group of the panel, 16 KiB, stays in L1 while the rows pass.
-  for (int64_t g = 0; g <= layout.groups; ++g) {
-    const Group64 group = {layout, g, panel + panel_features * g * layout.depth, scales + g * panel_features, low, ahead, lines};
-    const Strip* strips = g < layout.groups ? add : gate;
-    for (int64_t r = 0; r < count; r += most) {
-      const int64_t rows_here = std::min<int64_t>(most, count - r);
-      strips[rows_here - 1](group, rows + r * planes * layout.row_bytes(), tile + r * panel_features, masks + r);
-    }
-  }
+  static constexpr void (*strips[])(const Panel&, const int8_t*, uint64_t*) = {screen_strip<p, p>,
+                                                                               screen_strip<2 * p, p>,
+                                                                               screen_strip<3 * p, p>,
+                                                                               screen_strip<(planes == 1 ? 4 : 2), p>,
+                                                                               screen_strip<(planes == 1 ? 5 : 2), p>,
+                                                                               screen_strip<6, p>};
+  const int64_t steps = layout.inputs / 4 * ((count + most - 1) / most);
+  const Panel panel = {layout, weights, low, ahead, (ahead.lines() + steps - 1) / steps};
+  for (int64_t r = 0; r < count; r += most)
+    strips[std::min<int64_t>(most, count - r) - 1](panel, rows + r * planes * layout.row_bytes(), masks + r);
 }
 
 void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
-                 const float* low, float* tile, uint64_t* masks, Ahead& ahead) {
-  (planes == 1 ? screen_planes<1> : screen_planes<2>)(layout, rows, count, panel, low, tile, masks, ahead);
+                 const float* low, uint64_t* masks, Ahead& ahead) {
+  (planes == 1 ? screen_planes<1> : screen_planes<2>)(layout, rows, count, panel, low, masks, ahead);
 }
 
-// Rows are padded with zeros to whole vectors. Two sums a row hide the latency; with one row, four.
+// Up to int16_depth inputs. Rows are padded with zeros to whole vectors. Two sums a row hide the latency; with one row, four.
 template <int rows>
-void dot_block(const int16_t* const* x, const int16_t* w, int64_t size, int32_t* totals) {
+void add_part(const int16_t* const* x, const int16_t* w, int64_t begin, int64_t end, int64_t* totals) {
   constexpr int vectors = rows == 1 ? 4 : 2;
   __m512i sum[rows][vectors];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
-  int64_t i = 0;
-  for (; i + 32 * vectors <= size; i += 32 * vectors)
+  int64_t i = begin;
+  for (; i + 32 * vectors <= end; i += 32 * vectors)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       const __m512i wv = _mm512_loadu_si512(w + i + 32 * v);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) Int16::add(sum[r][v], wv, _mm512_loadu_si512(x[r] + i + 32 * v));
     }
-  for (; i < size; i += 32) {
+  for (; i < end; i += 32) {
     const __m512i wv = _mm512_loadu_si512(w + i);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) Int16::add(sum[r][0], wv, _mm512_loadu_si512(x[r] + i));
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    __m512i total = sum[r][0];
+  for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 1; v < vectors; ++v) total = _mm512_add_epi32(total, sum[r][v]);
-    totals[r] = _mm512_reduce_add_epi32(total);
+    for (int v = 1; v < vectors; ++v) sum[r][0] = _mm512_add_epi32(sum[r][0], sum[r][v]);
+  if constexpr (rows < 4) {
+    for (int r = 0; r < rows; ++r) totals[r] += _mm512_reduce_add_epi32(sum[r][0]);
+  } else {  // all four at once
+    const auto fold = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const __m512i two01 = fold(sum[0][0], sum[1][0]), two23 = fold(sum[2][0], sum[3][0]);
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(two01, two23), _mm512_unpackhi_epi64(two01, two23));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    auto* out = reinterpret_cast<__m256i*>(totals);
+    _mm256_storeu_si256(out, _mm256_add_epi64(_mm256_loadu_si256(out), _mm256_cvtepi32_epi64(four)));
   }
 }
 
-void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int32_t* sums) {
-  static constexpr void (*blocks[dot_rows])(const int16_t* const*, const int16_t*, int64_t, int32_t*) = {
-      dot_block<1>, dot_block<2>, dot_block<3>, dot_block<4>};
-  blocks[rows - 1](x, w, size, sums);
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size, int64_t* sums) {
+  static constexpr void (*parts[dot_rows])(const int16_t* const*, const int16_t*, int64_t, int64_t, int64_t*) = {
+      add_part<1>, add_part<2>, add_part<3>, add_part<4>};
+  std::fill(sums, sums + rows, int64_t{0});
+  const int64_t depth = int16_depth(size);
+  for (int64_t i = 0; i < size; i += depth) parts[rows - 1](x, w, i, std::min(i + depth, size), sums);
+}
+
+__m512d load8(const float* w, F32) { return _mm512_cvtps_pd(_mm256_loadu_ps(w)); }
+__m512d load8(const uint16_t* w, BF16) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+}
+__m512d load8(const uint16_t* w, F16) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+}
+
+// The 32 partial sums of each row in four vectors; weights are converted once for all rows.
+template <typename Element, int rows>
+void dot_block(const float* const* x, const typename Element::type* w, int64_t size, double* totals) {
+  const int64_t whole = size / 32 * 32;
+  __m512d sum[rows][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_pd();
+  for (int64_t i = 0; i < whole; i += 32)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m512d wv = load8(w + i + 8 * v, Element());
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) sum[r][v] = _mm512_fmadd_pd(load8(x[r] + i + 8 * v, F32()), wv, sum[r][v]);
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    if (whole < size) {
+      alignas(64) double sums[32];
+      for (int v = 0; v < 4; ++v) _mm512_store_pd(sums + 8 * v, sum[r][v]);
+      for (int64_t i = whole, lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[r][i]} * Element::widen(w[i]);
+      for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_load_pd(sums + 8 * v);
+    }
+    // The order of fold.
+    const __m512d eight = _mm512_add_pd(_mm512_add_pd(sum[r][0], sum[r][2]), _mm512_add_pd(sum[r][1], sum[r][3]));
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    totals[r] = _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+}
+
+template <typename Element>
+void dot(const float* const* x, int64_t rows, const void* weights, int64_t size, double* totals) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  static constexpr void (*blocks[dot_rows])(const float* const*, const typename Element::type*, int64_t, double*) = {
+      dot_block<Element, 1>, dot_block<Element, 2>, dot_block<Element, 3>, dot_block<Element, 4>};
+  blocks[rows - 1](x, w, size, totals);
 }
 
 // 16 x 16 of int32.
@@ -203,55 +249,53 @@ void pack_int16(const int16_t* w, int64_t count, int64_t size, int16_t* packed) 
     }
 }
 
-// Inputs [begin, end) of a strip of rows times a panel; sums in between are kept in the scores' place.
-struct Depth {
+// Inputs [begin, end) of a panel, whose products add up within int32.
+struct Int16Part {
   int64_t begin, end, size;
   const int16_t* packed;
-  const float* w_scale;
+  const float* scale;
   Ahead& ahead;
   int64_t lines;
 };
 
+// One strip of rows times a part of a panel, which streams from L2.
 template <int rows>
-__attribute__((noinline)) void product_strip(const Depth& depth, const int16_t* x, const Int16Scale* scale, float* scores) {
+__attribute__((noinline)) void product_part(const Int16Part& part, const int16_t* x, const Int16Scale* scale, float* scores) {
   __m512i sum[rows][4];
-  auto* partial = reinterpret_cast<int32_t*>(scores);
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v)
-      sum[r][v] = depth.begin == 0 ? _mm512_setzero_si512() : _mm512_loadu_si512(partial + r * panel_features + 16 * v);
-  multiply<Int16, rows>(x + depth.begin, 2 * int16_stride(depth.size), depth.packed + depth.begin * panel_features,
-                        (depth.end - depth.begin + 1) / 2, sum, [&] { depth.ahead.fetch(depth.lines); });
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_si512();
+  multiply<Int16, rows>(x + part.begin, 2 * int16_stride(part.size), part.packed + part.begin * panel_features,
+                        (part.end - part.begin + 1) / 2, sum, [&] { part.ahead.fetch(part.lines); });
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      if (depth.end < depth.size) {
-        _mm512_storeu_si512(partial + r * panel_features + 16 * v, sum[r][v]);
-      } else {
-        const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale[r].scale), _mm512_loadu_ps(depth.w_scale + 16 * v));
-        _mm512_storeu_ps(scores + r * panel_features + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), both));
-      }
+      float* out = scores + r * panel_features + 16 * v;
+      __m512 total = _mm512_cvtepi32_ps(sum[r][v]);
+      if (part.begin > 0) total = _mm512_add_ps(total, _mm512_loadu_ps(out));
+      if (part.end == part.size)
+        total = _mm512_mul_ps(total, _mm512_mul_ps(_mm512_set1_ps(scale[r].scale), _mm512_loadu_ps(part.scale + 16 * v)));
+      _mm512_storeu_ps(out, total);
     }
 }
 
 void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w, const float* w_scale, int64_t count,
                    int64_t size, int16_t* packed, float* scores, Ahead& ahead) {
-  static constexpr void (*strips[])(const Depth&, const int16_t*, const Int16Scale*, float*) = {
-      product_strip<1>, product_strip<2>, product_strip<3>, product_strip<4>, product_strip<5>, product_strip<6>};
-  constexpr int64_t most = 128;  // 16 KiB of the panel stay in L1 while the rows pass
+  static constexpr void (*strips[])(const Int16Part&, const int16_t*, const Int16Scale*, float*) = {
+      product_part<1>, product_part<2>, product_part<3>, product_part<4>, product_part<5>, product_part<6>};
   pack_int16(w, count, size, packed);
   float w_scales[panel_features] = {};
   std::copy(w_scale, w_scale + count, w_scales);
   const int64_t steps = (size + 1) / 2 * ((rows + strip_rows - 1) / strip_rows), lines = (ahead.lines() + steps - 1) / steps;
-  for (int64_t begin = 0; begin < size; begin += most) {
-    const Depth depth = {begin, std::min(begin + most, size), size, packed, w_scales, ahead, lines};
-    for (int64_t r = 0; r < rows; r += strip_rows) {
-      const int64_t strip = std::min<int64_t>(strip_rows, rows - r);
-      strips[strip - 1](depth, x + r * int16_stride(size), scale + r, scores + r * panel_features);
+  const int64_t depth = int16_depth(size);
+  for (int64_t r = 0; r < rows; r += strip_rows)
+    for (int64_t begin = 0; begin < size; begin += depth) {
+      const Int16Part part = {begin, std::min(begin + depth, size), size, packed, w_scales, ahead, lines};
+      strips[std::min<int64_t>(strip_rows, rows - r) - 1](part, x + r * int16_stride(size), scale + r,
+                                                          scores + r * panel_features);
     }
-  }
 }
 
 int64_t candidates(const float* scores, const Gate& gate, const float* residual, int64_t count, Margin margin, float bound,
@@ -284,6 +328,9 @@ int64_t candidates(const float* scores, const Gate& gate, const float* residual,
 void use_avx512vnni(CpuKernels& kernels) {
   kernels.name = "avx512vnni";
   kernels.fast_int16 = true;
+  kernels.dot[0] = dot<F32>;
+  kernels.dot[1] = dot<BF16>;
+  kernels.dot[2] = dot<F16>;
   kernels.candidates = candidates;
   kernels.quantise_row = quantise_row;
   kernels.quantise_panel = quantise_panel;

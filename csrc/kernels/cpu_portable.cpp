@@ -69,39 +69,41 @@ void widen(const void* weights, float* out, int64_t size) {
 }
 
 void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
-                 const float* low, float* tile, uint64_t* masks, Ahead&) {
-  const auto* panel_scales = reinterpret_cast<const float*>(panel + panel_features * layout.inputs());
-  std::fill(tile, tile + count * panel_features, 0.0f);
-  for (int64_t g = 0; g <= layout.groups; ++g) {
-    const int64_t begin = g * layout.depth, depth = g < layout.groups ? layout.depth : layout.margin_depth;
-    for (int64_t r = 0; r < count * planes; ++r) {
-      const int8_t* row = rows + r * layout.row_bytes();
-      const auto* scales = reinterpret_cast<const float*>(row + layout.inputs());
-      const auto* starts = reinterpret_cast<const int32_t*>(scales + layout.groups + 1);
+                 const float* low, uint64_t* masks, Ahead&) {
+  const auto& features = *reinterpret_cast<const Int8Features*>(panel + panel_features * layout.inputs);
+  for (int64_t r = 0; r < count; ++r) {
+    float upper[panel_features] = {};
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      const int8_t* row = rows + (r * planes + plane) * layout.row_bytes();
+      const auto& terms = *reinterpret_cast<const Int8Row*>(row + layout.inputs);
       int32_t sums[panel_features];
-      std::fill(sums, sums + panel_features, starts[g]);
-      for (int64_t i = begin; i < begin + depth; i += 4) {
+      std::fill(sums, sums + panel_features, terms.start);
+      for (int64_t i = 0; i < layout.inputs; i += 4) {
         const uint8_t* four = panel + in_panel(i);
         for (int64_t f = 0; f < panel_features; ++f)
           for (int j = 0; j < 4; ++j) sums[f] += int32_t{four[4 * f + j]} * row[i + j];
       }
-      float* score = tile + r / planes * panel_features;
-      for (int64_t f = 0; f < panel_features; ++f)
-        score[f] += static_cast<float>(sums[f]) * (panel_scales[g * panel_features + f] * scales[g]);
+      for (int64_t f = 0; f < panel_features; ++f) upper[f] += static_cast<float>(sums[f]) * (terms.scale * features.scale[f]);
     }
-  }
-  for (int64_t r = 0; r < count; ++r) {
+    const auto& terms = *reinterpret_cast<const Int8Row*>(rows + r * planes * layout.row_bytes() + layout.inputs);
     masks[r] = 0;
-    for (int64_t f = 0; f < panel_features; ++f) masks[r] |= uint64_t{!(tile[r * panel_features + f] < low[f])} << f;
+    for (int64_t f = 0; f < panel_features; ++f) {
+      upper[f] += terms.residual * features.norm[f];
+      upper[f] += terms.norm * features.residual[f];
+      masks[r] |= uint64_t{!(upper[f] < low[f])} << f;
+    }
   }
 }
 
-void dot_int16(const int16_t* const* rows, int64_t count, const int16_t* w, int64_t size, int32_t* sums) {
+void dot_int16(const int16_t* const* rows, int64_t count, const int16_t* w, int64_t size, int64_t* sums) {
+  const int64_t depth = int16_depth(size);
   for (int64_t r = 0; r < count; ++r) {
-    const int16_t* x = rows[r];
-    int32_t sum = 0;
-    for (int64_t i = 0; i < size; ++i) sum += int32_t{x[i]} * w[i];
-    sums[r] = sum;
+    sums[r] = 0;
+    for (int64_t begin = 0; begin < size; begin += depth) {
+      int32_t sum = 0;
+      for (int64_t i = begin; i < std::min(begin + depth, size); ++i) sum += int32_t{rows[r][i]} * w[i];
+      sums[r] += sum;
+    }
   }
 }
 
@@ -111,7 +113,7 @@ void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, cons
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t f = 0; f < count; ++f) {
       const int16_t* row = x + r * stride;
-      int32_t sum;
+      int64_t sum;
       dot_int16(&row, 1, w + f * stride, size, &sum);
       scores[r * panel_features + f] = static_cast<float>(sum) * (scale[r].scale * w_scale[f]);
     }

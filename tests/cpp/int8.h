@@ -8,7 +8,9 @@
 
 namespace int8 {
 
+using sparse_transcoder::kernels::Int8Features;
 using sparse_transcoder::kernels::Int8Layout;
+using sparse_transcoder::kernels::Int8Row;
 using sparse_transcoder::kernels::panel_features;
 
 template <typename T>
@@ -18,31 +20,25 @@ T read(const void* from, int64_t i) {
   return value;
 }
 
-// `values` approximate a vector's inputs; the product of a row's and a feature's `margin` bounds what that changes.
+// `values` approximate a rotated vector's inputs: products of two such vectors are products of the vectors themselves. That of a
+// row's and a feature's `margin` bounds how far they are off.
 struct Vector {
   std::vector<double> values, margin;
 };
 
 inline Vector read_row(const Int8Layout& layout, const int8_t* row, int64_t planes) {
-  Vector out = {std::vector<double>(layout.size), std::vector<double>(2 * layout.groups)};
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    const int8_t* q = row + plane * layout.row_bytes();
-    const void* scales = q + layout.inputs();
-    for (int64_t i = 0; i < layout.size; ++i) out.values[i] += double{read<float>(scales, i / layout.depth)} * q[i];
-    for (size_t i = 0; plane == 0 && i < out.margin.size(); ++i)
-      out.margin[i] = double{read<float>(scales, layout.groups)} * q[layout.groups * layout.depth + i];
-  }
+  const auto terms = [&](int64_t plane) { return read<Int8Row>(row + plane * layout.row_bytes() + layout.inputs, 0); };
+  Vector out = {std::vector<double>(layout.inputs), {terms(0).residual, terms(0).norm}};
+  for (int64_t plane = 0; plane < planes; ++plane)
+    for (int64_t i = 0; i < layout.inputs; ++i) out.values[i] += double{terms(plane).scale} * row[plane * layout.row_bytes() + i];
   return out;
 }
 
 inline Vector read_feature(const Int8Layout& layout, const uint8_t* panel, int64_t feature) {
-  Vector out = {std::vector<double>(layout.size), std::vector<double>(2 * layout.groups)};
-  const void* scales = panel + panel_features * layout.inputs();
-  const auto scale = [&](int64_t group) { return double{read<float>(scales, group * panel_features + feature)}; };
-  const auto at = [&](int64_t i) { return panel[i / 4 * 4 * panel_features + 4 * feature + i % 4]; };
-  for (int64_t i = 0; i < layout.size; ++i) out.values[i] = scale(i / layout.depth) * (at(i) - 128);
-  for (size_t i = 0; i < out.margin.size(); ++i)
-    out.margin[i] = scale(layout.groups) * at(layout.groups * layout.depth + static_cast<int64_t>(i));
+  const auto terms = read<Int8Features>(panel + panel_features * layout.inputs, 0);
+  Vector out = {std::vector<double>(layout.inputs), {terms.norm[feature], terms.residual[feature]}};
+  for (int64_t i = 0; i < layout.inputs; ++i)
+    out.values[i] = double{terms.scale[feature]} * (panel[i / 4 * 4 * panel_features + 4 * feature + i % 4] - 128);
   return out;
 }
 

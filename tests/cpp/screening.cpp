@@ -85,10 +85,10 @@ std::vector<float> make(const Kind& kind, int64_t rows, int64_t size) {
 struct Int8Rows {
   Int8Rows(const CpuKernels& kernel, const Int8Layout& layout, const std::vector<float>& x, int64_t planes)
       : stride(planes * layout.row_bytes()), bytes(x.size() / layout.size * stride + 1, 77) {
-    std::vector<double> bounds(2 * layout.groups + 1, -5);
+    std::vector<float> rotated(layout.inputs + 1, -5);
     for (int64_t r = 0; r < static_cast<int64_t>(x.size()) / layout.size; ++r)
-      kernel.quantise_row(layout, x.data() + r * layout.size, planes, row(r), bounds.data());
-    EXPECT(bytes.back() == 77 && bounds.back() == -5);
+      kernel.quantise_row(layout, x.data() + r * layout.size, planes, row(r), rotated.data());
+    EXPECT(bytes.back() == 77 && rotated.back() == -5);
   }
   int8_t* row(int64_t r) { return bytes.data() + r * stride; }
 
@@ -98,21 +98,19 @@ struct Int8Rows {
 
 std::vector<uint8_t> int8_panel(const CpuKernels& kernel, const Int8Layout& layout, const std::vector<float>& w) {
   std::vector<uint8_t> panel(layout.panel_bytes() + 1, 77);
-  std::vector<double> bounds(2 * layout.groups + 1, -5);
-  kernel.quantise_panel(layout, w.data(), static_cast<int64_t>(w.size()) / layout.size, panel.data(), bounds.data());
-  EXPECT(panel.back() == 77 && bounds.back() == -5);
+  kernel.quantise_panel(layout, w.data(), static_cast<int64_t>(w.size()) / layout.size, panel.data());
+  EXPECT(panel.back() == 77);
   return panel;
 }
 
 // Masks of rows [first, first + count); every place that nothing may be written to is looked at.
 std::vector<uint64_t> screen(const CpuKernels& kernel, const Int8Layout& layout, Int8Rows& rows, int64_t first, int64_t count,
                              int64_t planes, const std::vector<uint8_t>& panel, const std::vector<float>& low) {
-  std::vector<float> tile(count * panel_features + 1, 12345);
   std::vector<uint64_t> masks(count + 1, 67890);
   Ahead ahead;
   ahead.add(panel.data(), layout.panel_bytes());
-  kernel.screen_int8(layout, rows.row(first), count, planes, panel.data(), low.data(), tile.data(), masks.data(), ahead);
-  EXPECT(tile.back() == 12345 && masks.back() == 67890);
+  kernel.screen_int8(layout, rows.row(first), count, planes, panel.data(), low.data(), masks.data(), ahead);
+  EXPECT_EQUAL(masks.back(), 67890u);
   masks.pop_back();
   return masks;
 }
@@ -126,10 +124,12 @@ std::string at(const CpuKernels& kernel, const Kind& x, const Kind& w, int64_t s
 TEST(screening_layouts_hold_their_inputs) {
   for (int64_t size = 1; size <= 40000; size += 1 + size / 300) {
     const Int8Layout layout(size);
-    EXPECT(layout.depth % 4 == 0 && layout.depth <= Int8Layout::most_depth && layout.groups * layout.depth >= size);
-    EXPECT(layout.margin_depth % 4 == 0 && layout.margin_depth >= 2 * layout.groups);
-    EXPECT(layout.row_bytes() % 64 == 0 && layout.row_bytes() >= layout.inputs() + 8 * (layout.groups + 1));
-    EXPECT(layout.panel_bytes() >= panel_features * (layout.inputs() + 4 * (layout.groups + 1)));
+    EXPECT(layout.inputs >= size && layout.inputs < size + 64 && layout.inputs % 64 == 0);
+    EXPECT(layout.mixed >= 64 && layout.inputs % layout.mixed == 0 && (layout.mixed & (layout.mixed - 1)) == 0);
+    EXPECT(layout.row_bytes() % 128 == 64 && layout.row_bytes() >= layout.inputs + static_cast<int64_t>(sizeof(Int8Row)));
+    EXPECT(layout.row_bytes() < layout.inputs + static_cast<int64_t>(sizeof(Int8Row)) + 192);
+    EXPECT_EQUAL(layout.panel_bytes(), panel_features * layout.inputs + static_cast<int64_t>(sizeof(Int8Features)));
+    EXPECT(int16_depth(size) % 128 == 0 && int16_depth(size) <= 640 && (size > 640 || int16_depth(size) >= size));
     EXPECT(int16_stride(size) >= size && int16_stride(size) % 32 == 0 && int16_stride(size) <= size + 96);
   }
 }
@@ -144,31 +144,24 @@ TEST(screening_int8_sums_are_exact) {
         Int8Rows rows(*runnable_cpu_kernels().front(), layout, std::vector<float>(count * size), planes);
         std::vector<uint8_t> panel(layout.panel_bytes());
         std::vector<int64_t> sums(count * panel_features);
-        const float one = 1;
-        auto* panel_scales = reinterpret_cast<char*>(panel.data() + panel_features * layout.inputs());
-        for (int64_t i = 0; i < (layout.groups + 1) * panel_features; ++i) std::memcpy(panel_scales + 4 * i, &one, 4);
-        for (int64_t i = 0; i < panel_features * layout.inputs(); ++i)
-          panel[i] = static_cast<uint8_t>(extreme ? between(0, 1) * 254 + 1 : between(1, 255));
+        Int8Features features = {};
+        std::fill_n(features.scale, panel_features, 1.0f);
+        std::memcpy(panel.data() + panel_features * layout.inputs, &features, sizeof(features));
+        for (int64_t i = 0; i < panel_features * layout.inputs; ++i) {
+          const int64_t feature = i / 4 % panel_features;
+          panel[i] = static_cast<uint8_t>(!extreme || feature % 3 == 0 ? between(1, 255) : feature % 3 == 1 ? 1 : 255);
+        }
         for (int64_t r = 0; r < count * planes; ++r) {
           int8_t* row = rows.bytes.data() + r * layout.row_bytes();
-          const bool with_margin = r % planes == 0;
-          for (int64_t g = 0; g <= layout.groups; ++g) {
-            const int64_t depth = g < layout.groups ? layout.depth : with_margin ? layout.margin_depth : 0;
-            // One group of a single plane is as extreme as can be.
-            const bool all = extreme && planes == 1 && g == r % layout.groups;
-            int32_t start = 0;
-            for (int64_t i = g * layout.depth; i < g * layout.depth + depth; ++i) {
-              row[i] = static_cast<int8_t>(all ? 127 : g == layout.groups ? between(0, 127) : between(-127, 127));
-              if (g < layout.groups) start -= 128 * row[i];
-              for (int64_t f = 0; f < panel_features; ++f) {
-                const int32_t byte = panel[i / 4 * 4 * panel_features + 4 * f + i % 4];
-                sums[r / planes * panel_features + f] += row[i] * (g < layout.groups ? byte - 128 : byte);
-              }
-            }
-            char* after = reinterpret_cast<char*>(row + layout.inputs());
-            if (depth > 0) std::memcpy(after + 4 * g, &one, 4);
-            std::memcpy(after + 4 * (layout.groups + 1 + g), &start, 4);
+          Int8Row terms = {1, 0, 0, 0};
+          for (int64_t i = 0; i < layout.inputs; ++i) {
+            // Some rows are as extreme as can be.
+            row[i] = static_cast<int8_t>(!extreme || r % 2 == 0 ? between(-127, 127) : i < 1000 / planes ? 127 : 0);
+            terms.start -= 128 * row[i];
+            for (int64_t f = 0; f < panel_features; ++f)
+              sums[r / planes * panel_features + f] += row[i] * (panel[i / 4 * 4 * panel_features + 4 * f + i % 4] - 128);
           }
+          std::memcpy(row + layout.inputs, &terms, sizeof(terms));
         }
         for (const int64_t sum : sums) EXPECT(std::abs(sum) < 1 << 24);
         for (const CpuKernels* kernel : runnable_cpu_kernels())
@@ -211,7 +204,7 @@ TEST(screening_int8_is_an_upper_bound) {
                 long double margin = 0, magnitude = 0;
                 for (size_t i = 0; i < row.margin.size(); ++i)
                   margin += static_cast<long double>(row.margin[i]) * features[f].margin[i];
-                for (int64_t i = 0; i < size; ++i)
+                for (int64_t i = 0; i < layout.inputs; ++i)
                   magnitude += std::fabs(static_cast<long double>(row.values[i]) * features[f].values[i]);
                 const long double error = std::fabs(dot_of(row.values, features[f].values) - value);
                 if (!(error <= margin + underflow(size))) check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
@@ -251,8 +244,8 @@ TEST(screening_int8_margin_is_near_its_theory) {
             const int8::Vector row = int8::read_row(layout, packed.row(r), planes),
                                feature = int8::read_feature(layout, panel.data(), f);
             const long double margin = dot_of(row.margin, feature.margin);
-            // Gaussian groups of n inputs: largest about sqrt(2 ln n), so a step of that / 127, whose twelfth is the variance.
-            const long double step = std::sqrt(2 * std::log(std::min<long double>(size, 256))) / 127 / std::sqrt(12.0L);
+            // n Gaussian inputs: largest about sqrt(2 ln n), so a step of that / 127, whose twelfth is the variance.
+            const long double step = std::sqrt(2 * std::log(static_cast<long double>(size))) / 127 / std::sqrt(12.0L);
             EXPECT(margin < 3.2L * step * norm(x.data() + r * size, size) * norm(w.data() + f * size, size));
             total += margin;
           }
@@ -301,10 +294,10 @@ struct Int16Rows {
 };
 
 // x . w, computed after `beside` products of another row.
-int32_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, int64_t size, int64_t beside) {
+int64_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, int64_t size, int64_t beside) {
   const int16_t* rows[dot_rows] = {w, w, w, w};
   rows[beside] = x;
-  int32_t sums[dot_rows];
+  int64_t sums[dot_rows];
   kernel.dot_int16(rows, beside + 1, w, size, sums);
   return sums[beside];
 }
@@ -321,13 +314,14 @@ TEST(screening_int16_of_one_row) {
         long double squares = 0, off = 0, quantised = 0;
         for (int64_t i = 0; i < size; ++i) {
           EXPECT(rows.q[i] >= -32767);
+          if (i % int16_depth(size) == 0) squares = 0;
           squares += static_cast<long double>(rows.q[i]) * rows.q[i];
           const long double value = static_cast<long double>(scale.scale) * rows.q[i];
           off += (x[i] - value) * (x[i] - value);
           quantised += value * value;
+          EXPECT(squares <= 2147483647.0L);  // so no product with another such row's part leaves int32
         }
         for (int64_t i = size; i < rows.stride; ++i) EXPECT_EQUAL(rows.q[i], 0);
-        EXPECT(squares <= 2147483647.0L);  // so no product with another such row leaves int32
         EXPECT(std::sqrt(off) <= scale.residual && std::sqrt(quantised) <= scale.norm);
         const long double length = norm(x.data(), size);
         if (length > 1e-25L && length < 1e30L) {  // and none is larger than it need be
@@ -360,15 +354,16 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
               for (int64_t i = 0; i < size; ++i) {
                 const int64_t term = int64_t{x_rows.row(r)[i]} * w_rows.row(f)[i];
                 sum += term;
-                magnitude += std::abs(term);
+                magnitude = (i % int16_depth(size) == 0 ? 0 : magnitude) + std::abs(term);
+                EXPECT(magnitude <= 2147483647);  // a part's sums in any order stay within int32
               }
-              EXPECT(magnitude <= 2147483647);  // partial sums in any order stay within int32
               EXPECT_EQUAL(dot_int16(*kernel, x_rows.row(r), w_rows.row(f), size, r % dot_rows), sum);
               const Int16Scale &a = x_rows.scale[r], &b = w_rows.scale[f];
               const float score = scores[r * panel_features + f];
               const long double scaled = static_cast<long double>(a.scale) * b.scale * sum;
-              // As the layer adds it to the weights' residual: three roundings of a product of norms.
-              const long double rounding = static_cast<long double>(a.norm) * b.norm * 0x1p-21L;
+              // As the layer adds it to the weights' residual: roundings of a product of norms.
+              const long double rounding =
+                  static_cast<long double>(a.norm) * b.norm * (8 + 2 * (size / int16_depth(size))) * 0x1p-24L;
               if (!(std::fabs(score - scaled) <= rounding + underflow(size)))
                 check::fail(__FILE__, __LINE__, "rounding: " + at(*kernel, x_kind, w_kind, size));
               const long double exact = dot(x.data() + r * size, w.data() + f * size, size);
@@ -387,9 +382,13 @@ TEST(screening_int16_at_the_end_of_int32) {
       for (const CpuKernels* kernel : runnable_cpu_kernels()) {
         std::vector<float> x = make(kind, 1, size);
         Int16Rows rows(*kernel, x, size);
-        int64_t sum = 0;
-        for (int64_t i = 0; i < size; ++i) sum += int64_t{rows.q[i]} * rows.q[i];
-        EXPECT(sum <= 2147483647);
+        int64_t sum = 0, part = 0;
+        for (int64_t i = 0; i < size; ++i) {
+          if (i % int16_depth(size) == 0) part = 0;
+          part += int64_t{rows.q[i]} * rows.q[i];
+          EXPECT(part <= 2147483647);
+          sum += int64_t{rows.q[i]} * rows.q[i];
+        }
         for (int64_t beside = 0; beside < dot_rows; ++beside)
           EXPECT_EQUAL(dot_int16(*kernel, rows.row(0), rows.row(0), size, beside), sum);
         for (float& value : x) value = -value;

@@ -37,37 +37,70 @@ at::Tensor decades(int64_t count, double low, double high) {
   return at::pow(10.0, at::rand({count, 1}, at::kDouble) * (high - low) + low);
 }
 
-// As near the middle between two multiples of the int16 scale as can be, on the side that `side` says.
-at::Tensor at_halves_of_int16(at::Tensor x, const at::Tensor& side) {
-  std::vector<int16_t> q(int16_stride(x.size(1)));
-  for (int turn = 0; turn < 3; ++turn) {
-    const at::Tensor narrow = x.to(at::kFloat).contiguous();
-    at::Tensor scale = at::empty({x.size(0), 1}, at::kDouble);
-    for (int64_t i = 0; i < x.size(0); ++i)
-      scale[i][0] = runnable_cpu_kernels()
-                        .front()
-                        ->quantise_int16(narrow.const_data_ptr<float>() + i * x.size(1), x.size(1), q.data())
-                        .scale;
-    x = (at::round(x / scale) + 0.495 * side) * scale;
+// As near the middle between two multiples of the int16 scale as can be, on the side that `side` says. What that does to the
+// scale is made up for by one input of the part that decides it.
+at::Tensor at_halves_of_int16(const at::Tensor& start, const at::Tensor& side) {
+  const int64_t H = start.size(1);
+  at::Tensor x = start.contiguous().clone();
+  std::vector<int16_t> q(int16_stride(H));
+  for (int64_t i = 0; i < x.size(0); ++i) {
+    at::Tensor row = x[i];
+    const auto scale = [&] {
+      const at::Tensor narrow = row.to(at::kFloat);
+      return double{runnable_cpu_kernels().front()->quantise_int16(narrow.const_data_ptr<float>(), H, q.data()).scale};
+    };
+    const double wanted = scale();
+    row.copy_((at::round(row / wanted) + 0.495 * side[i]) * wanted);
+    for (int turn = 0; turn < 4; ++turn) {
+      const double change = std::pow(wanted / scale(), 2) - 1;
+      at::Tensor part;
+      for (const at::Tensor& other : row.split(int16_depth(H)))
+        if (!part.defined() || other.norm().item<double>() > part.norm().item<double>()) part = other;
+      const double square = std::pow(part[0].item<double>(), 2) + change * std::pow(part.norm().item<double>(), 2);
+      if (square > 0) part[0].fill_(part[0].sign().item<double>() * std::sqrt(square));
+    }
   }
   return x;
 }
 
-// All of one size but the largest of each int8 group, and half a step beside, on the side that `side` says.
-at::Tensor at_halves_of_int8(int64_t count, const at::Tensor& signs, const at::Tensor& side) {
-  const Int8Layout layout(signs.numel());
-  at::Tensor x = at::floor(at::rand({count, 1}, at::kDouble) * 125 + 1) * signs + 0.4999 * side;
-  for (int64_t i = 0; i < layout.size; i += layout.depth) x.select(1, i).fill_(127);
-  return x * decades(count, -3, 3);
+// Rows as the int8 screen rotates them, and back.
+at::Tensor transformed(const Int8Layout& layout, at::Tensor x) {
+  const int64_t count = x.size(0);
+  for (int64_t half = layout.inputs / layout.mixed; half < layout.inputs; half *= 2) {
+    const at::Tensor pairs = x.reshape({count, -1, 2, half}), a = pairs.select(2, 0), b = pairs.select(2, 1);
+    x = at::stack({a + b, a - b}, 2).reshape({count, layout.inputs});
+  }
+  return x;
+}
+at::Tensor signs_of(const Int8Layout& layout) {
+  at::Tensor signs = at::ones({layout.inputs}, at::kDouble);
+  for (uint32_t i = 0; i < layout.size; ++i) {
+    const uint32_t bits = i * 0x9e3779b1u;
+    if ((bits ^ bits >> 15) * 0x85ebca77u >> 31) signs[i].neg_();
+  }
+  return signs;
+}
+at::Tensor rotated(const Int8Layout& layout, const at::Tensor& x) {
+  return transformed(layout, at::constant_pad_nd(x, {0, layout.inputs - layout.size}) * signs_of(layout));
+}
+at::Tensor rotated_back(const Int8Layout& layout, const at::Tensor& y) {
+  const at::Tensor x = transformed(layout, y) * signs_of(layout) / static_cast<double>(layout.mixed);
+  return x.narrow(1, 0, layout.size).contiguous();
+}
+
+// Rotated, all of one size but the largest, and half a step beside, on the side that `side` says.
+at::Tensor at_halves_of_int8(const Int8Layout& layout, int64_t count, const at::Tensor& signs, const at::Tensor& side) {
+  at::Tensor y = at::floor(at::rand({count, 1}, at::kDouble) * 125 + 1) * signs + 0.4999 * side;
+  y.select(1, 0).fill_(127);
+  return rotated_back(layout, y * decades(count, -3, 3));
 }
 
 // What a second plane leaves, too, is half a step.
-at::Tensor at_halves_of_second_plane(int64_t count, const at::Tensor& signs, const at::Tensor& side) {
-  const Int8Layout layout(signs.numel());
+at::Tensor at_halves_of_second_plane(const Int8Layout& layout, int64_t count, const at::Tensor& signs, const at::Tensor& side) {
   const at::Tensor second = at::floor(at::rand({count, 1}, at::kDouble) * 120) + 0.499;
-  at::Tensor x = at::floor(at::rand({count, 1}, at::kDouble) * 100 + 1) * signs + second / 254 * side;
-  for (int64_t i = 0; i < layout.size; i += layout.depth) x.select(1, i).fill_(127);
-  return x;
+  at::Tensor y = at::floor(at::rand({count, 1}, at::kDouble) * 100 + 1) * signs + second / 254 * side;
+  y.select(1, 0).fill_(127);
+  return rotated_back(layout, y);
 }
 
 struct Block {
@@ -80,7 +113,8 @@ Block make_block(int64_t number) {
   const std::string x_kind = row_kinds[number % std::size(row_kinds)];
   const std::string w_kind = weight_kinds[number / 3 % std::size(weight_kinds)];
   const int64_t H = w_kind == "real" ? 576 : block_sizes[number / 2 % std::size(block_sizes)];
-  const at::Tensor a = sign({H}).to(at::kDouble);
+  const Int8Layout layout(H);
+  const at::Tensor a = sign({H}).to(at::kDouble), a8 = sign({layout.inputs}).to(at::kDouble);
   at::Tensor b = sign({H}).to(at::kDouble), w, x, decoder;
   const auto normal = [&](int64_t count) { return at::randn({count, H}, at::kDouble); };
   if (w_kind == "heavy tails") {
@@ -94,7 +128,7 @@ Block make_block(int64_t number) {
     w = layer.W_enc.narrow(0, first, feature_count).to(at::kDouble);
     decoder = layer.W_dec.to(at::kDouble).t();
   } else if (w_kind == "worst for int8") {
-    w = at_halves_of_int8(feature_count, b, a);
+    w = at_halves_of_int8(layout, feature_count, sign({layout.inputs}), a8);
   } else if (w_kind == "worst for int16") {
     w = at_halves_of_int16(b * decades(feature_count, -2, 2), a.expand({feature_count, H}));
   } else if (w_kind == "signs") {  // int8 holds them without error: what is left is the rows'
@@ -108,6 +142,7 @@ Block make_block(int64_t number) {
   const at::Tensor stored = w.to(types[type]).contiguous();
   w = stored.to(at::kDouble);
   b = at::where(w[0] < 0, -1.0, 1.0).to(at::kDouble);
+  const at::Tensor b8 = at::where(rotated(layout, w.narrow(0, 0, 1))[0] < 0, -1.0, 1.0).to(at::kDouble);
 
   if (x_kind == "planted") {
     const at::Tensor from = decoder.defined() ? decoder : w;
@@ -124,9 +159,9 @@ Block make_block(int64_t number) {
   } else if (x_kind == "sparse") {
     x = at::where(at::rand({row_count, H}) < 0.02, normal(row_count), 0);
   } else if (x_kind == "worst for int8") {
-    x = at_halves_of_int8(row_count, a, b);
+    x = at_halves_of_int8(layout, row_count, a8, b8);
   } else if (x_kind == "worst for two planes") {
-    x = at_halves_of_second_plane(row_count, a, b);
+    x = at_halves_of_second_plane(layout, row_count, a8, b8);
   } else if (x_kind == "worst for int16") {
     x = at_halves_of_int16(a * decades(row_count, -2, 2), b.expand({row_count, H}));
   } else {
@@ -170,10 +205,9 @@ void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor
   std::vector<uint8_t> panel(panels * layout.panel_bytes());
   std::vector<int8::Vector> features(feature_count), rows(row_count);
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> bounds(2 * layout.groups);
     for (int64_t p = begin; p < end; ++p) {
       uint8_t* at = panel.data() + p * layout.panel_bytes();
-      kernel.quantise_panel(layout, w.const_data_ptr<float>() + p * panel_features * H, panel_features, at, bounds.data());
+      kernel.quantise_panel(layout, w.const_data_ptr<float>() + p * panel_features * H, panel_features, at);
       for (int64_t f = 0; f < panel_features; ++f) features[p * panel_features + f] = int8::read_feature(layout, at, f);
     }
   });
@@ -186,9 +220,9 @@ void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor
   for (int64_t planes = 1; planes <= 2; ++planes) {
     const int64_t bytes = planes * layout.row_bytes();
     std::vector<int8_t> packed(row_count * bytes);
-    std::vector<double> bounds(2 * layout.groups);
+    std::vector<float> scratch(layout.inputs);
     for (int64_t r = 0; r < row_count; ++r) {
-      kernel.quantise_row(layout, x.const_data_ptr<float>() + r * H, planes, packed.data() + r * bytes, bounds.data());
+      kernel.quantise_row(layout, x.const_data_ptr<float>() + r * H, planes, packed.data() + r * bytes, scratch.data());
       rows[r] = int8::read_row(layout, packed.data() + r * bytes, planes);
     }
     stages[planes == 1 ? "int8" : "int8, two planes"].add(wide(rows, &int8::Vector::values).matmul(values) - exact,
@@ -196,12 +230,11 @@ void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor
     std::atomic<int64_t> lost{0};
     at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       Ahead ahead;
-      float tile[panel_features];
       for (int64_t p = begin; p < end; ++p)
         for (int64_t r = 0; r < row_count; ++r) {
           uint64_t mask = 0;
           kernel.screen_int8(layout, packed.data() + r * bytes, 1, planes, panel.data() + p * layout.panel_bytes(),
-                             low.const_data_ptr<float>() + r * feature_count + p * panel_features, tile, &mask, ahead);
+                             low.const_data_ptr<float>() + r * feature_count + p * panel_features, &mask, ahead);
           lost += __builtin_popcountll(~mask);
         }
     });
@@ -237,7 +270,8 @@ void measure_int16(const CpuKernels& kernel, const Block& block, const at::Tenso
                            scores.data_ptr<float>() + p * row_count * panel_features, ahead);
   });
   // As layers and rows combine them.
-  const at::Tensor margin = x_all[1].unsqueeze(1) * w_norm + x_all[2].unsqueeze(1) * (w_all[1] + w_all[2] * 0x1p-21);
+  const at::Tensor margin =
+      x_all[1].unsqueeze(1) * w_norm + x_all[2].unsqueeze(1) * (w_all[1] + w_all[2] * ((8 + 2 * (H / int16_depth(H))) * 0x1p-24));
   stages["int16"].add(scores.transpose(0, 1).reshape({row_count, feature_count}).to(at::kDouble) - exact, margin, block);
 }
 
