@@ -175,13 +175,15 @@ class Scan {
       const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
       look_ahead(rows, row + rows == job_.rows && first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
       kernel_.screen_int8(layout_, int8_row(w_, job_, row), rows, job_.choice.planes, panel, gate_.low + first, masks_, ahead_);
-      int64_t survivors = 0;
       for (int64_t r = 0; r < rows; ++r) {
         const RowMargin& margin = margin_[row + r];
-        masks_[r] = is_finite(margin) ? is_screened(margin) ? masks_[r] & all : all : 0;
-        survivors += __builtin_popcountll(masks_[r]);
+        for (uint64_t mask = is_screened(margin) ? masks_[r] & all : is_finite(margin) ? all : 0; mask != 0; mask &= mask - 1) {
+          const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
+          spare_.push({static_cast<int32_t>(row + r), feature << 1 | 1});
+        }
       }
-      if (survivors > job_.choice.dense_share * static_cast<double>(rows * count)) {
+      if (spare_.size > job_.choice.dense_share * static_cast<double>(rows * count)) {
+        spare_.size = 0;
         watch_.add_to(screen_phase);
         settle();
         screen_densely(first, count, row, rows);
@@ -189,12 +191,7 @@ class Scan {
         continue;
       }
       tally_.pairs[static_cast<int>(Arithmetic::int8)] += rows * count;
-      tally_.survivors += survivors;
-      for (int64_t r = 0; r < rows; ++r)
-        for (uint64_t mask = masks_[r]; mask != 0; mask &= mask - 1) {
-          const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
-          spare_.push({static_cast<int32_t>(row + r), feature << 1 | 1});
-        }
+      tally_.survivors += spare_.size;
       watch_.add_to(screen_phase);
       advance(first, count);
     }

@@ -60,6 +60,7 @@ def ordinary():
         (17, 576, 129, 20),
         (64, 513, 333, 33),
         (200, 77, 1030, 20),
+        (3, 65537, 5, 3),  # too long for int8
     ]
     kinds = ("relu", "jumprelu", "topk")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -444,6 +445,13 @@ def test_bytes_of_the_copies(hidden_size, features, dtype):
     assert 2 * features * hidden_size <= memory["int16"] <= features * (2 * (hidden_size + 96) + 8)
     assert memory["int8"] == whole * (inputs + 12)
     assert memory["auto"] in (0, memory["int8"], memory["int8"] + memory["int16"])
+
+
+def test_rows_too_long_for_int8():
+    layer = make_layer(3, (1 << 16) + 1)
+    memory = {s: encoder(layer, 2, 1.0, screening=s).memory()["screening_bytes"] for s in SCREENINGS}
+    assert memory["int8"] == 0 and memory["auto"] in (0, memory["int16"])
+    assert encoder(make_layer(3, 1 << 16), 2, 1.0, screening="int8").memory()["screening_bytes"] > 0
 
 
 def test_copies_are_made_alike_on_any_number_of_threads():

@@ -11,7 +11,40 @@
 namespace sparse_transcoder::kernels {
 namespace {  // internal linkage: each instruction set compiles its own
 
-// One strip of rows, of all planes, times a panel. Twelve sums, two weights and an input fill the 16 registers.
+// One strip of rows times some inputs of a panel, added to the sums [rows][64 features]. Twelve sums, two weights and an input
+// fill the 16 registers: gcc keeps them there in a function of its own.
+template <typename Dot, int rows>
+__attribute__((noinline)) void add_part(const int8_t* x, int64_t stride, const uint8_t* w, int64_t steps, __m256i (*sums)[8],
+                                        Ahead& ahead, int64_t lines, bool stream) {
+  for (int64_t first = 0; first < panel_features; first += Dot::features) {
+    __m256i sum[rows][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    const int8_t* inputs = x;
+    const uint8_t* weights = w + 4 * first;
+    for (int64_t step = 0; step < steps; ++step, inputs += 4, weights += 4 * panel_features) {
+      if (first == 0) ahead.fetch(lines);
+      // A stream through memory, which the order of these loops hides from the processor. The next part follows.
+      if (stream && first % 16 == 0) __builtin_prefetch(weights + 4 * panel_features * steps, 0, 2);
+      __m256i wv[2];
+      Dot::load(weights, wv);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        const __m256i xv = Dot::input(inputs + r * stride);
+        Dot::add(sum[r][0], wv[0], xv);
+        Dot::add(sum[r][1], wv[1], xv);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      __m256i totals[Dot::features / 8];
+      Dot::total(sum[r], totals);
+      for (int v = 0; v < Dot::features / 8; ++v) sums[r][first / 8 + v] = _mm256_add_epi32(sums[r][first / 8 + v], totals[v]);
+    }
+  }
+}
+
+// One strip of rows, of all planes, times a panel.
 template <typename Dot, int rows>
 void screen_strip(const Int8Layout& layout, const int8_t* x, int64_t planes, const uint8_t* panel, const float* low,
                   uint64_t* masks, Ahead& ahead, int64_t lines, bool stream) {
@@ -19,45 +52,19 @@ void screen_strip(const Int8Layout& layout, const int8_t* x, int64_t planes, con
   const int64_t stride = layout.row_bytes();
   const auto& features = *reinterpret_cast<const Int8Features*>(panel + panel_features * layout.inputs);
   const auto terms = [&](int r) -> const Int8Row& { return *reinterpret_cast<const Int8Row*>(x + r * stride + layout.inputs); };
-  __m256i totals[rows][panel_features / 8];
+  __m256i sums[rows][panel_features / 8];
   for (int r = 0; r < rows; ++r)
-    for (__m256i& total : totals[r]) total = _mm256_set1_epi32(terms(r).start);
-  for (int64_t begin = 0; begin < layout.inputs; begin += depth)
-    for (int64_t first = 0; first < panel_features; first += Dot::features) {
-      __m256i sum[rows][2];
-#pragma GCC unroll 6
-      for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-      const int8_t* inputs = x + begin;
-      const uint8_t* weights = panel + panel_features * begin + 4 * first;
-      const int64_t steps = std::min(depth, layout.inputs - begin) / 4;
-      for (int64_t step = 0; step < steps; ++step, inputs += 4, weights += 4 * panel_features) {
-        if (first == 0) ahead.fetch(lines);
-        // A stream through memory, which the order of these loops hides from the processor.
-        if (stream && first % 16 == 0) __builtin_prefetch(weights + panel_features * depth, 0, 2);
-        __m256i wv[2];
-        Dot::load(weights, wv);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; ++r) {
-          const __m256i xv = Dot::input(inputs + r * stride);
-          Dot::add(sum[r][0], wv[0], xv);
-          Dot::add(sum[r][1], wv[1], xv);
-        }
-      }
-#pragma GCC unroll 6
-      for (int r = 0; r < rows; ++r) {
-        __m256i products[Dot::features / 8];
-        Dot::total(sum[r], products);
-        for (int v = 0; v < Dot::features / 8; ++v)
-          totals[r][first / 8 + v] = _mm256_add_epi32(totals[r][first / 8 + v], products[v]);
-      }
-    }
+    for (__m256i& sum : sums[r]) sum = _mm256_set1_epi32(terms(r).start);
+  for (int64_t i = 0; i < layout.inputs; i += depth)
+    add_part<Dot, rows>(x + i, stride, panel + panel_features * i, std::min(depth, layout.inputs - i) / 4, sums, ahead, lines,
+                        stream);
   for (int r = 0; r < rows; r += planes) {
     masks[r / planes] = 0;
     for (int v = 0; v < panel_features / 8; ++v) {
       __m256 upper = _mm256_setzero_ps();
       for (int plane = 0; plane < planes; ++plane) {
         const __m256 both = _mm256_mul_ps(_mm256_set1_ps(terms(r + plane).scale), _mm256_loadu_ps(features.scale + 8 * v));
-        upper = _mm256_fmadd_ps(_mm256_cvtepi32_ps(totals[r + plane][v]), both, upper);
+        upper = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r + plane][v]), both, upper);
       }
       upper = _mm256_fmadd_ps(_mm256_set1_ps(terms(r).residual), _mm256_loadu_ps(features.norm + 8 * v), upper);
       upper = _mm256_fmadd_ps(_mm256_set1_ps(terms(r).norm), _mm256_loadu_ps(features.residual + 8 * v), upper);
