@@ -26,7 +26,7 @@ using kernels::TopList;
 
 constexpr int64_t panel_size = 512;       // features of a float32 panel: its weights stay in L3
 constexpr int64_t block_rows = 64;        // rows screened at a time in float32: their scores stay in L2
-constexpr int64_t strip_rows = 256;       // rows screened at a time in int8 and int16: with their scores they stay in L2
+constexpr int64_t job_rows = 256;         // rows screened at a time in int8 and int16: they stay in L2
 constexpr int64_t rows_per_unit = 16;     // of prepare and finish
 constexpr int64_t list_bytes = 32 << 20;  // rows in flight are cut so that their lists need no more
 
@@ -86,7 +86,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   RowMargin& margin = w.margin[slot];
   margin = {{product, 0}, {product, 0}};
   w.tally[lane].fallback_rows += std::isinf(product);
-  if (job.choice.sparse == Arithmetic::int8 && is_finite(margin))
+  if (job.choice.sparse == Arithmetic::int8)
     kernel.quantise_row(kernels::Int8Layout(layer.hidden_size), x, job.choice.planes, int8_row(w, job, row),
                         w.rotated + lane * w.plan.int8_inputs);
   if (layer.copies.int16.defined()) {
@@ -294,8 +294,9 @@ struct WriteSink {
   }
 };
 
-// Rows [first, first + rows) of the request in parts of nearly one size.
-std::vector<Job> split(const Request& request, int64_t first, int64_t rows, int64_t parts) {
+// Rows [first, first + rows) of the request in jobs of nearly one size.
+std::vector<Job> split(const Request& request, int64_t first, int64_t rows, int64_t most_rows, int64_t least_parts) {
+  const int64_t parts = std::max(least_parts, (rows + most_rows - 1) / most_rows);
   std::vector<Job> jobs;
   for (int64_t i = 0, slot = 0; i < parts; ++i) {
     const int64_t count = (rows - slot) / (parts - i);
@@ -310,12 +311,12 @@ void count_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, int
   Wave wave(jobs, w, workers);
   wave.prepare();
   wave.by_features([&](int64_t lane, const Unit& unit) { Scan(w, unit, lane, CountSink{w, *unit.job, lane}).run(); });
-  const Job& job = jobs.front();
-  for (int64_t row = 0; row < job.rows; ++row) {
-    int64_t active = 0;
-    for (int64_t lane = 0; lane < w.plan.lanes; ++lane) active += list_of(w, job, row, lane).certain;
-    row_begin[1 + job.first_row + row] = is_finite(w.margin[job.slot + row]) ? std::min(active, job.layer().most_active) : 1;
-  }
+  for (const Job& job : jobs)
+    for (int64_t row = 0; row < job.rows; ++row) {
+      int64_t active = 0;
+      for (int64_t lane = 0; lane < w.plan.lanes; ++lane) active += list_of(w, job, row, lane).certain;
+      row_begin[1 + job.first_row + row] = is_finite(w.margin[job.slot + row]) ? std::min(active, job.layer().most_active) : 1;
+    }
 }
 
 // The counts are known: the features and activations are written.
@@ -372,7 +373,7 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
   const int64_t row_bytes = plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(kernels::Bounded));
   plan.rows = std::clamp<int64_t>(list_bytes / std::max<int64_t>(1, row_bytes), 1, options.chunk_size);
   plan.block = std::min(block_rows, plan.rows);
-  plan.strip = std::min(strip_rows, plan.rows);
+  plan.job_rows = std::min(job_rows, plan.rows);
   return plan;
 }
 
@@ -382,7 +383,7 @@ void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace
   int64_t used = 0;
   for (const Request& request : requests) {
     const int64_t rows = request.rows();
-    const int64_t chunks = (rows + slots - 1) / slots;
+    const int64_t chunks = (rows + workspace.plan.job_rows - 1) / workspace.plan.job_rows;
     for (int64_t chunk = 0, first = 0; chunk < chunks; ++chunk) {
       const int64_t count = (rows - first) / (chunks - chunk);
       if (used + count > slots) {
@@ -422,17 +423,18 @@ void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers, E
 
 // Two passes: count, then write, so that nothing is held but the result.
 SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace, Lanes& workers) {
-  const int64_t rows = request.rows(), slots = workspace.plan.rows;
+  const int64_t rows = request.rows(), slots = workspace.plan.rows, job_rows = workspace.plan.job_rows;
   const at::TensorOptions options = request.hidden.options().requires_grad(false);
   SparseFeatures out = {at::zeros({rows + 1}, options.dtype(at::kLong)), {}, {}};
   int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
   for (int64_t first = 0; first < rows; first += slots)
-    count_active(split(request, first, std::min(slots, rows - first), 1), workspace, workers, row_begin);
+    count_active(split(request, first, std::min(slots, rows - first), job_rows, 1), workspace, workers, row_begin);
   std::partial_sum(row_begin, row_begin + rows + 1, row_begin);
   out.features = at::empty({row_begin[rows]}, options.dtype(at::kLong));
   out.activations = at::empty({row_begin[rows]}, options.dtype(at::kFloat));
   for (int64_t first = 0; first < rows; first += slots)
-    write_active(split(request, first, std::min(slots, rows - first), 2 * workspace.plan.lanes), workspace, workers, out);
+    write_active(split(request, first, std::min(slots, rows - first), job_rows, 2 * workspace.plan.lanes), workspace, workers,
+                 out);
   return out;
 }
 

@@ -8,7 +8,8 @@
 
 namespace sparse_transcoder {
 
-// What float32 operations under the normal range, flushed to zero or not, can add up to in a score.
+// What float32 operations under the normal range can add up to in a score: of the CPU's lanes, which do not flush them to zero,
+// and of a device's product, which may.
 inline double underflow(int64_t hidden_size) { return (hidden_size + 128) * 0x1p-125; }
 
 // Where a layer is encoded, and whether its W_enc stays in pinned host memory until it is needed there.

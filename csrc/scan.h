@@ -129,7 +129,7 @@ class Scan {
         exact_(layer_),
         scores_(w.scores + lane * w.plan.scores()),
         candidates_(w.candidates + lane * w.plan.panel),
-        masks_(w.masks + lane * w.plan.strip),
+        masks_(w.masks + lane * w.plan.job_rows),
         packed_(w.packed + lane * kernels::panel_features * w.plan.int16_stride),
         tally_(w.tally[lane]),
         watch_(tally_, w.timed) {
@@ -156,7 +156,7 @@ class Scan {
       if (choice.sparse == Arithmetic::int8 && dense_panels == 0) {
         if (!screen_int8(first, count)) dense_panels = retry;
       } else {
-        screen_densely(first, count, 0, job_.rows);
+        screen_densely(first, count);
         if (dense_panels > 0) --dense_panels;
       }
     }
@@ -164,38 +164,33 @@ class Scan {
   }
 
  private:
-  // False where too many pairs survived int8: those rows have had the dense screen instead. Survivors wait for the next rows to
-  // be refined, and for those after that to be rescored: meanwhile what this reads of their features is on its way from memory.
+  // False where too many pairs survived int8: the rows have had the dense screen instead. Survivors wait for the next panel to be
+  // refined, and for the one after that to be rescored: meanwhile what this reads of their features is on its way from memory.
   bool screen_int8(int64_t first, int64_t count) {
     const auto* panel =
         layer_.copies.int8.template const_data_ptr<uint8_t>() + first / kernels::panel_features * layout_.panel_bytes();
     const uint64_t all = count == kernels::panel_features ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    bool few = true;
-    for (int64_t row = 0; row < job_.rows; row += w_.plan.strip) {
-      const int64_t rows = std::min(w_.plan.strip, job_.rows - row);
-      look_ahead(rows, row + rows == job_.rows && first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
-      kernel_.screen_int8(layout_, int8_row(w_, job_, row), rows, job_.choice.planes, panel, gate_.low + first, masks_, ahead_);
-      for (int64_t r = 0; r < rows; ++r) {
-        const RowMargin& margin = margin_[row + r];
-        for (uint64_t mask = is_screened(margin) ? masks_[r] & all : is_finite(margin) ? all : 0; mask != 0; mask &= mask - 1) {
-          const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
-          spare_.push({static_cast<int32_t>(row + r), feature << 1 | 1});
-        }
+    const int64_t rows = job_.rows;
+    look_ahead(first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
+    kernel_.screen_int8(layout_, int8_row(w_, job_, 0), rows, job_.choice.planes, panel, gate_.low + first, masks_, ahead_);
+    for (int64_t row = 0; row < rows; ++row) {
+      const RowMargin& margin = margin_[row];
+      for (uint64_t mask = is_screened(margin) ? masks_[row] & all : is_finite(margin) ? all : 0; mask != 0; mask &= mask - 1) {
+        const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
+        spare_.push({static_cast<int32_t>(row), feature << 1 | 1});
       }
-      if (spare_.size > job_.choice.dense_share * static_cast<double>(rows * count)) {
-        spare_.size = 0;
-        watch_.add_to(screen_phase);
-        settle();
-        screen_densely(first, count, row, rows);
-        few = false;
-        continue;
-      }
-      tally_.pairs[static_cast<int>(Arithmetic::int8)] += rows * count;
-      tally_.survivors += spare_.size;
-      watch_.add_to(screen_phase);
-      advance(first, count);
     }
-    return few;
+    watch_.add_to(screen_phase);
+    if (spare_.size > job_.choice.dense_share * static_cast<double>(rows * count)) {
+      spare_.size = 0;
+      settle();
+      screen_densely(first, count);
+      return false;
+    }
+    tally_.pairs[static_cast<int>(Arithmetic::int8)] += rows * count;
+    tally_.survivors += spare_.size;
+    advance(first, count);
+    return true;
   }
 
   // Rescores what is refined, refines what is fresh, and takes what is in spare_, of features [first, first + count), as fresh.
@@ -232,7 +227,7 @@ class Scan {
     return count;
   }
 
-  void look_ahead(int64_t rows, const uint8_t* next_panel) {
+  void look_ahead(const uint8_t* next_panel) {
     constexpr int64_t many_rows = 7;  // with fewer, the screen itself is a stream through memory
     ahead_.clear();
     const int64_t stride = kernels::int16_stride(layer_.hidden_size);
@@ -250,7 +245,7 @@ class Scan {
       add_each(fresh_, reinterpret_cast<const char*>(int16_), 2 * stride);
     else
       add_each(fresh_, exact_.weights(0), exact_.row_bytes());
-    if (next_panel && rows * job_.choice.planes >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
+    if (next_panel && job_.rows * job_.choice.planes >= many_rows) ahead_.add(next_panel, layout_.panel_bytes());
   }
 
   // Leaves those that int16 cannot settle: as CpuKernels::candidates does, for pairs from all over.
@@ -302,45 +297,41 @@ class Scan {
     list.size = 0;
   }
 
-  // Rows [row, row + rows) times a panel in the arithmetic that does not care how many survive. No pair waits here.
-  void screen_densely(int64_t first, int64_t count, int64_t row, int64_t rows) {
-    tally_.pairs[static_cast<int>(job_.choice.dense)] += rows * count;
+  // A panel in the arithmetic that does not care how many survive. No pair waits here, nor may any from before.
+  void screen_densely(int64_t first, int64_t count) {
+    tally_.pairs[static_cast<int>(job_.choice.dense)] += job_.rows * count;
     if (job_.choice.dense == Arithmetic::int16)
-      screen_int16(first, count, row, rows);
+      screen_int16(first, count);
     else
-      screen_float32(first, count, row, rows);
+      screen_float32(first, count);
   }
 
-  void screen_int16(int64_t first, int64_t count, int64_t begin, int64_t size) {
-    const int64_t stride = kernels::int16_stride(layer_.hidden_size);
-    for (int64_t row = begin; row < begin + size; row += w_.plan.strip) {
-      const int64_t rows = std::min(w_.plan.strip, begin + size - row);
-      ahead_.clear();
-      if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
-      const int64_t next = first + kernels::panel_features;
-      if (row + rows == job_.rows && next < unit_.last)
-        ahead_.add(reinterpret_cast<const char*>(int16_ + next * stride),
-                   2 * stride * std::min(kernels::panel_features, unit_.last - next));
-      kernel_.product_int16(int16_row(w_, job_, row), scale_ + row, rows, int16_ + first * stride, int16_scale_ + first, count,
-                            layer_.hidden_size, packed_, scores_, ahead_);
-      watch_.add_to(screen_phase);
-      const int64_t before = tally_.rescored;
-      for (int64_t r = 0; r < rows; ++r)
-        gate(row + r, scores_ + r * kernels::panel_features, first, count, int16_residual_ + first, margin_[row + r].int16);
-      rescore_spare(first, count);
-      busy_ = tally_.rescored - before >= count;
-      watch_.add_to(rescore_phase);
-    }
+  void screen_int16(int64_t first, int64_t count) {
+    const int64_t stride = kernels::int16_stride(layer_.hidden_size), next = first + kernels::panel_features;
+    ahead_.clear();
+    if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
+    if (next < unit_.last)
+      ahead_.add(reinterpret_cast<const char*>(int16_ + next * stride),
+                 2 * stride * std::min(kernels::panel_features, unit_.last - next));
+    kernel_.product_int16(int16_row(w_, job_, 0), scale_, job_.rows, int16_ + first * stride, int16_scale_ + first, count,
+                          layer_.hidden_size, packed_, scores_, ahead_);
+    watch_.add_to(screen_phase);
+    const int64_t before = tally_.rescored;
+    for (int64_t row = 0; row < job_.rows; ++row)
+      gate(row, scores_ + row * kernels::panel_features, first, count, int16_residual_ + first, margin_[row].int16);
+    rescore_spare(first, count);
+    busy_ = tally_.rescored - before >= count;
+    watch_.add_to(rescore_phase);
   }
 
-  void screen_float32(int64_t first, int64_t count, int64_t begin, int64_t size) {
+  void screen_float32(int64_t first, int64_t count) {
     const auto product = kernel_.product[static_cast<int>(layer_.dtype)];
-    for (int64_t row = begin; row < begin + size; row += w_.plan.block) {
-      const int64_t rows = std::min(w_.plan.block, begin + size - row);
-      product(hidden_row(w_, job_, row), rows, exact_.weights(first), count, layer_.hidden_size, scores_);
+    for (int64_t begin = 0; begin < job_.rows; begin += w_.plan.block) {
+      const int64_t rows = std::min(w_.plan.block, job_.rows - begin);
+      product(hidden_row(w_, job_, begin), rows, exact_.weights(first), count, layer_.hidden_size, scores_);
       watch_.add_to(screen_phase);
       for (int64_t r = 0; r < rows; ++r)
-        gate(row + r, scores_ + r * count, first, count, gate_.norm + first, margin_[row + r].float32);
+        gate(begin + r, scores_ + r * count, first, count, gate_.norm + first, margin_[begin + r].float32);
       rescore_spare(first, count);
       watch_.add_to(rescore_phase);
     }

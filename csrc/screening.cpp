@@ -53,7 +53,8 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
       (screening == Screening::int8 || screening == Screening::automatic) && H <= kernels::Int8Layout::most_inputs;
   const bool want_int16 = screening == Screening::int16 ||
                           (screening == Screening::automatic && kernel.fast_int16 && dtype == kernels::Dtype::float32);
-  const auto int16_roundoff = static_cast<float>((8 + 2 * (H / kernels::int16_depth(H))) * 0x1p-24);
+  const int64_t parts = (H + kernels::int16_depth(H) - 1) / kernels::int16_depth(H);
+  const auto int16_roundoff = static_cast<float>((8 + 2 * parts) * 0x1p-24);
   ScreeningCopies copies;
   if (want_int8) copies.int8 = allocate({panels, layout.panel_bytes()}, at::kByte, who);
   if (want_int16) {

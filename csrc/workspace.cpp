@@ -35,7 +35,7 @@ int64_t carve(Workspace& w, const Plan& plan, char* base) {
   carver.take(w.open, plan.rows * plan.lanes * plan.capacity);
   carver.take(w.scores, plan.lanes * plan.scores());
   carver.take(w.candidates, plan.lanes * plan.panel);
-  carver.take(w.masks, plan.lanes * plan.strip);
+  carver.take(w.masks, plan.lanes * plan.job_rows);
   carver.take(w.survivors, plan.lanes * 3 * plan.survivors());
   carver.take(w.packed, plan.lanes * kernels::panel_features * plan.int16_stride);
   carver.take(w.rotated, plan.lanes * plan.int8_inputs);

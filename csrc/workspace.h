@@ -19,17 +19,17 @@ struct Plan {
   int64_t rows;          // rows in flight, over all jobs of a wave
   int64_t lanes;         // workers; each row keeps one list per lane
   int64_t block, panel;  // rows and features screened at a time in float32
-  int64_t hidden_size;   // the largest; of the layers that have such a copy, for the next two
+  int64_t hidden_size;   // the largest; of the layers that have such a copy, for the next three
   int64_t int8_bytes;    // of a row, both planes
   int64_t int8_inputs;
   int64_t int16_stride;  // elements of a row
-  int64_t strip;         // rows screened at a time against a panel of 64 features in int8 or int16
+  int64_t job_rows;      // rows of a job, at most
   int64_t top_k;         // the largest
   int64_t capacity;      // keys a list holds
 
-  int64_t survivors() const { return std::max(strip * kernels::panel_features, panel); }
+  int64_t survivors() const { return std::max(job_rows * kernels::panel_features, panel); }
   // Also of the survivors' int64 products.
-  int64_t scores() const { return std::max(block * panel, 2 * survivors()); }
+  int64_t scores() const { return (std::max(block * panel, 2 * survivors()) + 15) / 16 * 16; }
 };
 
 // A pair that a screen let through.
@@ -67,7 +67,7 @@ struct Workspace {
   kernels::Bounded* open;            // [rows, lanes, capacity]
   float* scores;                     // [lanes, plan.scores()]
   uint32_t* candidates;              // [lanes, panel]
-  uint64_t* masks;                   // [lanes, strip]
+  uint64_t* masks;                   // [lanes, job_rows]
   Survivor* survivors;               // [lanes, 3, plan.survivors()]
   int16_t* packed;                   // [lanes, 64 * int16_stride]
   float* rotated;                    // [lanes, int8_inputs]

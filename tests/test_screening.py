@@ -194,6 +194,12 @@ def adverse():
     # A residual between two subnormal numbers.
     subnormal = torch.full((1, 2), 2.0**-149)
     yield "subnormal residual", ({"W_enc": torch.full((2, 2), 2.1e38), "b_enc": torch.zeros(2)}, subnormal, 2, 5e-7)
+    beside = {"W_enc": normal(2048, 64), "b_enc": torch.zeros(2048)}
+    beside["W_enc"][:, 0] = 1
+    hidden = normal(800, 64, seed=3)
+    hidden[:, 0] = torch.where(torch.arange(800) < 250, 20.0, -16.0)
+    yield "dense rows before others", (beside, hidden, 20, 1.0)
+    yield "dense rows after others", (beside, hidden.flip(0), 20, 1.0)
     for tokens in (3, 40):
         aligned, hidden = worst(tokens)
         yield f"largest quantisation error, {tokens} rows", (aligned, hidden, 20, 1.0)
@@ -272,7 +278,7 @@ def record(path):
     results = {}
     for name, (layer, hidden, top_k, tau) in CASES.items():
         for screening in SCREENINGS:
-            engine = encoder(layer, top_k, tau, screening=screening)
+            engine = encoder(layer, top_k, tau, screening=screening, chunk_size=1024)
             got = engine.encode_layer(0, hidden)
             sparse = engine.encode_sparse(0, hidden)
             results[name, screening] = {

@@ -45,17 +45,18 @@ struct Int8Layout {
   int64_t panel_bytes() const { return panel_features * (inputs + 12); }
 };
 
-// x is about scale * q, two planes of q being added.
+// The rotated row y is about scale * q, two planes of q being added.
 struct Int8Row {
   float scale;
   int32_t start;         // -128 times the sum of q: weights are stored as weight + 128
-  float residual, norm;  // with both planes: >= ||x - scale * q||, >= ||scale * q||
+  float residual, norm;  // with both planes: >= ||y - scale * q||, >= ||scale * q||
 };
 
+// So are rotated features z; all is divided by `mixed`, so that products with a row's are of x . w.
 struct Int8Features {
   float scale[panel_features];
-  float norm[panel_features];      // >= ||w||
-  float residual[panel_features];  // >= ||w - scale * q||, and the rounding of a score in units of the row's norm
+  float norm[panel_features];      // >= ||z||
+  float residual[panel_features];  // >= ||z - scale * q||, and the rounding of a score in units of the row's norm
 };
 
 // Memory to bring into the cache while a screen computes, evenly over its course: a burst would hold it up.

@@ -24,7 +24,7 @@
 namespace sparse_transcoder::kernels {
 namespace {  // internal linkage: each instruction set compiles its own
 
-constexpr float smallest_scale = 0x1p-100f;  // a group under 127 times this is taken as zeros: all of it is residual
+constexpr float smallest_scale = 0x1p-100f;  // what has a smaller one is taken as zeros: all of it is residual
 constexpr int lanes = 16;
 // max |x[i]|, as integers: magnitudes of float32 order like their bits, and NaN is the largest.
 inline float largest_magnitude(const float* x, int64_t size) {
@@ -83,7 +83,8 @@ struct Quantised {
   double residual;  // of e
 };
 
-// y / scale is at most 127, so its squares neither overflow nor underflow; it is rounded twice: off by at most 2^-22 of itself.
+// y / scale is at most 127 and its norm at least that, so squares do not overflow, nor does it matter which underflow; it is
+// rounded twice: off by at most 2^-22 of itself.
 Quantised quantise(const float* y, int64_t size, int8_t* q) {
   const float largest = largest_magnitude(y, size), scale = largest / 127;
   if (!(scale >= smallest_scale && scale <= std::numeric_limits<float>::max())) {  // too small, or not finite
