@@ -206,7 +206,7 @@ class Wave {
         lanes_(at::in_parallel_region() ? 1 : std::min<int64_t>(w.plan.lanes, at::get_num_threads())),
         rows_(jobs.back().slot + jobs.back().rows),
         // Enough to keep every lane busy to the end, though one be slowed by other work.
-        units_(units > 0 ? units : std::max<int64_t>(2, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
+        units_(units > 0 ? units : std::max<int64_t>(4, (4 * lanes_ + jobs.size() - 1) / jobs.size())) {
     for (Job& job : jobs) job.choice = choose_screen(job.layer().copies, job.rows);
   }
 

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <system_error>
 
 namespace sparse_transcoder {
@@ -12,22 +11,13 @@ struct Lanes::Call {
   const Body& body;
   const int64_t lanes, units;
   std::atomic<int64_t> next{0};
-  int64_t joined = 1;              // lanes given out, the caller's first. Changed with the mutex held, as the next one is.
-  std::atomic<int64_t> active{0};  // workers inside now
+  int64_t joined = 1, active = 0;  // lanes given out, the caller's first; workers inside now. Guarded by the mutex.
 
   void drain(int64_t lane) {
     const DefaultFloatingPoint environment;
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(lane, unit);
   }
 };
-
-// Looks for a moment whether it is so: a thread that sleeps takes longer to wake than the next stage of a call to come.
-template <typename Condition>
-static void wait_awake(const Condition& condition) {
-  using Clock = std::chrono::steady_clock;
-  constexpr std::chrono::microseconds moment{50};
-  for (const Clock::time_point end = Clock::now() + moment; !condition() && Clock::now() < end;) std::this_thread::yield();
-}
 
 Lanes::Lanes(int64_t workers) : process_(getpid()), state_(std::make_unique<State>()) {
   try {
@@ -60,11 +50,9 @@ void Lanes::run(int64_t lanes, int64_t units, const Body& body) {
   {
     std::lock_guard lock(state.mutex);
     state.open.push_back(&call);
-    state.calls.fetch_add(1, std::memory_order_relaxed);
   }
   for (int64_t lane = 1; lane < call.lanes; ++lane) state.work.notify_one();
   call.drain(0);
-  wait_awake([&call] { return call.active == 0; });
   std::unique_lock lock(state.mutex);
   state.open.erase(std::remove(state.open.begin(), state.open.end(), &call), state.open.end());
   state.done.wait(lock, [&call] { return call.active == 0; });
@@ -73,12 +61,6 @@ void Lanes::run(int64_t lanes, int64_t units, const Body& body) {
 void Lanes::work(State& state) {
   std::unique_lock lock(state.mutex);
   while (true) {
-    const int64_t calls = state.calls;
-    if (state.open.empty()) {
-      lock.unlock();
-      wait_awake([&] { return state.calls != calls; });
-      lock.lock();
-    }
     state.work.wait(lock, [&state] { return state.stop || !state.open.empty(); });
     if (state.stop) return;
     Call* call = state.open.front();

@@ -47,8 +47,7 @@ class Lanes {
   struct State {
     std::mutex mutex;
     std::condition_variable work, done;
-    std::vector<Call*> open;        // calls that another worker may join
-    std::atomic<int64_t> calls{0};  // that there have been
+    std::vector<Call*> open;  // calls that another worker may join
     bool stop = false;
     std::vector<std::thread> workers;
   };
