@@ -10,7 +10,7 @@
 namespace sparse_transcoder {
 namespace {
 
-constexpr double int16_share = 0.18;  // as CpuKernels::dense_share, for the int16 screen
+constexpr double int16_share = 0.2;  // as CpuKernels::dense_share, for the int16 screen
 
 // Memory in huge pages where the system gives them: rows are read from all over it.
 at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::string& who) {
