@@ -2,8 +2,8 @@
 // slots:
 //
 //   prepare   rows become float32, normed, with their error margin
-//   scan      each lane streams over its features: screen a panel, gate the scores, compute the survivors exactly, keep the k
-//   best finish    each row's lists are merged, sorted and written
+//   scan      each lane streams over its features: screen a panel, gate the scores, compute the survivors exactly, keep the best
+//   finish    each row's lists are merged, sorted and written
 //
 // Whether a feature is active, and its value, are decided by the exact dot product alone; the screen only decides which of them
 // are worth computing, and never rules out one that could count. So no result depends on chunks, panels, lanes or threads.

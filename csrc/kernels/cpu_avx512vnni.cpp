@@ -1,6 +1,8 @@
 // AVX-512 with VNNI: Intel since 2019, AMD since Zen 4. Compiled with those flags, called only where the machine has them.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "cpu.h"
 #include "element.h"
 #include "gate.h"
@@ -84,25 +86,23 @@ __attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x,
   }
 }
 
-template <int planes>
+template <int planes, int... i>
 void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count, const uint8_t* weights, const float* low,
-                   uint64_t* masks, Ahead& ahead) {
-  constexpr int p = planes, most = strip_rows / planes;
-  static constexpr void (*strips[])(const Panel&, const int8_t*, uint64_t*) = {screen_strip<p, p>,
-                                                                               screen_strip<2 * p, p>,
-                                                                               screen_strip<3 * p, p>,
-                                                                               screen_strip<(planes == 1 ? 4 : 2), p>,
-                                                                               screen_strip<(planes == 1 ? 5 : 2), p>,
-                                                                               screen_strip<6, p>};
+                   uint64_t* masks, Ahead& ahead, std::integer_sequence<int, i...>) {
+  static constexpr void (*strips[])(const Panel&, const int8_t*, uint64_t*) = {screen_strip<(i + 1) * planes, planes>...};
+  constexpr int64_t most = sizeof...(i);
   const int64_t steps = layout.inputs / 4 * ((count + most - 1) / most);
   const Panel panel = {layout, weights, low, ahead, (ahead.lines() + steps - 1) / steps};
   for (int64_t r = 0; r < count; r += most)
-    strips[std::min<int64_t>(most, count - r) - 1](panel, rows + r * planes * layout.row_bytes(), masks + r);
+    strips[std::min(most, count - r) - 1](panel, rows + r * planes * layout.row_bytes(), masks + r);
 }
 
 void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes, const uint8_t* panel,
                  const float* low, uint64_t* masks, Ahead& ahead) {
-  (planes == 1 ? screen_planes<1> : screen_planes<2>)(layout, rows, count, panel, low, masks, ahead);
+  if (planes == 1)
+    screen_planes<1>(layout, rows, count, panel, low, masks, ahead, std::make_integer_sequence<int, strip_rows>());
+  else
+    screen_planes<2>(layout, rows, count, panel, low, masks, ahead, std::make_integer_sequence<int, strip_rows / 2>());
 }
 
 // Up to int16_depth inputs. Rows are padded with zeros to whole vectors. Two sums a row hide the latency; with one row, four.

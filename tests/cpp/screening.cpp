@@ -126,6 +126,7 @@ TEST(screening_layouts_hold_their_inputs) {
     const Int8Layout layout(size);
     EXPECT(layout.inputs >= size && layout.inputs < size + 64 && layout.inputs % 64 == 0);
     EXPECT(layout.mixed >= 64 && layout.inputs % layout.mixed == 0 && (layout.mixed & (layout.mixed - 1)) == 0);
+    EXPECT(layout.mixed == 64 || layout.inputs / layout.mixed >= 16);
     EXPECT(layout.row_bytes() % 128 == 64 && layout.row_bytes() >= layout.inputs + static_cast<int64_t>(sizeof(Int8Row)));
     EXPECT(layout.row_bytes() < layout.inputs + static_cast<int64_t>(sizeof(Int8Row)) + 192);
     EXPECT_EQUAL(layout.panel_bytes(), panel_features * layout.inputs + static_cast<int64_t>(sizeof(Int8Features)));
