@@ -2,8 +2,6 @@
 // same bits on all.
 #pragma once
 
-#include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -37,11 +35,10 @@ struct Int8Layout {
   static constexpr int64_t most_inputs = 1 << 16;  // sums stay within int32
   int64_t size, inputs, mixed;
 
-  // The largest power of two that divides the inputs, but with 16 of them side by side: a vector; at least 64.
-  explicit Int8Layout(int64_t size)
-      : size(size),
-        inputs((size + 63) / 64 * 64),
-        mixed(std::max<int64_t>(64, std::min<int64_t>(inputs & -inputs, std::bit_floor(static_cast<uint64_t>(inputs) / 16)))) {}
+  explicit Int8Layout(int64_t size) : size(size), inputs((size + 63) / 64 * 64), mixed(64) {
+    // The largest power of two that divides the inputs and leaves 16 of them side by side: a vector.
+    while (!(inputs & mixed) && inputs >= 32 * mixed) mixed *= 2;
+  }
 
   // Of a row: int8 inputs, then Int8Row. An odd number of cache lines, so that rows do not share their place in the caches.
   int64_t row_bytes() const { return inputs / 128 * 128 + 64 * (inputs % 128 == 0 ? 1 : 3); }
