@@ -15,16 +15,15 @@ mkdir -p "${1:-$root/out/gpu}" || exit 1
 out=$(cd "${1:-$root/out/gpu}" && pwd)
 wheels=${2:+$(cd "$2" && pwd)} || exit 1
 log=$out/gpu.log
-work=$(mktemp -d)
+work=$root/build/gpu  # kept: another run builds only what changed
 site=$work/site
-trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 cd "$root" || exit 1
 deadline=$((SECONDS + ${LIMIT:-470}))
 table=() failed=0
 mkdir -p "$site"
 : >"$log"
-rm -f "$out/gpu.json"
+rm -f "$out/gpu.json" "$work/built"
 
 say() { echo "$*" | tee -a "$log"; }
 
@@ -42,7 +41,7 @@ least() { echo $(($1 < $2 ? $1 : $2)); }
 # With optional=1 it may run out of time as long as nothing failed until then.
 optional=0
 stage() {
-  local name=$1 limit begun=$SECONDS status remark part=$work/part
+  local name=$1 limit begun=$SECONDS status part=$work/part
   limit=$(least "$2" "$(left)")
   shift 2
   say "=== $name, at most $limit s"
@@ -52,6 +51,12 @@ stage() {
   fi
   timeout -s INT -k 10 "$limit" "$@" >"$part" 2>&1 </dev/null
   status=$?
+  report "$name" "$limit" "$begun" "$status" "$part"
+}
+
+# report NAME LIMIT BEGUN STATUS OUTPUT_FILE: what came of a command.
+report() {
+  local name=$1 limit=$2 begun=$3 status=$4 part=$5 remark
   cat "$part" >>"$log"
   tail -n 40 "$part"
   remark=$(grep -v '^[[:space:]]*$' "$part" | tail -n 1 | cut -c 1-160)
@@ -97,7 +102,7 @@ build() {
   [[ -n $torch_folder ]] || { echo "torch is not here"; exit 1; }
   "$python" -c 'import sys, torch; sys.exit(not torch.version.cuda)' || { echo "this torch was built without CUDA"; exit 1; }
   [[ -x $toolkit/bin/nvcc ]] || { echo "nvcc is not here: set CUDA_HOME"; exit 1; }
-  pip=("$python" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --target "$site")
+  pip=("$python" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --upgrade --target "$site")
   [[ -z $wheels ]] || "${pip[@]}" "$wheels"/*.whl
   defines=(-Ccmake.define.CUDA_TOOLKIT_ROOT_DIR="$toolkit" -Ccmake.define.CMAKE_CUDA_COMPILER="$toolkit/bin/nvcc")
   # A torch from a package index brings parts of CUDA that the toolkit may lack.
@@ -153,6 +158,30 @@ for pass in 1 2; do
 done
 export ST_REQUIRE_CUDA=1
 test_run=("$python" -m pytest -p no:cacheprovider -rf)
+
+# The sanitizers begin: they are slow, and run beside the tests. Ours are the kernels of the namespace sparse_transcoder.
+
+declare -A sanitizing
+sanitizer=$(PATH=$PATH:$toolkit/compute-sanitizer command -v compute-sanitizer)
+for tool in memcheck racecheck; do
+  if [[ -z $sanitizer || ! -f $work/built ]]; then
+    note "$tool" FAILED 0 "compute-sanitizer or the build is not here"
+    continue
+  fi
+  # memcheck sees where an allocation ends only when torch does not cut many from one.
+  caching=(env)
+  [[ $tool == memcheck ]] && caching=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+  limit=$(least 180 $(($(left) - 60)))
+  {
+    timeout -s INT -k 10 "$limit" "${caching[@]}" "$sanitizer" --tool "$tool" --error-exitcode 99 --report-api-errors no \
+      --kernel-name kernel_substring=sparse_transcoder "${test_run[@]}" tests/test_cuda.py -k sanitizer \
+      >"$work/$tool" 2>&1 </dev/null
+    echo $? >"$work/$tool.status"
+  } &
+  echo $! >"$work/$tool.pid"
+  sanitizing[$tool]="$limit $SECONDS"
+done
+
 begun=$SECONDS
 built "GPU tests" "$(least 200 $(($(left) - 150)))" "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
 rest=$(least $((200 - SECONDS + begun)) $(($(left) - 230)))
@@ -160,23 +189,18 @@ optional=1
 built "other tests" "$rest" "${test_run[@]}" --maxfail=20 -m "not gpu" "${files[@]}"
 optional=0
 
-# The sanitizers, on our own kernels: all stand in the namespace sparse_transcoder
+# The sanitizers end.
 
-sanitizer=$(PATH=$PATH:$toolkit/compute-sanitizer command -v compute-sanitizer)
-for tool in memcheck racecheck; do
-  if [[ -z $sanitizer ]]; then
-    note "$tool" FAILED 0 "compute-sanitizer is not here"
-    continue
-  fi
-  # memcheck sees where an allocation ends only when torch does not cut many from one.
-  caching=()
-  [[ $tool == memcheck ]] && caching=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
-  built "$tool" 60 "${caching[@]}" "$sanitizer" --tool "$tool" --error-exitcode 99 --report-api-errors no \
-    --kernel-name kernel_substring=sparse_transcoder "${test_run[@]}" tests/test_cuda.py -k sanitizer
+for tool in "${!sanitizing[@]}"; do
+  read -r limit begun <<<"${sanitizing[$tool]}"
+  while kill -0 "$(cat "$work/$tool.pid")" 2>/dev/null; do sleep 1; done
+  say "=== $tool, at most $limit s"
+  report "$tool" "$limit" "$begun" "$(cat "$work/$tool.status")" "$work/$tool"
 done
 
 seconds=$(least 240 $(($(left) - 12)))
-built benchmark $((seconds + 10)) "$python" benchmarks/gpu.py --out "$out/gpu.json" --seconds "$seconds"
+# shellcheck disable=SC2086  # the options are several words
+built benchmark $((seconds + 10)) "$python" benchmarks/gpu.py --out "$out/gpu.json" --seconds "$seconds" ${BENCH:-}
 
 say ""
 say "Stages, $SECONDS s in all; the log is $log"
