@@ -23,6 +23,15 @@ void check_options(const Options& options) {
                     options.device_weight_bytes);
 }
 
+constexpr const char* no_kernels =
+    ": this build of sparse_transcoder has no CUDA kernels; pip's option "
+    "-Ccmake.define.SPARSE_TRANSCODER_CUDA=ON builds them or says what is missing";
+
+// Only a build with CUDA kernels takes a tensor on CUDA.
+void check_kernels(const std::string& what, at::Device device) {
+  TORCH_CHECK_VALUE(!device.is_cuda() || kernels::cuda::built(), what, " must be on cpu, got ", device, no_kernels);
+}
+
 // Where each layer is encoded, see Options::device_weight_bytes.
 std::map<int64_t, Placement> place(const std::map<int64_t, LayerWeights>& weights, const Options& options) {
   std::map<int64_t, Placement> placements;
@@ -31,7 +40,9 @@ std::map<int64_t, Placement> place(const std::map<int64_t, LayerWeights>& weight
   if (to_cuda)
     TORCH_CHECK_VALUE(c10::impl::hasDeviceGuardImpl(at::kCUDA) && c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() > 0,
                       "device_weight_bytes needs a CUDA device, torch sees none");
+  TORCH_CHECK_VALUE(!to_cuda || kernels::cuda::built(), "device_weight_bytes must be -1, got ", left, no_kernels);
   for (const auto& [id, layer] : weights) {
+    if (layer.W_enc.defined()) check_kernels(describe(id, layer) + ": W_enc", layer.W_enc.device());
     check_weights(id, layer);
     Placement placement = {layer.W_enc.device(), false};
     if (to_cuda && layer.W_enc.is_cpu()) {
@@ -56,6 +67,7 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
   TORCH_CHECK_VALUE(hidden.dim() == 2 || hidden.dim() == 3, who, ": hidden must be [B, T, H] or [T, H], got ", hidden.sizes());
   TORCH_CHECK_VALUE(hidden.size(-1) == layer.hidden_size, who, ": hidden must be [.., ", layer.hidden_size, "], got ",
                     hidden.sizes());
+  check_kernels(who + ": hidden", hidden.device());
   TORCH_CHECK_VALUE(hidden.device() == layer.device, who, ": hidden must be on ", layer.device,
                     layer.device == layer.weights.W_enc.device() ? " like the weights" : " where the layer is encoded", ", got ",
                     hidden.device());

@@ -4,6 +4,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "../kernels/cuda.h"
 #include "../safetensors.h"
 
 namespace py = pybind11;
@@ -74,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("hook_out", &LayerWeights::hook_out)
       .def_readonly("source", &LayerWeights::source);
 
+  m.def("cuda_kernels", &kernels::cuda::built, "Whether this build has CUDA kernels.");
   m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"), release_gil(),
         "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.");
   m.def("read_safetensors", &read_safetensors, py::arg("path"), release_gil(),
