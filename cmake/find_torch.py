@@ -9,8 +9,6 @@ import re
 import sysconfig
 from pathlib import Path
 
-SUPPORTED = "torch>=2.11,<2.16"
-
 
 def folder():
     """The folder of the torch that can be imported, else of a hidden one, else None."""
@@ -19,15 +17,21 @@ def folder():
     return found if found.is_dir() else None
 
 
+def requirement(first, last):
+    """What a build for these minor versions of torch, and for all between them, requires."""
+    major, minor = last.split(".")[:2]
+    return f"torch>={'.'.join(first.split('.')[:2])},<{major}.{int(minor) + 1}"
+
+
 def get_requires_for_dynamic_metadata(settings):
-    """Where there is no torch, the build fetches one, and the wheel requires its minor version."""
-    return [] if folder() else [SUPPORTED]
+    """Where there is no torch, the build fetches the newest that is supported."""
+    return [] if folder() else [requirement(settings["torch"][0], settings["torch"][-1])]
 
 
 def dynamic_metadata(settings, project):
     text = (folder() / "version.py").read_text()
-    minor = re.search(r"^__version__ = '(\d+\.\d+)", text, re.MULTILINE)[1]
-    return {"dependencies": [f"torch=={minor}.*"]}
+    version = re.search(r"^__version__ = '([^']+)", text, re.MULTILINE)[1]
+    return {"dependencies": [requirement(version, version)]}
 
 
 def dynamic_wheel(settings):
