@@ -15,6 +15,10 @@ LOOSE_PEERS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \
   more-itertools pymongo dnspython openai jiter pydantic-settings tomlkit typer shellingham \
   json-repair cattrs
 
+# What make wheel builds for, and what make wheel-check tries.
+TORCHES ?= $(call list,torch)
+CHECKED ?= $(TORCH) 2.12.0
+
 .PHONY: test peers soundness demo bench asan tsan fuzz stub wheel wheel-check check-machine clean
 .DELETE_ON_ERROR:
 
@@ -49,6 +53,15 @@ fuzz: $(BUILT_WITH)
 
 stub: $(VENV)/.installed
 	$(BIN)/python -m tests.stub > python/sparse_transcoder/_C.pyi
+
+# The sdist, and one wheel for this Python that holds a build for each supported minor version of torch.
+wheel: $(BUILT_WITH)
+	$(BIN)/python -m pip install -q $(call list,release)
+	PATH="$(CURDIR)/$(BIN):$$PATH" release/wheel $(TORCHES)
+
+# The wheel in dist/, beside two releases of torch in environments of their own.
+wheel-check: check-machine
+	release/check "$(PYTHON)" $(CHECKED)
 
 check-machine:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here: install Python 3.10 or later"; exit 1; }
@@ -94,4 +107,4 @@ $(VENV)/.installed: $(BUILT_WITH) $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist
