@@ -30,7 +30,7 @@ def kernels(tmp_path_factory):
         assert found == count
         files.append(folder / f"{name}.cpp")
         files[-1].write_text(source)
-    library = Path(sparse_transcoder.__file__).parent
+    library = Path(sparse_transcoder.cmake_prefix_path)
     folders = [
         ROOT / "tests/cuda_on_cpu",
         ROOT / "csrc",

@@ -5,11 +5,13 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sparse_transcoder
 import torch
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "transcoders"
 PUBLIC = {"SparseTranscoderEncoder", "TranscoderWeights", "load_transcoders", "encode_single_layer"}
 
 
@@ -111,6 +113,53 @@ def test_weights_keep_what_they_are_given():
         assert getattr(bare, name) is None
     with pytest.raises(TypeError):
         sparse_transcoder.TranscoderWeights(torch.ones(6, 4), torch.ones(6), None, None, 0, torch.ones(6))
+
+
+@pytest.mark.skipif(sparse_transcoder.cuda_kernels, reason="this build has CUDA kernels")
+def test_cuda_is_refused_without_kernels():
+    # Fake tensors stand for those of a CUDA device, in a process of their own: they change what torch knows of devices.
+    code = """
+import sparse_transcoder as s, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+def weights(device):
+    return {3: s.TranscoderWeights(torch.empty(8, 4, device=device), torch.zeros(8, device=device))}
+
+def refused(call):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+
+cpu = s.SparseTranscoderEncoder(weights("cpu"))
+with FakeTensorMode():
+    refused(lambda: s.SparseTranscoderEncoder(weights("cuda:0")))
+    hidden = torch.empty(2, 4, device="cuda:0")
+refused(lambda: cpu.encode_layer(3, hidden))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line[: line.index(":", 10)] for line in lines] == [
+        "layer 3: W_enc must be on cpu, got cuda",
+        "layer 3: hidden must be on cpu, got cuda",
+    ]
+    assert all("has no CUDA kernels" in line and "SPARSE_TRANSCODER_CUDA=ON" in line for line in lines)
+
+
+@pytest.mark.skipif(sparse_transcoder.cuda_kernels, reason="this build has CUDA kernels")
+def test_the_default_device_is_the_cpu_without_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    weights = sparse_transcoder.load_transcoders(EXAMPLES, layers=[5])
+    assert weights[5].W_enc.device.type == "cpu"
+
+
+def test_version_is_the_project_s():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{sparse_transcoder.__version__}"\n' in project
+    config = Path(sparse_transcoder.cmake_prefix_path, "lib", "cmake", "sparse_transcoder")
+    declared = (config / "sparse_transcoderConfigVersion.cmake").read_text()
+    assert f'set(PACKAGE_VERSION "{sparse_transcoder.__version__}")' in declared
 
 
 def test_typed():

@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("hook_out", &LayerWeights::hook_out)
       .def_readonly("source", &LayerWeights::source);
 
+  m.def("cuda_kernels", &cuda_kernels, "Whether this build has CUDA kernels.");
   m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"),
         release_gil(),
         "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights', 'read_safetensors']
+__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'cuda_kernels', 'load_weights', 'read_safetensors']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
@@ -231,6 +231,10 @@ class Engine:
     @property
     def layers(self) -> list[int]:
         ...
+def cuda_kernels() -> bool:
+    """
+    Whether this build has CUDA kernels.
+    """
 def load_weights(dir: str, layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], device: torch.device) -> dict[int, LayerWeights]:
     """
     Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from . import _C
+
 
 def _integer(name: str, value: Any) -> int:
     try:
@@ -51,9 +53,9 @@ def _tensor(layer: int, value: Any, name: str = "hidden") -> torch.Tensor:
 
 
 def _device(value: str | torch.device | None) -> torch.device:
-    """A device that is here; None is CUDA where there is one, else the CPU."""
+    """A device that is here; None is CUDA where there is one and kernels for it, else the CPU."""
     if value is None:
-        value = "cuda" if torch.cuda.is_available() else "cpu"
+        value = "cuda" if _C.cuda_kernels() and torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(value)
     except (RuntimeError, TypeError):
