@@ -27,12 +27,13 @@ test: $(VENV)/.installed
 	@echo "make test: every test passed with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 
 # How far every screen is from exact, against the margin it claims, on 1e9 pairs.
-soundness: $(VENV)/.installed
+soundness: $(BUILT_WITH)
 	@mkdir -p build
-	@PATH="$(CURDIR)/$(BIN):$$PATH"; prefix=$$(python -c 'import sparse_transcoder; print(sparse_transcoder.cmake_prefix_path)'); \
-	{ cmake -S tests/cpp -B build/soundness -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$$prefix" && \
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	{ cmake -S . -B build/soundness -G Ninja -DPython_EXECUTABLE="$$(command -v python)" \
+	    -DSPARSE_TRANSCODER_CPP_TESTS=ON -DSPARSE_TRANSCODER_CUDA=OFF && \
 	  cmake --build build/soundness; } >build/soundness.log 2>&1 || { cat build/soundness.log; exit 1; }
-	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/cpp_tests soundness_
+	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/tests/cpp/cpp_tests soundness_
 
 # What is compared with the peers' own code, which make test skips where they are not installed.
 peers: $(VENV)/.installed $(VENV)/.peer-tools

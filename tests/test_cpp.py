@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from sparse_transcoder import SparseTranscoderEncoder, load_transcoders
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 TOKENS, TOP_K, THRESHOLD = 6, 5, 0.5  # of cpp_consumer/server.cpp
 
 
@@ -124,8 +125,10 @@ def test_another_torch_is_refused_by_cmake(tmp_path, other):
     assert f"sparse_transcoder was built against torch {built} and cannot be used with torch {other}" in said
 
 
-def test_cpp_tests(tmp_path):
-    """The C++ tests against the installed library; `make asan` and `make tsan` build them with the library's sources."""
-    build(TESTS / "cpp", tmp_path, "-DCMAKE_BUILD_TYPE=Release")
-    done = run(tool("ctest"), "--test-dir", tmp_path, "--output-on-failure")
+def test_cpp_tests():
+    """The C++ tests with a library that hides nothing, in a folder that later runs build on."""
+    folder = ROOT / "build" / f"cpp_tests-{torch.__version__}"
+    options = ["-DSPARSE_TRANSCODER_CPP_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    build(ROOT, folder, *options, "-DSPARSE_TRANSCODER_CUDA=OFF")
+    done = run(tool("ctest"), "--test-dir", folder / "tests/cpp", "--output-on-failure")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,10 +1,15 @@
-// The CUDA path, csrc/cuda_lanes.cpp and csrc/encode_cuda.cpp, on CPU tensors, with kernels whose threads are CPU threads.
-// Products are as far off as their margin allows, or nearly: towards one side for even features, the other for odd ones.
+// The CUDA backend on CPU tensors, with kernels whose threads are CPU threads. Products are as far
+// off as their margin allows, or nearly: towards one side for even features, the other for odd
+// ones.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "cuda_lanes.cpp"
+#include <deque>
+
+#include "backend.h"
+#include "cuda/products.h"
+#include "cuda/streams.h"
 #include "cuda_runtime.h"
-#include "encode_cuda.cpp"
 #include "streams.h"
 
 namespace sparse_transcoder {
@@ -16,11 +21,14 @@ void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
   enqueue(current_stream(), [=] {
     at::Tensor x = left.to(at::kDouble), w = right.to(at::kDouble);
     if (left.scalar_type() == at::kFloat) {  // as TF32 does
-      const auto cut = [](const at::Tensor& t) { return t.to(at::kFloat).view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat); };
+      const auto cut = [](const at::Tensor& t) {
+        return t.to(at::kFloat).view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat);
+      };
       x = cut(x).to(at::kDouble);
       w = cut(w).to(at::kDouble);
     }
-    const at::Tensor off = at::matmul(x.abs(), w.abs().t()) * (0.9 * 1.25 * (left.size(1) + 16) * 0x1p-22);
+    const at::Tensor off =
+        at::matmul(x.abs(), w.abs().t()) * (0.9 * 1.25 * (left.size(1) + 16) * 0x1p-22);
     const at::Tensor sign = at::arange(w.size(0)).remainder(2) * 2 - 1;
     out.copy_(at::matmul(x, w.t()) + off * sign);
   });
@@ -30,31 +38,34 @@ void copy_to(at::Tensor to, const at::Tensor& from) {
   enqueue(current_stream(), [=] { to.copy_(from); });
 }
 
+at::Tensor pinned(const at::Tensor& from) { return from.clone(); }
+
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-Layer make_layer(int64_t id, const LayerWeights& weights, Options options, bool screening, bool streamed) {
-  options.screening = Screening::off;  // of the CPU
-  Layer layer(id, weights, options, {at::kCPU, false});
-  layer.streamed = streamed;
-  layer.bf16_screen = screening && (layer.dtype == kernels::Dtype::bfloat16 || !streamed);
-  if (layer.bf16_screen && layer.dtype != kernels::Dtype::bfloat16)
-    add_bf16_copy(layer.copies, layer.W_enc, "layer 0", layer.norm);
-  return layer;
+Layer make_layer(int64_t id, const LayerWeights& weights, const Options& options) {
+  return Layer(id, weights, at::kCPU, options.activation_threshold);
 }
 
-Features outputs(const Layer& layer, const at::Tensor& hidden) {
-  const int64_t rows = hidden.size(0) * hidden.size(1);
-  return {at::full({rows, layer.top_k}, -1.0f), at::full({rows, layer.top_k}, -1, at::kLong), at::full({rows}, -1.0f)};
+Features outputs(const Request& request) {
+  const int64_t rows = request.row_count(), k = request.k_out;
+  return {at::full({rows, k}, -1.0f), at::full({rows, k}, -1, at::kLong), at::full({rows}, -1.0f)};
 }
 
-// One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the features that are gated at a time.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
-                                                      const OptionalTensor& threshold, std::optional<int64_t> k,
-                                                      const OptionalTensor& input_bias, const OptionalTensor& ln_weight,
-                                                      const OptionalTensor& ln_bias, int64_t top_k, double tau, bool screening,
-                                                      int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
+Request make_request(const Layer& layer, const at::Tensor& hidden, const Options& options) {
+  Request request = {&layer, hidden, k_out(layer, options)};
+  request.out = outputs(request);
+  return request;
+}
+
+// One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the
+// features that are gated at a time.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
+    const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
+    const OptionalTensor& threshold, std::optional<int64_t> k, const OptionalTensor& input_bias,
+    const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, int64_t top_k, double tau,
+    bool screening, int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
   const at::Tensor none;
   Options options;
   options.top_k = top_k;
@@ -68,29 +79,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
   weights.input_bias = input_bias.value_or(none);
   weights.ln_weight = ln_weight.value_or(none);
   weights.ln_bias = ln_bias.value_or(none);
-  const Layer layer = make_layer(0, weights, options, screening, false);
-  CudaPlan plan = plan_cuda({&layer}, options, 3);
+  options.screening = screening ? Screening::automatic : Screening::off;
+  const cuda::PreparedLayer layer =
+      cuda::prepare_layer(make_layer(0, weights, options), options, false);
+  CudaPlan plan = plan_cuda({&layer}, options, k_out(layer, options), 3);
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
-  plan.capacity = kernels::cuda::segment + room;
+  plan.capacity = cuda::segment + room;
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
-  const Request request = {&layer, hidden, outputs(layer, hidden)};
-  const kernels::cuda::Io io = {hidden.const_data_ptr(),
-                                hidden.size(1),
-                                {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
-                                request.out.activations.mutable_data_ptr<float>(),
-                                request.out.indices.mutable_data_ptr<int64_t>(),
-                                request.out.sparsity.mutable_data_ptr<float>()};
-  const int64_t rows = request.rows(), step = chunk_rows(request, plan);
+  const CudaRequest request = {make_request(layer, hidden, options), &layer};
+  const cuda::Io io = {hidden.const_data_ptr(),
+                       hidden.size(1),
+                       {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
+                       request.out.activations.mutable_data_ptr<float>(),
+                       request.out.indices.mutable_data_ptr<int64_t>(),
+                       request.out.sparsity.mutable_data_ptr<float>()};
+  const int64_t rows = request.row_count(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
-    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan, nullptr);
+    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan,
+                nullptr);
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
 // Every kept feature of one layer, as Engine::encode_sparse gives it.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& hidden, const at::Tensor& W_enc,
-                                                             const at::Tensor& b_enc, std::optional<int64_t> k, double tau,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& hidden,
+                                                             const at::Tensor& W_enc,
+                                                             const at::Tensor& b_enc,
+                                                             std::optional<int64_t> k, double tau,
                                                              int64_t chunk, bool streamed) {
   products_left = -1;
   Options options;
@@ -100,37 +116,44 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   weights.W_enc = W_enc;
   weights.b_enc = b_enc;
   weights.k = k;
-  const Layer layer = make_layer(0, weights, options, true, streamed);
+  options.device_weight_bytes = streamed ? 0 : int64_t{1} << 40;
+  const Layer layer = make_layer(0, weights, options);
   const Streams at_once({});
-  const CudaDevice device({&layer}, options, at::kCPU);
-  const SparseFeatures found = encode_sparse_cuda({&layer, hidden, {}}, options, device);
+  const SparseFeatures found =
+      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({&layer, hidden});
   return {found.row_begin, found.features, found.activations};
 }
 
-// Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with layer i, on stream callers[c].
-// Hidden states are written by work on that stream just before, and they and the results are overwritten just after.
-std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
-                                     const std::vector<std::vector<at::Tensor>>& hidden, const std::vector<int64_t>& callers,
-                                     int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
+// Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with
+// layer i, on stream callers[c]. Hidden states are written by work on that stream just before, and
+// they and the results are overwritten just after.
+std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
+                                     const std::vector<int64_t>& streamed,
+                                     const std::vector<std::vector<at::Tensor>>& hidden,
+                                     const std::vector<int64_t>& callers, int64_t top_k,
+                                     int64_t chunk, bool use_graphs, int64_t seed,
+                                     int64_t failing) {
   Options options;
   options.top_k = top_k;
   options.activation_threshold = 0;
   options.chunk_size = chunk;
   options.use_graphs = use_graphs;
+  options.device_weight_bytes = 0;
   std::deque<Layer> layers;
   std::vector<const Layer*> pointers;
   for (size_t i = 0; i < W_enc.size(); ++i) {
     LayerWeights weights;
     weights.W_enc = W_enc[i];
     weights.b_enc = at::zeros({W_enc[i].size(0)});
-    layers.push_back(make_layer(i, weights, options, true, streamed[i]));
+    layers.push_back(make_layer(i, weights, options));
     pointers.push_back(&layers.back());
+    if (!streamed[i]) options.device_weight_bytes += cuda::resident_bytes(layers.back(), options);
   }
   std::vector<at::Tensor> results, alive;
   products_left = failing;
   const Streams streams(static_cast<uint64_t>(seed));
   {
-    const CudaDevice device(pointers, options, at::kCPU);
+    const std::unique_ptr<Backend> device = make_cuda_backend(pointers, options, at::kCPU);
     for (size_t call = 0; call < hidden.size(); ++call) {
       streams.set_current(streams.stream(callers[call]));
       std::vector<Request> requests;
@@ -138,15 +161,17 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
         const at::Tensor& rows = hidden[call][i];
         const at::Tensor h = at::full_like(rows, std::numeric_limits<float>::quiet_NaN());
         copy_to(h, rows);
-        requests.push_back({&layers[i], h, outputs(layers[i], h)});
+        requests.push_back(make_request(layers[i], h, options));
       }
       try {
-        device.encode(requests);
-      } catch (const c10::Error&) {  // its results are whatever they are; those of the others must not be
+        device->encode(requests);
+      } catch (const c10::Error&) {  // its results are whatever they are; those of the others must
+                                     // not be
         TORCH_CHECK(products_left < 0);
       }
       for (const Request& request : requests)
-        for (const at::Tensor& out : {request.out.activations, request.out.indices, request.out.sparsity}) {
+        for (const at::Tensor& out :
+             {request.out.activations, request.out.indices, request.out.sparsity}) {
           alive.push_back(out);
           results.push_back(at::full_like(out, -2));
           copy_to(results.back(), out);
@@ -167,23 +192,29 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
 
 TORCH_LIBRARY(cuda_on_cpu, library) {
   library.def(
-      "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? input_bias, Tensor? ln_weight, "
-      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int lists) -> (Tensor, Tensor, "
+      "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? "
+      "input_bias, Tensor? ln_weight, "
+      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int "
+      "lists) -> (Tensor, Tensor, "
       "Tensor)",
       &sparse_transcoder::encode);
   library.def(
-      "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool streamed) "
+      "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool "
+      "streamed) "
       "-> (Tensor, Tensor, Tensor)",
       &sparse_transcoder::encode_sparse);
   library.def(
-      "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int chunk, bool use_graphs, "
+      "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int "
+      "chunk, bool use_graphs, "
       "int seed, int failing) -> Tensor[]",
-      [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed, const std::vector<at::Tensor>& hidden,
-         const std::vector<int64_t>& callers, int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
+      [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
+         const std::vector<at::Tensor>& hidden, const std::vector<int64_t>& callers, int64_t top_k,
+         int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
         std::vector<std::vector<at::Tensor>> calls;
         for (size_t i = 0; i < hidden.size(); i += W_enc.size())
           calls.emplace_back(hidden.begin() + i, hidden.begin() + i + W_enc.size());
-        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk, use_graphs, seed, failing);
+        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
+                                               use_graphs, seed, failing);
       });
 }
 
