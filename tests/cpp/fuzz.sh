@@ -9,7 +9,7 @@ build=build/fuzz
 mkdir -p "$build/found"
 echo "building the fuzzer with $compiler, some minutes ..."
 cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g" -DSPARSE_TRANSCODER_CPP_TESTS=ON \
+  -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g" -DSPARSE_TRANSCODER_CPP_TESTS=ON -DSPARSE_TRANSCODER_CUDA=OFF \
   -DSPARSE_TRANSCODER_SANITIZE=fuzzer-no-link,address,undefined >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" --target fuzz_weights >>"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 

@@ -11,7 +11,8 @@ build=build/$1
 mkdir -p build
 echo "building the C++ tests with $sanitizers, some minutes ..."
 cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -DSPARSE_TRANSCODER_CPP_TESTS=ON -DSPARSE_TRANSCODER_SANITIZE=$sanitizers \
+  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -DSPARSE_TRANSCODER_CPP_TESTS=ON -DSPARSE_TRANSCODER_CUDA=OFF \
+  -DSPARSE_TRANSCODER_SANITIZE=$sanitizers \
   >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" >>"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 
