@@ -1,5 +1,5 @@
-# make test | peers | soundness | demo | bench | asan | tsan | fuzz | wheel | wheel-check: each sets up what it
-# needs in .venv. Needs python3 (3.10 or later), g++ and make.
+# make test | peers | soundness | demo | bench | asan | tsan | fuzz | wheel | wheel-check: each sets
+# up what it needs in .venv. Needs python3 (3.10 or later), g++ and make.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 PAIRS ?= 1e9
@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILT_WITH := $(VENV)/.torch-$(TORCH)
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
-# A list of pyproject.toml, each entry in quotes: build requirements, an extra, or the releases of torch.
+# A list of pyproject.toml, entries in quotes: build requirements, an extra, the releases of torch.
 list = $(shell sed -n '/^$(1) = \[/,/^\]/s/^  \(".*"\),.*/\1/p' pyproject.toml)
 PEERS := $(call list,peers)
 # Installed without their requirements, which exclude the peers above; what they import is listed.
@@ -55,7 +55,7 @@ fuzz: $(BUILT_WITH)
 stub: $(VENV)/.installed
 	$(BIN)/python -m tests.stub > python/sparse_transcoder/_C.pyi
 
-# The sdist, and one wheel for this Python that holds a build for each supported minor version of torch.
+# The sdist, and one wheel for this Python that holds a build for each minor version of torch.
 wheel: $(BUILT_WITH)
 	$(BIN)/python -m pip install -q $(call list,release)
 	PATH="$(CURDIR)/$(BIN):$$PATH" release/wheel $(TORCHES)
@@ -70,14 +70,16 @@ check-machine:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is not here: install it (Debian: python3-venv)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is not here: install a C++20 compiler (Debian: g++)"; exit 1; }
 
-# One stamp per torch version: another TORCH replaces the torch that is there and builds everything anew.
+# One stamp per torch version: another TORCH replaces the torch that is there and builds all anew.
+# Where an NVIDIA GPU is and no nvcc for it, pip brings one; without it the build is for the CPU.
 $(BUILT_WITH): Makefile pyproject.toml | check-machine
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.torch-*
 	$(BIN)/python -m pip install -q torch==$(TORCH) $(call list,requires) $(call list,dev)
-	@cuda=$$($(BIN)/python -c 'import torch; print(torch.cuda.is_available() and torch.version.cuda or "")'); \
+	@cuda=$$($(BIN)/python -c 'import torch as t; print(t.cuda.is_available() and t.version.cuda or "")'); \
 	[ -n "$$cuda" ] || exit 0; \
-	case "$$($(BIN)/python cmake/find_nvcc.py "$${cuda%.*}")" in ""|"$(CURDIR)"/*) ;; *) exit 0 ;; esac; \
+	nvcc=$$($(BIN)/python cmake/find_nvcc.py "$${cuda%.*}"); \
+	case $$nvcc in ""|"$(abspath $(VENV))"/*) ;; *) exit 0 ;; esac; \
 	echo "fetching nvcc of CUDA $$cuda, which this machine lacks, about 100 MB ..."; \
 	$(BIN)/python -m pip install -q "cuda-toolkit[nvcc,crt,nvvm,cccl]==$$cuda.*" || true
 	touch $@

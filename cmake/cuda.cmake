@@ -1,5 +1,5 @@
-# Chooses whether the CUDA kernels are compiled, and by which nvcc. Sets CUDA_KERNELS, and enables the
-# language CUDA where it is TRUE.
+# Chooses whether the CUDA kernels are compiled, and by which nvcc. Sets CUDA_KERNELS, and enables
+# the language CUDA where it is TRUE.
 set(SPARSE_TRANSCODER_CUDA AUTO CACHE STRING
     "ON, OFF, or AUTO: ON where torch has CUDA and an nvcc of its major version compiles")
 set(CUDA_KERNELS FALSE)
@@ -11,6 +11,9 @@ if(EXISTS "${TORCH_FOLDER}/version.py")
 endif()
 string(REGEX MATCH "^[0-9]+" cuda_major "${torch_cuda}")
 
+if(NOT EXISTS "${CMAKE_CUDA_COMPILER}")
+  unset(CMAKE_CUDA_COMPILER CACHE)  # an earlier run of this build folder found none, or one that is gone
+endif()
 set(nvcc "${CMAKE_CUDA_COMPILER}")
 if(torch_cuda AND SPARSE_TRANSCODER_CUDA AND NOT nvcc)
   execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_nvcc.py ${cuda_major}
@@ -45,7 +48,6 @@ else()
     include(CheckLanguage)
     check_language(CUDA)
     if(NOT CMAKE_CUDA_COMPILER)
-      unset(CMAKE_CUDA_COMPILER CACHE)  # asked again next time
       set(no_kernels "${nvcc} does not compile here; SPARSE_TRANSCODER_CUDA=ON shows why")
     endif()
   endif()

@@ -1,8 +1,8 @@
 # find_libtorch(HINTS...) makes the target sparse_transcoder::libtorch from the folder of a torch.
 #
 # find_package(Torch) is not used: beside a CUDA torch it stops unless a CUDA toolkit is installed,
-# which neither the headers of torch that are used here nor its libraries need. Torch_DIR comes first,
-# then the hints: each may be a torch package, a libtorch, or torch.utils.cmake_prefix_path.
+# which neither the headers of torch that are used here nor its libraries need. Torch_DIR comes
+# first, then the hints: each may be a torch package, a libtorch, or torch.utils.cmake_prefix_path.
 # Sets TORCH_FOLDER and TORCH_VERSION, empty where no torch is found.
 function(find_libtorch)
   set(TORCH_FOLDER "" PARENT_SCOPE)
