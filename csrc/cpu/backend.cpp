@@ -44,7 +44,7 @@ void load_row(const Layer& layer, const at::Tensor& hidden, int64_t row, float* 
   const auto dtype = kernel_dtype(hidden.scalar_type());
   const auto* source =
       static_cast<const char*>(hidden.const_data_ptr()) + offset * hidden.element_size();
-  const auto widen = cpu::cpu_kernels().widen[static_cast<int>(dtype)];
+  const auto widen = cpu::active_kernels().widen[static_cast<int>(dtype)];
   if (stride == 1)
     widen(source, x, size);
   else
@@ -83,7 +83,7 @@ float product_margin(const Layer& layer, double squared_norm) {
 
 void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
   const Layer& layer = job.layer();
-  const cpu::CpuKernels& kernel = cpu::cpu_kernels();
+  const cpu::KernelTable& kernel = cpu::active_kernels();
   const int64_t slot = job.slot + row;
   float* x = hidden_row(w, job, row);
   load_row(layer, job.request->hidden, job.first_row + row, x);
@@ -100,7 +100,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
     const cpu::Int16Scale scale =
         kernel.quantise_int16(x, layer.hidden_size, int16_row(w, job, row));
     w.int16_scale[slot] = scale;
-    if (is_screened(margin)) margin.int16 = {scale.residual, scale.norm};
+    if (is_screened(margin)) margin.int16 = {scale.error, scale.norm};
   }
   for (int64_t i = 0; i < w.plan.lanes; ++i) {
     TopList& list = list_of(w, job, row, i);

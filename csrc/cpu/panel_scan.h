@@ -81,7 +81,7 @@ struct SurvivorList {
 class Exact {
  public:
   explicit Exact(const Layer& layer)
-      : dot_(cpu::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
+      : dot_(cpu::active_kernels().dot[static_cast<int>(layer.dtype)]),
         weights_(static_cast<const char*>(layer.W_enc.const_data_ptr())),
         bias_(layer.bias.const_data_ptr<float>()),
         size_(layer.hidden_size),
@@ -126,7 +126,7 @@ class Scan {
         job_(*unit.job),
         layer_(job_.layer()),
         sink_(sink),
-        kernel_(cpu::cpu_kernels()),
+        kernel_(cpu::active_kernels()),
         layout_(layer_.hidden_size),
         gate_(layer_.gate_at(0)),
         margin_(w.margin + job_.slot),
@@ -179,8 +179,9 @@ class Scan {
     const uint64_t all = count == cpu::panel_features ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
     const int64_t rows = job_.rows;
     look_ahead(first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
-    kernel_.screen_int8(layout_, int8_row(w_, job_, 0), rows, job_.choice.planes, panel,
-                        gate_.surely_out_below + first, masks_, ahead_);
+    kernel_.screen_int8({layout_, int8_row(w_, job_, 0), rows, job_.choice.planes, panel,
+                         gate_.surely_out_below + first},
+                        masks_, ahead_);
     for (int64_t row = 0; row < rows; ++row) {
       const RowMargin& margin = margin_[row];
       for (uint64_t mask = is_screened(margin) ? masks_[row] & all
@@ -332,9 +333,9 @@ class Scan {
     if (next < unit_.last)
       ahead_.add(reinterpret_cast<const char*>(int16_ + next * stride),
                  2 * stride * std::min(cpu::panel_features, unit_.last - next));
-    kernel_.product_int16(int16_row(w_, job_, 0), scale_, job_.rows, int16_ + first * stride,
-                          int16_scale_ + first, count, layer_.hidden_size, packed_, scores_,
-                          ahead_);
+    kernel_.product_int16({int16_row(w_, job_, 0), scale_, job_.rows, int16_ + first * stride,
+                           int16_scale_ + first, count, layer_.hidden_size, packed_},
+                          scores_, ahead_);
     watch_.add_to(screen_phase);
     const int64_t before = tally_.rescored;
     for (int64_t row = 0; row < job_.rows; ++row)
@@ -367,8 +368,8 @@ class Scan {
     if (spare_.size + count > w_.plan.survivors()) rescore_spare(first, count);
     const FeatureBounds gate = {gate_.norm + first, gate_.bias + first, gate_.min_active + first,
                                 gate_.surely_out_below + first, gate_.surely_in_from + first};
-    const int64_t found = kernel_.candidates(scores, gate, residual, count, margin,
-                                             sink_.bound(row), candidates_, &sink_.active(row));
+    const int64_t found = kernel_.gate_row(
+        {scores, gate, residual, count, margin, sink_.bound(row)}, candidates_, &sink_.active(row));
     for (int64_t i = 0; i < found; ++i) {
       const int64_t position = candidates_[i] >> 1, feature = first + position;
       const bool ambiguous = candidates_[i] & 1;
@@ -399,7 +400,7 @@ class Scan {
   const Job& job_;
   const Layer& layer_;
   Sink sink_;
-  const cpu::CpuKernels& kernel_;
+  const cpu::KernelTable& kernel_;
   const cpu::Int8Layout layout_;
   const FeatureBounds gate_;
   const RowMargin* margin_;
@@ -411,7 +412,7 @@ class Scan {
   float* scores_;
   uint32_t* candidates_;
   uint64_t* masks_;
-  cpu::Ahead ahead_;
+  cpu::Prefetcher ahead_;
   bool busy_ = false;  // whether most of the last panel's weights were needed to rescore
   SurvivorList fresh_, refined_, spare_;  // what the screen let through; what int16 did; empty
   int16_t* packed_;

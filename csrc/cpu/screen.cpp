@@ -10,8 +10,6 @@
 namespace sparse_transcoder {
 namespace {
 
-constexpr double int16_share = 0.2;  // as CpuKernels::dense_share, for the int16 screen
-
 // Memory in huge pages where the system gives them: rows are read from all over it.
 at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::string& who) {
   int64_t bytes = c10::elementSize(type);
@@ -43,7 +41,7 @@ int64_t ScreeningCopies::bytes() const {
 
 ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who,
                             at::Tensor& norms) {
-  const cpu::CpuKernels& kernel = cpu::cpu_kernels();
+  const cpu::KernelTable& kernel = cpu::active_kernels();
   const int64_t F = W_enc.size(0), H = W_enc.size(1), stride = cpu::int16_stride(H);
   const Dtype dtype = kernel_dtype(W_enc.scalar_type());
   const cpu::Int8Layout layout(H);
@@ -51,12 +49,11 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
   const int64_t panels = (F + panel - 1) / panel;
   // Weights of two bytes are their own sharper screen: an int16 copy would save nothing.
   const bool want_int8 = (screening == Screening::int8 || screening == Screening::automatic) &&
-                         H <= cpu::Int8Layout::most_inputs;
+                         H <= cpu::Int8Layout::max_inputs;
   const bool want_int16 =
-      screening == Screening::int16 ||
-      (screening == Screening::automatic && kernel.fast_int16 && dtype == Dtype::float32);
-  const int64_t parts = (H + cpu::int16_depth(H) - 1) / cpu::int16_depth(H);
-  const auto int16_roundoff = static_cast<float>((8 + 2 * parts) * 0x1p-24);
+      screening == Screening::int16 || (screening == Screening::automatic &&
+                                        kernel.crossovers.fast_int16 && dtype == Dtype::float32);
+  const auto int16_roundoff = static_cast<float>((8 + 2 * cpu::int16_part_count(H)) * 0x1p-24);
   ScreeningCopies copies;
   if (want_int8) copies.int8 = allocate({panels, layout.panel_bytes()}, at::kByte, who);
   if (want_int16) {
@@ -84,7 +81,7 @@ ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const 
         copies.int16_scale.mutable_data_ptr<float>()[first + i] = scale.scale;
         // The score is rounded four times, and once more in each part, of a product of norms.
         copies.int16_residual.mutable_data_ptr<float>()[first + i] =
-            scale.residual + scale.norm * int16_roundoff;
+            scale.error + scale.norm * int16_roundoff;
       }
       if (want_int8)
         kernel.quantise_panel(layout, wide.data(), count,
@@ -124,11 +121,12 @@ void add_bf16_copy(ScreeningCopies& copies, const at::Tensor& W_enc, const std::
 }
 
 Choice choose_screen(const ScreeningCopies& copies, int64_t rows) {
-  const cpu::CpuKernels& kernel = cpu::cpu_kernels();
+  const cpu::KernelTable& kernel = cpu::active_kernels();
   const Arithmetic dense = copies.int16.defined() ? Arithmetic::int16 : Arithmetic::float32;
-  const bool int8 = copies.int8.defined() && rows <= kernel.int8_rows;
-  return {int8 ? Arithmetic::int8 : dense, dense, rows <= kernel.two_planes_rows ? 2 : 1,
-          dense == Arithmetic::int16 ? int16_share : kernel.dense_share};
+  const bool int8 = copies.int8.defined() && rows <= kernel.crossovers.int8_rows;
+  return {int8 ? Arithmetic::int8 : dense, dense, rows <= kernel.crossovers.two_planes_rows ? 2 : 1,
+          dense == Arithmetic::int16 ? kernel.crossovers.max_share_int16
+                                     : kernel.crossovers.max_share_float32};
 }
 
 }  // namespace sparse_transcoder

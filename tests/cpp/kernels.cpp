@@ -31,7 +31,7 @@ struct Elements {
   const char* at(int64_t i) const { return stored.data() + i * (stored.size() / value.size()); }
 };
 
-const CpuKernels& portable_kernels = *runnable_cpu_kernels().front();
+const KernelTable& portable_kernels = runnable_kernels().front();
 
 std::mt19937 random_bits(7);
 
@@ -69,14 +69,14 @@ TEST(kernels_dot) {
         const float* const row = floats(x, skip);
         double first;
         portable_kernels.dot[type](&row, 1, w.at(skip), size, &first);
-        for (const CpuKernels* kernel : runnable_cpu_kernels())
+        for (const KernelTable& kernels : runnable_kernels())
           for (int64_t count = 1; count <= dot_rows; ++count)
             for (int64_t place = 0; place < count; ++place) {  // among rows of other numbers
               const float* beside[dot_rows] = {floats(other), floats(other), floats(other),
                                                floats(other)};
               beside[place] = row;
               double values[dot_rows];
-              kernel->dot[type](beside, count, w.at(skip), size, values);
+              kernels.dot[type](beside, count, w.at(skip), size, values);
               EXPECT(std::fabs(values[place] - exact) <= magnitude * (size * 0x1p-53L));
               EXPECT(std::memcmp(&values[place], &first, sizeof(first)) == 0);
             }
@@ -89,13 +89,13 @@ TEST(kernels_dot_keeps_its_order) {
   std::vector<float> x(64, 1), w(64, 1);
   x[5] = 0x1p60f;
   w[37] = -0x1p60f;
-  for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+  for (const KernelTable& kernels : runnable_kernels()) {
     const float* const rows[] = {x.data(), x.data(), x.data(), x.data()};
     for (int64_t count = 1; count <= dot_rows; ++count) {
       double sums[dot_rows];
-      kernel->dot[0](rows, count, w.data(), 64, sums);
+      kernels.dot[0](rows, count, w.data(), 64, sums);
       for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 62.0);
-      kernel->dot[0](rows, count, w.data(), 0, sums);
+      kernels.dot[0](rows, count, w.data(), 0, sums);
       for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 0.0);
     }
   }
@@ -107,9 +107,9 @@ TEST(kernels_widen_every_value) {
     for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
     const at::Tensor expected =
         at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
-    for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+    for (const KernelTable& kernels : runnable_kernels()) {
       std::vector<float> wide(65536);
-      kernel->widen[type](stored.data(), wide.data(), 65536);
+      kernels.widen[type](stored.data(), wide.data(), 65536);
       int64_t wrong = 0;
       for (int64_t i = 0; i < 65536; ++i) {
         const float want = expected.data_ptr<float>()[i];
@@ -125,9 +125,9 @@ TEST(kernels_widen_every_size) {
   for (int type = 0; type < 3; ++type)
     for (const int64_t size : sizes) {
       const Elements w = make(types[type], size);
-      for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+      for (const KernelTable& kernels : runnable_kernels()) {
         std::vector<float> wide(size);
-        kernel->widen[type](w.at(0), wide.data(), size);
+        kernels.widen[type](w.at(0), wide.data(), size);
         for (int64_t i = 0; i < size; ++i) EXPECT_EQUAL(wide[i], w.value[i]);
       }
     }
@@ -140,10 +140,10 @@ TEST(kernels_product_within_its_bound) {
         for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
           Elements x = make(at::kFloat, rows * size), w = make(types[type], count * size);
           const double roundoff = (size + 8) * 0x1p-24, gamma = roundoff / (1 - roundoff);
-          for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+          for (const KernelTable& kernels : runnable_kernels()) {
             std::vector<float> scores(rows * count + 1, quiet_nan);
             scores.back() = 12345;
-            kernel->product[type](floats(x), rows, w.at(0), count, size, scores.data());
+            kernels.product[type](floats(x), rows, w.at(0), count, size, scores.data());
             EXPECT_EQUAL(scores.back(), 12345);
             for (int64_t r = 0; r < rows; ++r)
               for (int64_t f = 0; f < count; ++f) {
@@ -196,18 +196,19 @@ Panel make_panel(int64_t count, Margin margin) {
 
 }  // namespace
 
-TEST(kernels_candidates_lose_and_miscount_nothing) {
+TEST(kernels_gate_loses_and_miscounts_nothing) {
   for (const Margin margin : {Margin{0, 0}, {0.01f, 0}, {0, 0.02f}, {0.3f, 1}, {inf, 0}})
-    for (const float bound : {-inf, 0.0f, 2.0f, inf})
+    for (const float min_value : {-inf, 0.0f, 2.0f, inf})
       for (int64_t count = 0; count <= 70; ++count) {
         const Panel p = make_panel(count, margin);
         int64_t active = 0;
         for (int64_t i = 0; i < count; ++i) active += p.active(i);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+        for (const KernelTable& kernels : runnable_kernels()) {
           std::vector<uint32_t> out(count);
           int64_t counted = 0;
-          const int64_t found = kernel->candidates(p.scores.data(), p.view(), p.residual.data(),
-                                                   count, margin, bound, out.data(), &counted);
+          const int64_t found = kernels.gate_row(
+              {p.scores.data(), p.view(), p.residual.data(), count, margin, min_value}, out.data(),
+              &counted);
           EXPECT(found <= count);
           std::vector<bool> listed(count);
           for (int64_t j = 0; j < found; ++j) {
@@ -222,12 +223,12 @@ TEST(kernels_candidates_lose_and_miscount_nothing) {
           EXPECT_EQUAL(counted, active);
           for (int64_t i = 0; i < count; ++i)
             EXPECT(listed[i] || !p.active(i) ||
-                   p.exact[i] <= bound + 1e-5 * (std::fabs(bound) + std::fabs(p.bias[i])));
+                   p.exact[i] <= min_value + 1e-5 * (std::fabs(min_value) + std::fabs(p.bias[i])));
         }
       }
 }
 
-TEST(kernels_candidates_are_the_same_everywhere) {
+TEST(kernels_gate_is_the_same_everywhere) {
   const float odd[] = {0,
                        -0.0f,
                        inf,
@@ -237,22 +238,23 @@ TEST(kernels_candidates_are_the_same_everywhere) {
                        std::numeric_limits<float>::denorm_min()};
   for (const Margin margin :
        {Margin{0, 0}, {0.25f, 0}, {0.125f, 0.25f}, {inf, 0}, {quiet_nan, 0}, {0, quiet_nan}})
-    for (const float bound : {-inf, 1.0f, inf, quiet_nan})
+    for (const float min_value : {-inf, 1.0f, inf, quiet_nan})
       for (const int64_t count : {0, 1, 7, 8, 9, 16, 31, 250, 511, 512, 513}) {
         Panel p = make_panel(count, {0.125f, 0.125f});
         for (float& score : p.scores)
           if (random_bits() % 4 == 0) score = odd[random_bits() % std::size(odd)];
         std::vector<uint32_t> first(count), other(count);
         int64_t first_counted = 3, other_counted = 3;
-        const auto run = [&](const CpuKernels& kernel, std::vector<uint32_t>& out,
+        const auto run = [&](const KernelTable& kernels, std::vector<uint32_t>& out,
                              int64_t& counted) {
-          return kernel.candidates(p.scores.data(), p.view(), p.residual.data(), count, margin,
-                                   bound, out.data(), &counted);
+          return kernels.gate_row(
+              {p.scores.data(), p.view(), p.residual.data(), count, margin, min_value}, out.data(),
+              &counted);
         };
         const int64_t found = run(portable_kernels, first, first_counted);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+        for (const KernelTable& kernels : runnable_kernels()) {
           other_counted = 3;
-          EXPECT_EQUAL(run(*kernel, other, other_counted), found);
+          EXPECT_EQUAL(run(kernels, other, other_counted), found);
           EXPECT(std::equal(first.begin(), first.begin() + found, other.begin()));
           EXPECT_EQUAL(other_counted, first_counted);
         }
@@ -345,6 +347,20 @@ TEST(kernels_list_may_wait_with_what_it_computes) {
 
 TEST(kernels_are_chosen_by_name) {
   const char* forced = std::getenv("SPARSE_TRANSCODER_CPU");
-  const std::string expected = forced ? forced : runnable_cpu_kernels().back()->name;
-  EXPECT_EQUAL(std::string(cpu_kernels().name), expected);
+  const std::string_view expected = forced ? forced : runnable_kernels().back().name;
+  EXPECT_EQUAL(active_kernels().name, expected);
+}
+
+TEST(kernels_have_every_loop_and_a_name_of_their_own) {
+  std::vector<std::string_view> names;
+  for (const KernelTable& kernels : runnable_kernels()) {
+    EXPECT(std::find(names.begin(), names.end(), kernels.name) == names.end());
+    names.push_back(kernels.name);
+    for (int type = 0; type < 3; ++type)
+      EXPECT(kernels.dot[type] && kernels.product[type] && kernels.widen[type]);
+    EXPECT(kernels.gate_row && kernels.quantise_row && kernels.quantise_panel &&
+           kernels.screen_int8 && kernels.quantise_int16 && kernels.dot_int16 &&
+           kernels.product_int16);
+  }
+  EXPECT_EQUAL(names.front(), "portable");
 }
