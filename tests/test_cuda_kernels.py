@@ -21,7 +21,9 @@ def kernels(tmp_path_factory):
         pytest.skip("the sources are not beside the tests")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     launches = re.compile(r"kernel<<<(.*?), threads, 0, static_cast<cudaStream_t>\(stream\)>>>\((.*?)\);", re.DOTALL)
-    files = [ROOT / "tests/cuda_on_cpu/encode.cpp", ROOT / "tests/cuda_on_cpu/streams.cpp"]
+    parts = ["backend.cpp", "chunk.cpp", "streams.cpp", "weight_copy.cpp"]
+    files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
+    files += [ROOT / "csrc/cuda" / name for name in parts]
     for name, count in (("prepare", 2), ("select", 4)):
         source = (ROOT / f"csrc/cuda/kernels/{name}.cu").read_text()
         source, found = launches.subn(r"launch(\1, threads, stream, [=] { kernel(\2); });", source)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "cuda/products.h"
 #include "cuda/streams.h"
 
 namespace sparse_transcoder {
@@ -33,9 +34,9 @@ float sum_roundoff(int64_t size, bool float32) {
   return static_cast<float>(sum / (1 - std::min(sum, 0.5)) + (float32 ? 0x1p-9 + 0x1p-20 : 0));
 }
 
-// Features of a panel: of those that a tile of scores holds, as many as leave the least of the
+// Features of a tile: of those that a tile of scores holds, as many as leave the least of the
 // product's last wave of tiles idle.
-int64_t panel_features(int64_t rows, int64_t features, const CudaPlan& plan) {
+int64_t tile_features_of(int64_t rows, int64_t features, const CudaPlan& plan) {
   const int64_t most = std::min(plan.scores / rows, features),
                 row_tiles = (rows + tile_rows - 1) / tile_rows;
   int64_t best = most;
@@ -53,13 +54,12 @@ int64_t panel_features(int64_t rows, int64_t features, const CudaPlan& plan) {
 
 }  // namespace
 
-CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& options,
-                   int64_t multiprocessors) {
+CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const Options& options,
+                   int64_t max_k, int64_t multiprocessors) {
   CudaPlan plan = {};
-  int64_t k = 1;
-  for (const Layer* layer : layers) {
+  const int64_t k = std::max<int64_t>(max_k, 1);
+  for (const cuda::PreparedLayer* layer : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
-    k = std::max(k, layer->selected);
     if (layer->bf16_screen)
       plan.rounded = std::max(plan.rounded, layer->hidden_size);
     else if (layer->dtype != Dtype::float32)
@@ -82,22 +82,22 @@ CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& optio
   return plan;
 }
 
-int64_t chunk_rows(const Request& request, const CudaPlan& plan) {
-  const int64_t rows = request.rows(), chunks = (rows + plan.rows - 1) / plan.rows;
+int64_t chunk_rows(const CudaRequest& request, const CudaPlan& plan) {
+  const int64_t rows = request.row_count(), chunks = (rows + plan.rows - 1) / plan.rows;
   return (rows + chunks - 1) / chunks;
 }
 
-void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights,
-                 const cuda::Io* io, const CudaBuffers& buffers, const CudaPlan& plan,
-                 void* stream) {
-  const Layer& layer = *request.layer;
+void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
+                 const at::Tensor& weights, const cuda::Io* io, const CudaBuffers& buffers,
+                 const CudaPlan& plan, void* stream) {
+  const cuda::PreparedLayer& layer = *request.prepared;
   const int64_t size = layer.hidden_size;
-  const bool few = request.rows() <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
-  const at::Tensor& screened = layer.copies.bf16.defined() ? layer.copies.bf16 : weights;
+  const bool few = request.row_count() <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
+  const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : weights;
   const cuda::Screen screen = {few ? cuda::few_roundoff(size) : sum_roundoff(size, !bf16),
-                               layer.copies.bf16_residual, layer.largest_norm};
-  const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.gate_at(0),
-                               layer.largest_bias};
+                               layer.bf16_error, layer.bounds.max_norm};
+  const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size,
+                               layer.bounds.from(layer, 0), layer.max_bias};
   const cuda::Lists lists = {static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
                              static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
                              static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
@@ -108,26 +108,26 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
                              static_cast<int>(std::clamp<int64_t>(
                                  std::min(busy_blocks, plan.lists) / count, 1, cuda::most_groups)),
                              static_cast<int>(plan.capacity),
-                             static_cast<int>(layer.selected)};
+                             static_cast<int>(request.k_filled())};
   float *x = floats(buffers.hidden), *margin = floats(buffers.margin),
         *scores = floats(buffers.scores);
   const at::Tensor left =
       (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
   check_cuda(
-      cuda::prepare({io, kernel_dtype(request.hidden.scalar_type()), first, count, size,
+      cuda::prepare({io, dtype_of(request.hidden.scalar_type()), first, count, size,
                      floats(layer.input_bias), floats(layer.ln_weight), floats(layer.ln_bias)},
                     screen, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, stream));
   const bool widen = !few && !bf16 && layer.dtype != Dtype::float32;
   const int64_t panel =
       few     ? std::min(plan.scores / count, layer.features)
-      : widen ? std::min(panel_features(count, layer.features, plan), plan.widened / size)
-              : panel_features(count, layer.features, plan);
+      : widen ? std::min(tile_features_of(count, layer.features, plan), plan.widened / size)
+              : tile_features_of(count, layer.features, plan);
   for (int64_t feature = 0; feature < layer.features; feature += panel) {
     const int64_t width = std::min(panel, layer.features - feature);
     if (few) {
       check_cuda(cuda::multiply_few(x, count, screened.const_data_ptr(),
-                                    kernel_dtype(screened.scalar_type()), feature, width, size,
-                                    scores, stream));
+                                    dtype_of(screened.scalar_type()), feature, width, size, scores,
+                                    stream));
     } else {
       at::Tensor right = screened.narrow(0, feature, width);
       if (widen) {
@@ -141,7 +141,7 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
   }
   check_cuda(cuda::merge(margin, count, exact, lists, stream));
   check_cuda(cuda::rescore(x, margin, count, exact, lists, stream));
-  check_cuda(cuda::finish(io, margin, first, count, layer.features, layer.most_active, layer.top_k,
+  check_cuda(cuda::finish(io, margin, first, count, layer.features, layer.max_active, request.k_out,
                           lists, stream));
 }
 

@@ -1,7 +1,6 @@
-// What the CUDA path leaves to torch's kernels, on the current stream.
-#include <ATen/ATen.h>
+#include "cuda/products.h"
 
-#include "cuda/streams.h"
+#include <ATen/ATen.h>
 
 namespace sparse_transcoder {
 
@@ -13,5 +12,7 @@ void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
 }
 
 void copy_to(at::Tensor to, const at::Tensor& from) { to.copy_(from, /*non_blocking=*/true); }
+
+at::Tensor pinned(const at::Tensor& from) { return from.pin_memory(); }
 
 }  // namespace sparse_transcoder

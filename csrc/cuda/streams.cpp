@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "cuda/products.h"
+
 namespace sparse_transcoder {
 namespace {
 
@@ -23,13 +25,6 @@ c10::Stream new_stream(at::Device device) {
 
 void* native(const c10::Stream& stream) {
   return guard_of(stream.device()).getStreamNativeHandle(stream);
-}
-
-int64_t multiprocessors_of(at::Device device) {
-  const c10::DeviceGuard guard(device);
-  int count = 0;
-  check_cuda(cuda::multiprocessors(&count));
-  return count;
 }
 
 }  // namespace
@@ -133,7 +128,7 @@ const cuda::Io* CudaLanes::io(size_t request) const {
   return static_cast<const cuda::Io*>(io_.const_data_ptr()) + request;
 }
 
-void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weights,
+void CudaLanes::encode(const std::vector<CudaRequest>& requests, WeightStream* weights,
                        bool use_graphs) {
   const c10::Stream caller = guard_of(device_).getStream(device_), &first = streams_.front();
   fork_.record(caller);
@@ -142,7 +137,7 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
   std::vector<cuda::Io> io;
   Shape shape;
   bool small = true;
-  for (const Request& request : requests) {
+  for (const CudaRequest& request : requests) {
     const at::Tensor& h = request.hidden;
     h.record_stream(
         first);  // every lane joins it; the outputs are the caller's stream's, which waits for it
@@ -153,8 +148,8 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
                   request.out.indices.mutable_data_ptr<int64_t>(),
                   request.out.sparsity.mutable_data_ptr<float>()});
     shape.insert(shape.end(),
-                 {request.layer->id, request.rows(), static_cast<int64_t>(h.scalar_type())});
-    small &= request.rows() <= cuda::few_rows && !request.layer->streamed;
+                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.scalar_type())});
+    small &= request.row_count() <= cuda::few_rows && !request.prepared->streamed;
   }
   for (size_t i = 0; i < io.size(); i += cuda::most_io)
     check_cuda(cuda::set_io(io.data() + i, std::min<int64_t>(io.size() - i, cuda::most_io),
@@ -178,7 +173,7 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
   join();
 }
 
-void* CudaLanes::graph_of(const Shape& shape, const std::vector<Request>& requests) {
+void* CudaLanes::graph_of(const Shape& shape, const std::vector<CudaRequest>& requests) {
   if (graphs_.size() >= most_graphs && !graphs_.contains(shape)) {
     std::erase_if(graphs_, [](const auto& known) { return !known.second; });
     if (graphs_.size() >= most_graphs) return nullptr;
@@ -188,11 +183,11 @@ void* CudaLanes::graph_of(const Shape& shape, const std::vector<Request>& reques
   return known->second;
 }
 
-void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weights) {
+void CudaLanes::enqueue(const std::vector<CudaRequest>& requests, WeightStream* weights) {
   int64_t chunks = 0, most_rows = 0;
-  for (const Request& request : requests) {
+  for (const CudaRequest& request : requests) {
     const int64_t rows = chunk_rows(request, plan_);
-    chunks += (request.rows() + rows - 1) / rows;
+    chunks += (request.row_count() + rows - 1) / rows;
     most_rows = std::max(most_rows, rows);
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
@@ -213,9 +208,9 @@ void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weig
   try {
     int64_t lane = 0;
     for (size_t i = 0; i < requests.size(); ++i) {
-      const Layer& layer = *requests[i].layer;
+      const cuda::PreparedLayer& layer = *requests[i].prepared;
       const at::Tensor W_enc = layer.streamed ? weights->load(layer.W_enc, streams) : layer.W_enc;
-      const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
+      const int64_t rows = requests[i].row_count(), chunk = chunk_rows(requests[i], plan_);
       for (int64_t first = 0; first < rows; first += chunk, lane = (lane + 1) % lanes) {
         const c10::StreamGuard guard(streams[lane]);
         encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, io(i), buffers_[lane],
@@ -231,7 +226,7 @@ void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weig
   join();
 }
 
-void* CudaLanes::capture(const std::vector<Request>& requests) {
+void* CudaLanes::capture(const std::vector<CudaRequest>& requests) {
   std::vector<void*> streams(std::min(streams_.size(), requests.size()));
   int status = cuda::begin_capture(streams.data(), streams.size());
   void* graph = nullptr;
@@ -239,9 +234,9 @@ void* CudaLanes::capture(const std::vector<Request>& requests) {
     check_cuda(status);
     for (size_t i = 0; i < requests.size(); ++i) {
       const size_t lane = i % streams.size();
-      const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
+      const int64_t rows = requests[i].row_count(), chunk = chunk_rows(requests[i], plan_);
       for (int64_t first = 0; first < rows; first += chunk)
-        encode_rows(requests[i], first, std::min(chunk, rows - first), requests[i].layer->W_enc,
+        encode_rows(requests[i], first, std::min(chunk, rows - first), requests[i].prepared->W_enc,
                     io(i), buffers_[lane], plan_, streams[lane]);
     }
   } catch (...) {
@@ -251,71 +246,6 @@ void* CudaLanes::capture(const std::vector<Request>& requests) {
   }
   check_cuda(cuda::end_capture(streams.data(), streams.size(), &graph));
   return graph;
-}
-
-CudaDevice::CudaDevice(const std::vector<const Layer*>& layers, const Options& options,
-                       at::Device device)
-    : use_graphs(options.use_graphs) {
-  const CudaPlan plan = plan_cuda(layers, options, multiprocessors_of(device));
-  int64_t slot_bytes = 0;
-  for (const Layer* layer : layers)
-    if (layer->streamed) slot_bytes = std::max<int64_t>(slot_bytes, layer->W_enc.nbytes());
-  if (slot_bytes > 0) weights = std::make_unique<WeightStream>(slot_bytes, device);
-  pool = std::make_unique<Pool<CudaLanes>>(
-      [plan, device] { return std::make_unique<CudaLanes>(plan, device); });
-}
-
-void CudaDevice::encode(const std::vector<Request>& requests) const {
-  const at::Device device = requests.front().layer->device;
-  TORCH_CHECK_VALUE(!cuda::is_capturing(native(guard_of(device).getStream(device))),
-                    "encode cannot be captured in a CUDA graph: later calls share its workspace; "
-                    "use_compile replays graphs of its own");
-  pool->borrow()->encode(requests, weights.get(), use_graphs);
-}
-
-int64_t CudaDevice::bytes() const { return pool->bytes() + (weights ? weights->bytes() : 0); }
-
-SparseFeatures encode_sparse_cuda(const Request& request, const Options& options,
-                                  const CudaDevice& device) {
-  const at::Tensor& hidden = request.hidden;
-  const int64_t rows = request.rows();
-  Options one_lane = options;
-  one_lane.lanes = 1;
-  // Encodes some rows with room for k features each.
-  const auto encode = [&](const at::Tensor& some, int64_t k) {
-    Layer layer = *request.layer;
-    layer.top_k = layer.selected = k;
-    CudaLanes lanes(plan_cuda({&layer}, one_lane, multiprocessors_of(hidden.device())),
-                    hidden.device());
-    const auto slots = some.options().dtype(at::kFloat);
-    Features out = {at::empty({some.size(1), k}, slots),
-                    at::empty({some.size(1), k}, slots.dtype(at::kLong)),
-                    at::empty({some.size(1)}, slots)};
-    lanes.encode({{&layer, some, out}}, device.weights.get(), false);
-    return out;
-  };
-  const at::Tensor flat = hidden.reshape({1, rows, hidden.size(2)});
-  const int64_t features = request.layer->features;
-  std::vector<at::Tensor> counts, indices, activations;
-  // Count, then write: with room for the largest count of a chunk, rounded up past the float32
-  // rounding of the fraction.
-  const at::Tensor fractions = encode(flat, 1).sparsity.nan_to_num(0);
-  for (int64_t first = 0; first < rows; first += options.chunk_size) {
-    const int64_t count = std::min(options.chunk_size, rows - first);
-    const at::Tensor some = flat.narrow(1, first, count);
-    const double fraction = fractions.narrow(0, first, count).max().item<double>();
-    const auto k = static_cast<int64_t>(fraction * features * (1 + 0x1p-20)) + 1;
-    const Features top = encode(some, std::min(k, request.layer->most_active));
-    const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
-                     kept = top.activations > 0;
-    kept.narrow(1, 0, 1).logical_or_(broken);
-    const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
-    counts.push_back(kept.sum(1));
-    indices.push_back(ascending.masked_select(ascending < features));
-    activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
-  }
-  return {at::cat({at::zeros({1}, flat.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
-          at::cat(indices), at::cat(activations)};
 }
 
 }  // namespace sparse_transcoder

@@ -12,6 +12,8 @@
 
 #include "backend.h"
 #include "cuda/kernels/kernels.h"
+#include "cuda/weight_copy.h"
+#include "pool.h"
 
 namespace sparse_transcoder {
 
@@ -34,8 +36,9 @@ struct CudaPlan {
   int64_t widened;      // weights of a panel; 0 where no layer needs it
 };
 
-CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& options,
-                   int64_t multiprocessors);
+// max_k: of a request's k_filled.
+CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const Options& options,
+                   int64_t max_k, int64_t multiprocessors);
 
 // A lane's share of device memory.
 struct CudaBuffers {
@@ -46,17 +49,18 @@ struct CudaBuffers {
   at::Tensor open, keys, sorted, open_size, keys_size, certain, least;
 };
 
+// A request, and its layer as this backend holds it.
+struct CudaRequest : Request {
+  const cuda::PreparedLayer* prepared;
+};
+
 // Rows that are worked on at a time: as many as the buffers hold, evenly.
-int64_t chunk_rows(const Request& request, const CudaPlan& plan);
+int64_t chunk_rows(const CudaRequest& request, const CudaPlan& plan);
 // Enqueues a chunk on the stream, torch's current one. `weights` is the layer's W_enc on the
 // device.
-void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights,
-                 const cuda::Io* io, const CudaBuffers& buffers, const CudaPlan& plan,
-                 void* stream);
-// out [n, f] = left [n, h] right [f, h]^T, added up in float32.
-void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right);
-void copy_to(at::Tensor to, const at::Tensor& from);
-
+void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
+                 const at::Tensor& weights, const cuda::Io* io, const CudaBuffers& buffers,
+                 const CudaPlan& plan, void* stream);
 // Two device buffers that weights in pinned host memory pass through, in the order that calls ask
 // for them.
 class WeightStream {
@@ -87,7 +91,7 @@ class CudaLanes {
 
   // All requests are on this device. Asynchronous: the caller's current stream waits for the
   // results, the host does not.
-  void encode(const std::vector<Request>& requests, WeightStream* weights, bool use_graphs);
+  void encode(const std::vector<CudaRequest>& requests, WeightStream* weights, bool use_graphs);
 
   int64_t bytes;
 
@@ -95,10 +99,10 @@ class CudaLanes {
   using Shape = std::vector<int64_t>;
 
   // Chunk by chunk, layer after layer, on one stream after the other.
-  void enqueue(const std::vector<Request>& requests, WeightStream* weights);
+  void enqueue(const std::vector<CudaRequest>& requests, WeightStream* weights);
   // Captured work for requests of this shape; null where they must be enqueued as they are.
-  void* graph_of(const Shape& shape, const std::vector<Request>& requests);
-  void* capture(const std::vector<Request>& requests);
+  void* graph_of(const Shape& shape, const std::vector<CudaRequest>& requests);
+  void* capture(const std::vector<CudaRequest>& requests);
   const cuda::Io* io(size_t request) const;
 
   const CudaPlan plan_;
@@ -109,18 +113,6 @@ class CudaLanes {
   c10::Event fork_, start_;
   std::vector<c10::Event> done_;
   std::map<Shape, void*> graphs_;  // null: seen once
-};
-
-// A device of an engine.
-struct CudaDevice {
-  CudaDevice(const std::vector<const Layer*>& layers, const Options& options, at::Device device);
-
-  void encode(const std::vector<Request>& requests) const;
-  int64_t bytes() const;
-
-  bool use_graphs;
-  std::unique_ptr<WeightStream> weights;  // null where every layer's weights are on the device
-  std::unique_ptr<Pool<CudaLanes>> pool;
 };
 
 }  // namespace sparse_transcoder

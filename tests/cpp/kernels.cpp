@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "bounds.h"
 #include "check.h"
 #include "cpu/reservoir.h"
 
@@ -139,7 +140,7 @@ TEST(kernels_product_within_its_bound) {
       for (int64_t rows = 1; rows <= 9; ++rows)
         for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
           Elements x = make(at::kFloat, rows * size), w = make(types[type], count * size);
-          const double roundoff = (size + 8) * 0x1p-24, gamma = roundoff / (1 - roundoff);
+          const double rounding = product_rounding(size);
           for (const KernelTable& kernels : runnable_kernels()) {
             std::vector<float> scores(rows * count + 1, quiet_nan);
             scores.back() = 12345;
@@ -152,7 +153,7 @@ TEST(kernels_product_within_its_bound) {
                   const double a = x.value[r * size + i], b = w.value[f * size + i];
                   exact += a * b, xx += a * a, ww += b * b;
                 }
-                EXPECT(std::fabs(scores[r * count + f] - exact) <= gamma * std::sqrt(xx * ww));
+                EXPECT(std::fabs(scores[r * count + f] - exact) <= rounding * std::sqrt(xx * ww));
               }
           }
         }
@@ -282,43 +283,43 @@ TEST(kernels_keys_order_by_value_then_by_lower_feature) {
     }
 }
 
-TEST(kernels_list_keeps_the_best) {
+TEST(kernels_reservoir_keeps_the_best) {
   for (const int64_t features : {1, 2, 31, 33, 70, 500, 3000})
     for (const int64_t wanted : {1, 2, 31, 32, 33, 64, 65, 200, 3000})
       for (const int different : {1, 3, 1 << 20}) {
-        const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
+        const int64_t k = std::min(wanted, features), capacity = reservoir_capacity(k, features);
         EXPECT(capacity >= k && capacity <= features);
-        std::vector<uint64_t> slots(capacity), all;
-        TopList list = {slots.data(), nullptr, 0, 0, 0, 0, 0};
+        std::vector<uint64_t> keys(capacity), all;
+        Reservoir reservoir = {keys.data(), nullptr, k, capacity};
         for (int64_t f = 0; f < features; ++f) {
           all.push_back(make_key(1.0f + random_bits() % different, f));
-          list.push(all.back(), k, capacity);
-          EXPECT(list.size <= capacity);
-          if (list.least != 0)  // what it turns away must be beaten k times
+          reservoir.add(all.back());
+          EXPECT(reservoir.size <= capacity);
+          if (reservoir.kth_best != 0)  // what it turns away must be beaten k times
             EXPECT(std::count_if(all.begin(), all.end(),
-                                 [&](uint64_t key) { return key >= list.least; }) >= k);
+                                 [&](uint64_t key) { return key >= reservoir.kth_best; }) >= k);
         }
-        list.cut(k);
-        EXPECT_EQUAL(list.size, k);
-        std::sort(slots.begin(), slots.begin() + k, std::greater<>());
+        reservoir.shrink_to_k();
+        EXPECT_EQUAL(reservoir.size, k);
+        std::sort(keys.begin(), keys.begin() + k, std::greater<>());
         std::sort(all.begin(), all.end(), std::greater<>());
-        EXPECT(std::equal(all.begin(), all.begin() + k, slots.begin()));
+        EXPECT(std::equal(all.begin(), all.begin() + k, keys.begin()));
       }
 }
 
-TEST(kernels_list_may_wait_with_what_it_computes) {
+TEST(kernels_reservoir_may_defer_what_it_computes) {
   for (const int64_t features : {1, 2, 33, 70, 500, 3000})
     for (const int64_t wanted : {1, 2, 31, 64, 200, 3000})
       for (const float width : {0.0f, 0.01f, 0.5f, 100.0f})
         for (const int order : {-1, 0, 1}) {  // falling, any, rising
-          const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
-          std::vector<uint64_t> slots(capacity), all;
-          std::vector<Bounded> open(capacity);
-          TopList list = {slots.data(), open.data(), 0, 0, 0, 0, 0};
-          const auto compute_open = [&] {
-            for (int64_t i = 0; i < list.open_size; ++i)
-              list.push(all[open[i].feature], k, capacity);
-            list.open_size = 0;
+          const int64_t k = std::min(wanted, features), capacity = reservoir_capacity(k, features);
+          std::vector<uint64_t> keys(capacity), all;
+          std::vector<DeferredFeature> deferred(capacity);
+          Reservoir reservoir = {keys.data(), deferred.data(), k, capacity};
+          const auto compute_deferred = [&] {
+            for (int64_t i = 0; i < reservoir.deferred_count; ++i)
+              reservoir.add(all[deferred[i].feature]);
+            reservoir.deferred_count = 0;
           };
           for (int64_t f = 0; f < features; ++f) {
             const float value =
@@ -326,22 +327,23 @@ TEST(kernels_list_may_wait_with_what_it_computes) {
             all.push_back(make_key(value, f));
             const float lower = value - width * (random_bits() % 5 / 4.0f),
                         upper = value + width * (random_bits() % 5 / 4.0f);
-            if (list.defer({lower, upper, static_cast<uint32_t>(f)}, k, capacity)) continue;
-            compute_open();
-            list.push(all.back(), k, capacity);
+            if (reservoir.defer({lower, upper, static_cast<uint32_t>(f)})) continue;
+            compute_deferred();
+            reservoir.add(all.back());
           }
-          EXPECT(list.open_size <= capacity);
-          if (list.open_least > 0)  // what it turns away must be beaten k times
+          EXPECT(reservoir.deferred_count <= capacity);
+          if (reservoir.deferred_kth_best > 0)  // what it turns away must be beaten k times
             EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) {
-                     return key_value(key) >= list.open_least;
+                     return key_value(key) >= reservoir.deferred_kth_best;
                    }) >= k);
-          list.thin(k);
-          compute_open();
-          list.cut(k);
-          EXPECT_EQUAL(list.size, k);
-          std::sort(slots.begin(), slots.begin() + k, std::greater<>());
+          EXPECT(reservoir.min_activation() >= reservoir.deferred_kth_best);
+          reservoir.drop_beaten();
+          compute_deferred();
+          reservoir.shrink_to_k();
+          EXPECT_EQUAL(reservoir.size, k);
+          std::sort(keys.begin(), keys.begin() + k, std::greater<>());
           std::sort(all.begin(), all.end(), std::greater<>());
-          EXPECT(std::equal(all.begin(), all.begin() + k, slots.begin()));
+          EXPECT(std::equal(all.begin(), all.begin() + k, keys.begin()));
         }
 }
 

@@ -8,10 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "bounds.h"
 #include "check.h"
 #include "cpu/kernels/kernels.h"
 #include "int8.h"
 
+using namespace sparse_transcoder;
 using namespace sparse_transcoder::cpu;
 
 namespace {
@@ -49,9 +51,6 @@ float rounded_down(long double value) {
 }
 
 float rounded_up(long double value) { return -rounded_down(-value); }
-
-// What underflow may change, as the gate allows for it.
-long double underflow(int64_t size) { return (size + 128) * 0x1p-125L; }
 
 using Maker = float (*)(int64_t i, int64_t size);
 struct Kind {
@@ -406,9 +405,8 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
               const Int16Scale &a = x_rows.scale[r], &b = w_rows.scale[f];
               const float score = scores[r * panel_features + f];
               const long double scaled = static_cast<long double>(a.scale) * b.scale * sum;
-              // As the layer adds it to the weights' residual: roundings of a product of norms.
               const long double rounding = static_cast<long double>(a.norm) * b.norm *
-                                           (8 + 2 * (size / int16_part_size(size))) * 0x1p-24L;
+                                           int16_score_rounding(int16_part_count(size));
               if (!(std::fabs(score - scaled) <= rounding + underflow(size)))
                 check::fail(__FILE__, __LINE__, "rounding: " + at(kernels, x_kind, w_kind, size));
               const long double exact = dot(x.data() + r * size, w.data() + f * size, size);

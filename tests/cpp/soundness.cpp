@@ -14,10 +14,12 @@
 #include <string>
 #include <vector>
 
+#include "bounds.h"
 #include "check.h"
 #include "cpu/kernels/kernels.h"
 #include "int8.h"
 
+using namespace sparse_transcoder;
 using namespace sparse_transcoder::cpu;
 
 namespace {
@@ -31,9 +33,6 @@ const char* const weight_kinds[] = {"gaussian", "heavy tails",    "over many dec
                                     "real",     "worst for int8", "worst for int16",
                                     "signs"};
 constexpr int64_t block_sizes[] = {576, 64, 200, 257, 576, 1000, 33, 768, 2048, 7};
-
-// What underflow may change, as the gate allows for it.
-double underflow(int64_t size) { return (size + 128) * 0x1p-125; }
 
 at::Tensor sign(at::IntArrayRef shape) { return at::where(at::rand(shape) < 0.5, 1.0, -1.0); }
 at::Tensor decades(int64_t count, double low, double high) {
@@ -308,8 +307,7 @@ void measure_int16(const KernelTable& kernels, const Block& block, const at::Ten
   // As layers and rows combine them.
   const at::Tensor margin =
       x_all[1].unsqueeze(1) * w_norm +
-      x_all[2].unsqueeze(1) *
-          (w_all[1] + w_all[2] * ((8 + 2 * (H / int16_part_size(H))) * 0x1p-24));
+      x_all[2].unsqueeze(1) * (w_all[1] + w_all[2] * int16_score_rounding(int16_part_count(H)));
   stages["int16"].add(
       scores.transpose(0, 1).reshape({row_count, feature_count}).to(at::kDouble) - exact, margin,
       block);
@@ -325,9 +323,8 @@ void measure_product(const KernelTable& kernels, const Block& block, const at::T
                                   block.stored.const_data_ptr(), feature_count, H,
                                   scores.data_ptr<float>() + i * some * feature_count);
   });
-  const double roundoff = (H + 8) * 0x1p-24;
   stages["float32"].add(scores.to(at::kDouble) - exact,
-                        roundoff / (1 - roundoff) * block.x.norm(2, {1}, true) * w_norm, block);
+                        product_rounding(H) * block.x.norm(2, {1}, true) * w_norm, block);
 }
 
 }  // namespace

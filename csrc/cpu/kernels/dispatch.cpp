@@ -51,8 +51,8 @@ const KernelTable& choose() {
     if (kernels.name == name) return kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels.name);
   }
-  throw std::invalid_argument("SPARSE_TRANSCODER_CPU must be one that this machine can run, of " +
-                              names + ", got " + name);
+  throw std::invalid_argument("SPARSE_TRANSCODER_CPU must be one of " + names +
+                              " on this machine, got " + name);
 }
 
 }  // namespace

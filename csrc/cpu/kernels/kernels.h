@@ -12,8 +12,6 @@ namespace sparse_transcoder::cpu {
 
 // Rows per call of dot and dot_int16, at most.
 constexpr int64_t dot_rows = 4;
-// Features per panel of the int8 and int16 screens: one bit each in a 64-bit mask.
-constexpr int64_t panel_features = 64;
 
 // Where the int8 screen keeps a rotated row or feature (quantise-inl.h). It holds `inputs` numbers:
 // the `size` inputs and zeros after them, rotated into each other in groups of `mixed`.
@@ -134,7 +132,7 @@ struct Int16ProductArgs {
 };
 
 // Where one screen becomes faster than another, as benchmarks/crossovers.py measures it.
-// docs/screening.md shows the times.
+// docs/performance.md shows the times.
 struct Crossovers {
   int64_t int8_rows;         // int8 beats float32 in calls of at most this many rows
   int64_t two_planes_rows;   // a second int8 plane is nearly free in calls of at most this many

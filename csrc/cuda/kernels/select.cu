@@ -7,6 +7,7 @@
 // between `lower` and `upper`, rounded to float32 as it will be, and rounding keeps the order.
 #include <cmath>
 
+#include "bounds.h"
 #include "cuda/kernels/element.cuh"
 #include "cuda/kernels/kernels.h"
 
@@ -35,7 +36,7 @@ struct Bracket {
   double underflow;
 
   __device__ Bracket(float margin, const Weights& weights)
-      : margin(margin), gate(weights.gate), underflow((weights.size + 128) * 0x1p-124) {}
+      : margin(margin), gate(weights.gate), underflow(sparse_transcoder::underflow(weights.size)) {}
 
   __device__ double slack(uint64_t open) const {
     const int64_t feature = feature_of(open);
