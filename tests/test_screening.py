@@ -3,6 +3,7 @@
 The instruction set is chosen once a process, so each runs in one of its own, where the cases of this file are encoded.
 """
 
+import functools
 import math
 import os
 import subprocess
@@ -14,8 +15,23 @@ import torch
 from oracle import SCREENINGS, check, gates, make_layer, normal, pre_activations, same_bits, tolerances, wide
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
-CPUS = ("portable", "avx2", "avx2vnni", "avx512vnni")  # one that the machine lacks falls back to the best it has
+CPUS = ("portable", "avx2", "avx2vnni", "avx512vnni")
 RESULTS = ("activations", "indices", "sparsity")
+
+
+def python(code, cpu):
+    """Runs code in a process of its own, with this instruction set."""
+    environment = {**os.environ, "SPARSE_TRANSCODER_CPU": cpu, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@functools.cache
+def refusal(cpu):
+    """Why this machine cannot run an instruction set; empty where it can."""
+    done = python("import sparse_transcoder; sparse_transcoder.cpu_instruction_set()", cpu)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 or lines[-1].startswith("ValueError: SPARSE_TRANSCODER_CPU must be"), done.stderr
+    return lines[-1] if done.returncode else ""
 
 
 # Rows
@@ -303,10 +319,10 @@ def recorded(tmp_path_factory):
 
     def get(cpu):
         if cpu not in made:
+            if refusal(cpu):
+                pytest.skip(f"{cpu}: {refusal(cpu)}")
             path = folder / f"{cpu}.pt"
-            environment = {**os.environ, "SPARSE_TRANSCODER_CPU": cpu, "PYTHONPATH": str(Path(__file__).parent)}
-            code = f"import test_screening; test_screening.record({str(path)!r})"
-            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+            done = python(f"import test_screening; test_screening.record({str(path)!r})", cpu)
             assert done.returncode == 0, done.stderr
             made[cpu] = torch.load(path)
         return made[cpu]
@@ -342,7 +358,7 @@ def check_sparse(result, hidden, layer, tau):
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(recorded, name):
     layer, hidden, top_k, tau = CASES[name]
-    for cpu in CPUS:
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
         for screening in SCREENINGS:
             got, first = recorded(cpu)[name, screening], recorded("portable")[name, "off"]
             if got is not first and same_bits(parts(got, first.keys() - CALL), parts(first, first.keys() - CALL)):
@@ -381,6 +397,7 @@ def test_explained(recorded, cpu, screening):
         result = recorded(cpu)[name, screening]
         told, memory = result["explained"], result["memory"]
         features, rows = layer["W_enc"].shape[0], hidden.shape[0]
+        assert told["instruction_set"] == cpu, name
         assert (told["rows"], told["features"]) == (rows, features), name
         assert told["pairs_int8"] + told["pairs_int16"] + told["pairs_float32"] == rows * features, name
         assert told["survivors"] <= told["pairs_int8"], name
@@ -422,6 +439,41 @@ def test_no_copy_is_made_for_nothing(recorded, cpu):
     for screening in ("auto", "int8"):
         result = recorded(cpu)["patchy, few rows", screening]
         assert result["memory"]["screening_bytes"] > 0 and result["explained"]["pairs_int8"] > 0
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 "])
+def test_an_unknown_instruction_set(name):
+    for code in (
+        "import sparse_transcoder as s; s.cpu_instruction_set()",
+        "import test_screening as t; t.encoder(t.make_layer(130, 24), 10, 0.5)",
+    ):
+        done = python(code, name)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith("ValueError: SPARSE_TRANSCODER_CPU must be"), done.stderr
+        assert error.endswith(f"got {name}") and "portable" in error
+
+
+def test_the_instruction_set_that_is_named_is_used():
+    """And an empty name is none."""
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
+        assert python("import sparse_transcoder as s; print(s.cpu_instruction_set())", cpu).stdout.strip() == cpu
+    assert python("import sparse_transcoder as s; print(s.cpu_instruction_set())", "").stdout.strip() == cpu, "the best"
+
+
+@pytest.mark.parametrize("setting", ["int8_rows", "int8_rows=x", "rows=3", "max_share_int16=0.1x"])
+def test_unknown_crossovers(monkeypatch, setting):
+    monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+    with pytest.raises(ValueError, match="SPARSE_TRANSCODER_CROSSOVERS must hold name=value"):
+        encoder(make_layer(130, 24), 10, 0.5)
+
+
+def test_crossovers_force_a_screen(monkeypatch):
+    layer = make_layer(130, 24)
+    hidden = normal(50, 24)
+    for setting, used in (("int8_rows=50 max_share_float32=2", "pairs_int8"), ("int8_rows=49", "pairs_float32")):
+        monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+        told = encoder(layer, 10, 0.5, screening="int8").explain(0, hidden)
+        assert told[used] == 50 * 130, (setting, told)
 
 
 def test_explain_of_no_rows_and_of_wrong_arguments():

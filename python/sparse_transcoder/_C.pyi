@@ -121,6 +121,9 @@ class Explanation:
     def finish_ms(self) -> float:
         ...
     @property
+    def instruction_set(self) -> str:
+        ...
+    @property
     def pairs_float32(self) -> int:
         ...
     @property
@@ -231,6 +234,10 @@ class Engine:
     @property
     def layers(self) -> list[int]:
         ...
+def cpu_instruction_set() -> str:
+    """
+    The instruction set that encodes on the CPU: the best of this machine, or the one that the environment variable SPARSE_TRANSCODER_CPU names.
+    """
 def load_weights(dir: str, layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], device: torch.device) -> dict[int, LayerWeights]:
     """
     Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.

@@ -13,6 +13,7 @@ if _torch.__version__.split(".")[:2] != _built.split("."):
     )
 
 from . import _C, reference
+from ._C import cpu_instruction_set
 from .capture import Captured, capture
 from .encoder import SparseTranscoderEncoder, encode_single_layer
 from .formats import load_transcoders
@@ -26,6 +27,7 @@ __all__ = [
     "TranscoderWeights",
     "capture",
     "cmake_prefix_path",
+    "cpu_instruction_set",
     "encode_single_layer",
     "graph_json",
     "load_transcoders",

@@ -348,14 +348,15 @@ class SparseTranscoderEncoder:
         parts = delta.split(weights.W_enc.shape[1])
         return delta if len(parts) == 1 else {layer + i: part for i, part in enumerate(parts)}
 
-    def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float]:
+    def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float | str]:
         """How :meth:`encode_layer` finds the features of these rows, on the CPU; the result itself is dropped.
 
         Returns:
             ``rows`` and ``features``; ``pairs_int8``, ``pairs_int16``, ``pairs_float32``: (row, feature) pairs screened in each
             arithmetic; ``survivors`` of the int8 screen; ``rescored``: pairs computed exactly, of which ``ambiguous`` were too
             near their gate to be counted unseen; ``fallback_rows``: rows too large to screen; ``prepare_ms``, ``screen_ms``,
-            ``refine_ms``, ``rescore_ms``, ``finish_ms``: time of each phase, summed over workers.
+            ``refine_ms``, ``rescore_ms``, ``finish_ms``: time of each phase, summed over workers; ``instruction_set``: what
+            :func:`cpu_instruction_set` says.
 
         Arguments and errors as in :meth:`encode_layer`; ValueError where hidden is not on the CPU.
         """
