@@ -399,6 +399,18 @@ def file(header=None, data=DATA, length=None):
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
+def packed(**changes):
+    """A file of the GOOD tensors with other dtypes and shapes, or without some, and without a hole."""
+    tensors = {name: good[:2] for name, good in GOOD.items()} | changes
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            dtype, shape = tensor
+            begin, end = end, end + math.prod(shape) * (8 if dtype == "F64" else 4)
+            header[name] = entry(dtype, shape, begin, end)
+    return file(header, DATA[:end])
+
+
 def with_bytes(at, raw):
     return DATA[:at] + raw + DATA[at + len(raw) :]
 
@@ -439,7 +451,7 @@ LIES = {
     "dtype empty": file(table(b_enc=("", [F], 1920, 2040))),
     "dtype a number": file(table(b_enc=(32, [F], 1920, 2040))),
     "dtype integer": file(table(b_enc=("I32", [F], 1920, 2040))),
-    "dtype float64": file(table(W_enc=("F64", [F // 2, H], 0, 960), W_dec=None, b_enc=("F32", [F // 2], 1920, 1980))),
+    "dtype float64": packed(W_enc=("F64", [F // 2, H]), W_dec=None, b_enc=("F32", [F // 2])),
     "dtype of another size": file(table(b_enc=("BF16", [F], 1920, 2040))),
     "shape a number": file(table(b_enc=("F32", F, 1920, 2040))),
     "shape text": file(table(b_enc=("F32", ["30"], 1920, 2040))),
@@ -450,7 +462,7 @@ LIES = {
     "shape overflows to nothing": file(table(W_enc=("F32", [2**32, 2**32], 0, 0))),
     "shape larger than its bytes": file(table(W_enc=("F32", [F + 1, H], 0, 960), b_enc=("F32", [F + 1], 1920, 2040))),
     "shape smaller than its bytes": file(table(W_enc=("F32", [F, H - 1], 0, 960))),
-    "shape zero": file(table(W_enc=("F32", [0, H], 0, 0), b_enc=("F32", [0], 0, 0), W_dec=("F32", [0, H], 0, 0))),
+    "shape zero": packed(W_enc=("F32", [0, H]), b_enc=("F32", [0]), W_dec=("F32", [0, H])),
     "offsets out of the file": file(table(b_dec=("F32", [H], 2044, 2076))),
     "offsets far out of the file": file(table(b_enc=("F32", [F], 2**40, 2**40 + 120))),
     "offsets that wrap": file(table(b_enc=("F32", [F], 2**64 - 120, 2**64))),
@@ -461,18 +473,21 @@ LIES = {
     "offsets text": file(table(b_enc=("F32", [F], "1920", "2040"))),
     "one offset": file(table(b_enc=("F32", [F], 1920))),
     "three offsets": file(table(b_enc=("F32", [F], 1920, 2040, 2072))),
+    "a hole": file(table(W_dec=None)),
+    "a hole before the first tensor": file(table(W_enc=None)),
+    "bytes after the last tensor": file(data=DATA + b"more"),
     "overlap": file(table(b_enc=("F32", [F], 1800, 1920))),
     "two names for the same bytes": file(table(W_dec=("F32", [F, H], 0, 960))),
-    "W_enc missing": file(table(W_enc=None)),
-    "b_enc missing": file(table(b_enc=None)),
-    "b_enc of another length": file(table(b_enc=("F32", [F - 1], 1920, 2036))),
+    "W_enc missing": packed(W_enc=None),
+    "b_enc missing": packed(b_enc=None),
+    "b_enc of another length": packed(b_enc=("F32", [F - 1])),
     "b_enc with two axes": file(table(b_enc=("F32", [F, 1], 1920, 2040))),
-    "b_enc a scalar": file(table(b_enc=("F32", [], 1920, 1924))),
+    "b_enc a scalar": packed(b_enc=("F32", [])),
     "W_enc with one axis": file(table(W_enc=("F32", [F * H], 0, 960))),
     "encoder transposed": file(table(W_enc=("F32", [H, F], 0, 960))),
     "W_dec [H, F]": file(table(W_dec=("F32", [H, F], 960, 1920))),
-    "W_dec of another size": file(table(W_dec=("F32", [F - 1, H], 960, 1888))),
-    "b_dec of another length": file(table(b_dec=("F32", [H - 1], 2040, 2068))),
+    "W_dec of another size": packed(W_dec=("F32", [F - 1, H])),
+    "b_dec of another length": packed(b_dec=("F32", [H - 1])),
     "threshold of another length": file(
         table(**{"activation_function.threshold": ("F32", [H], 2072, 2104)}), DATA + bytes(32)
     ),
