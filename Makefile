@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 BUILT_WITH := $(VENV)/.torch-$(TORCH)
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 BUILD_TOOLS := numpy pybind11==3.1.0 scikit-build-core cmake ninja nlohmann-json
-TEST_TOOLS := pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
+TEST_TOOLS := pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 PEER_TOOLS := sae-lens==6.54.12 eai-sparsify==1.3.3 circuit-tracer==0.5.0
 # Without their requirements, which exclude the peers above; what their encoders import is listed.
 LOOSE_PEER_TOOLS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \
@@ -31,7 +31,7 @@ soundness: $(VENV)/.installed
 
 # What is compared with the peers' own code, which make test skips where they are not installed.
 peers: $(VENV)/.installed $(VENV)/.peer-tools
-	$(BIN)/python -m pytest tests/test_formats.py tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py
+	$(BIN)/python -m pytest tests/formats tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py
 
 demo: $(VENV)/.installed $(VENV)/.demo-tools
 	@echo "starting torch and transformers ..."

@@ -1,8 +1,10 @@
 """The package as it is installed: quiet, typed, and particular about its torch."""
 
+import importlib.metadata
 import importlib.resources
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,13 @@ import pytest
 import sparse_transcoder
 import torch
 
-PUBLIC = {"SparseTranscoderEncoder", "TranscoderWeights", "load_transcoders", "encode_single_layer"}
+PUBLIC = {
+    "SparseTranscoderEncoder",
+    "TranscoderWeights",
+    "encode_single_layer",
+    "load_transcoders",
+    "save_transcoders",
+}
 
 
 def python(code, *options):
@@ -37,6 +45,44 @@ assert settings() == before
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_import_leaves_the_warnings_as_they_are():
+    """The filters, and what torch says about its own sparse tensors."""
+    code = """
+import warnings, torch
+before = list(warnings.filters)
+import sparse_transcoder
+assert warnings.filters == before
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+assert "beta" in str(caught[0].message)
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_encode_sparse_needs_no_warning_filter():
+    """Its tensors are torch's first CSR tensors, made in many threads where warnings are errors."""
+    code = """
+import warnings, torch
+from concurrent.futures import ThreadPoolExecutor
+import sparse_transcoder as s
+encoder = s.SparseTranscoderEncoder({0: s.TranscoderWeights(torch.eye(4), torch.zeros(4))})
+before = list(warnings.filters)
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda n: encoder.encode_sparse(0, 2 * torch.eye(4)), range(32)))
+assert all(torch.equal(one.to_dense(), 2 * torch.eye(4)) for one in found)
+assert warnings.filters == before
+"""
+    done = python(code, "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_version():
+    assert sparse_transcoder.__version__ == importlib.metadata.version("sparse_transcoder")
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", sparse_transcoder.__version__)
 
 
 def test_names():
@@ -81,6 +127,11 @@ def test_arguments():
         ("transcoder_dir", none),
         ("layers", None),
         ("device", None),
+    ]
+    assert arguments(sparse_transcoder.save_transcoders) == [
+        ("transcoders", none),
+        ("dir", none),
+        ("dtype", None),
     ]
     weights = arguments(sparse_transcoder.TranscoderWeights)
     assert weights[:5] == [("W_enc", none), ("b_enc", none), ("W_dec", None), ("b_dec", None), ("layer", 0)]

@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from . import _arguments as check
 from . import _C
+from . import _arguments as check
 from .capture import capture, hook_of
 from .graph import attribution_feature
 from .weights import TranscoderWeights, to_native

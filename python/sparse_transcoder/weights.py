@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _arguments as check
 from . import _C
+from . import _arguments as check
 
 
 @dataclasses.dataclass(eq=False)

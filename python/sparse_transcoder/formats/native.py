@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from .. import _arguments as check
 from .. import _C
+from .. import _arguments as check
 from ..encoder import SparseTranscoderEncoder
 from ..weights import TranscoderWeights, from_native
 from .files import FLOATS, config_text, dtype_name, yaml_values

@@ -29,6 +29,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     else:  # The encoder is tied to the decoder.
         W_enc = W_dec.T
         b_enc = torch.zeros(W_enc.shape[0], dtype=W_enc.dtype)
+    tensors.finish()
     return loading.weights(
         layer,
         path,

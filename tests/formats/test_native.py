@@ -1,18 +1,38 @@
-"""Checkpoints: the native layout, the reference's files, and files that lie."""
+"""The native layout: what is read, what is saved, and files that lie."""
 
 import json
 import math
 import os
-import pickle
 import struct
 import subprocess
 import sys
 
 import pytest
 import torch
-from oracle import FLOATS, check, make_layer, normal
-from safetensors.torch import save_file
-from sparse_transcoder import SparseTranscoderEncoder, load_transcoders
+from checkpoints import (
+    CIRCUIT_TRACER,
+    HIDDEN,
+    Written,
+    close,
+    dense,
+    ints,
+    jumprelu,
+    load,
+    parts,
+    put,
+    randomise,
+    relu,
+    topk,
+)
+from every_layout import FIELDS, EveryLayout
+from oracle import FLOATS, check, make_layer, normal, same_bits
+from safetensors.torch import load_file, save_file
+from sparse_transcoder import (
+    SparseTranscoderEncoder,
+    TranscoderWeights,
+    load_transcoders,
+    save_transcoders,
+)
 
 F, H = 30, 8
 HOOKS = "feature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
@@ -34,10 +54,6 @@ def write(folder, layers, config=CONFIG):
     return folder
 
 
-def load(folder, layers=None):
-    return load_transcoders(folder, layers, device="cpu")
-
-
 def equal(a, b):
     return a.dtype == b.dtype and torch.equal(a, b)
 
@@ -47,7 +63,39 @@ def encodes_like(weights, layer, hidden=None):
     check(SparseTranscoderEncoder({7: weights}, 10, 0.3).encode_layer(7, hidden), hidden, layer, 10, 0.3)
 
 
-# The native layout
+def native_case(**more):
+    """A layer with more tensors than a relu coder has."""
+
+    def write(root, i, F, H):
+        p = parts(F, H, i)
+        extra = {name: value(F, H, i) for name, value in more.items()}
+        names = {"threshold": "activation_function.threshold"}
+        tensors = {"W_enc": p["W_enc"].T, "b_enc": p["b_enc"], "W_dec": p["W_dec"]}
+        tensors |= {"b_dec": p["b_dec"]} | {names.get(name, name): v for name, v in extra.items()}
+        put(root, f"layer_{i}.safetensors", tensors)
+        (root / "config.yaml").write_text(CONFIG)
+
+        def encode(x):
+            pre = x @ p["W_enc"] + p["b_enc"]
+            if "threshold" in extra:
+                return jumprelu(pre, extra["threshold"])
+            return topk(pre, int(extra["k"])) if "k" in extra else relu(pre)
+
+        hooks = ("mlp.hook_in", "mlp.hook_out")
+        W_skip = extra.get("W_skip")
+        return Written(encode, p["W_enc"].T, p["W_dec"].T, p["b_dec"], W_skip, hooks)
+
+    write.__name__ = "_".join(["native", *more])
+    return write
+
+
+class TestNative(EveryLayout):
+    WRITERS = (
+        native_case(),
+        native_case(threshold=lambda F, H, i: ints(F, seed=i + 7)),
+        native_case(k=lambda F, H, i: torch.tensor([4])),
+        native_case(W_skip=lambda F, H, i: ints(H, H, seed=i + 9)),
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -256,121 +304,172 @@ def test_device(tmp_path):
         assert equal(weights.W_enc.cpu(), tensors()["W_enc"])
 
 
-# The reference's files
-
-
-def reference_state(prefix="", norm=False, tied=False, targets=1, features=F, hidden_size=H):
-    state = {
-        "dec.weight": normal(hidden_size * targets, features, seed=1),
-        "dec.bias": normal(hidden_size * targets, seed=2),
+@pytest.mark.parametrize("F", [64, 16])
+@pytest.mark.parametrize("threshold", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_circuit_tracer_set(tmp_path, threshold, skip, F):
+    name = "circuit_tracer.transcoder.single_layer_transcoder"
+    peer = pytest.importorskip(name, reason=CIRCUIT_TRACER)
+    layers = {
+        i: randomise(
+            peer.SingleLayerTranscoder(
+                16,
+                F,
+                peer.JumpReLU(torch.zeros(F), 0.1) if threshold else torch.relu,
+                i,
+                skip_connection=skip,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+            ),
+            seed=i,
+        )
+        for i in range(2)
     }
-    if norm:
-        state |= {
-            "enc.0.weight": 1 + 0.3 * normal(hidden_size, seed=3),
-            "enc.0.bias": 0.3 * normal(hidden_size, seed=4),
-        }
-    if not tied:
-        state |= {"enc.1.weight": normal(features, hidden_size, seed=5), "enc.1.bias": normal(features, seed=6)}
-    return {prefix + name: value for name, value in state.items()}
+    model = peer.TranscoderSet(layers, "mlp.hook_in", "mlp.hook_out")
+    model.to_safetensors(str(tmp_path))
+    config = "model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n"
+    (tmp_path / "config.yaml").write_text(config)
+    for i, weights in load(tmp_path).items():
+        assert close(dense(weights, HIDDEN), model.encode_layer(HIDDEN, i))
+        assert same_bits(weights.W_skip, layers[i].W_skip.detach() if skip else None)
+        assert weights.hook_in == "mlp.hook_in"
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("features, hidden_size", [(F, H), (12, 12)])
-def test_reference(tmp_path, prefix, norm, tied, features, hidden_size):
-    state = reference_state(prefix, norm, tied, 1, features, hidden_size)
-    torch.save({"state_dict": state, "config": {"lr": 1e-3}, "step": 5}, tmp_path / "transcoder_L3.pt")
-    loaded = load(tmp_path)
-    assert list(loaded) == [3]
-    weights, plain = loaded[3], {name.removeprefix("_orig_mod."): value for name, value in state.items()}
-    layer = {"W_enc": plain["dec.weight"].T, "b_enc": torch.zeros(features)}
-    if not tied:
-        layer = {"W_enc": plain["enc.1.weight"], "b_enc": plain["enc.1.bias"]}
-    if norm:
-        layer |= {"ln_weight": plain["enc.0.weight"], "ln_bias": plain["enc.0.bias"]}
-    assert all(equal(getattr(weights, name), value) for name, value in layer.items())
-    assert equal(weights.W_dec, plain["dec.weight"]) and equal(weights.b_dec, plain["dec.bias"])
-    assert weights.layer == 3 and weights.threshold is None and weights.k is None
-    assert norm or weights.ln_weight is None
-    encodes_like(weights, layer, 3 + 2 * normal(20, hidden_size))
+# Saving
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_reference_with_many_targets(tmp_path, norm):
-    state = reference_state(norm=norm, targets=3)
-    torch.save({"state_dict": state}, tmp_path / "transcoder_L0.pt")
+def full(layer=0, dtype=torch.float32, **more):
+    """Weights with every field that the layout can hold at once."""
+    fields = {
+        "W_enc": normal(F, H, seed=layer + 1).to(dtype),
+        "b_enc": normal(F, seed=layer + 2),
+        "W_dec": normal(H, F, seed=layer + 3).to(dtype),
+        "b_dec": normal(H, seed=layer + 4).to(dtype),
+        "threshold": normal(F, seed=layer + 5).abs(),
+        "k": 7,
+        "W_skip": normal(H, H, seed=layer + 6).to(dtype),
+        "hook_in": "blocks.3.ln2.hook_normalized",
+        "hook_out": "model.layers.3:output, of one layer",
+    }
+    return TranscoderWeights(**(fields | more), layer=layer)
+
+
+def same_fields(got, want):
+    return all(same_bits(getattr(got, name), getattr(want, name)) for name in FIELDS)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_saved_fields_come_back(tmp_path, dtype, as_pairs):
+    saved = {layer: full(layer, dtype) for layer in (0, 3, 11)}
+    folder = tmp_path / "missing" / "set"
+    save_transcoders(iter(saved.items()) if as_pairs else saved, folder)
+    names = [*(f"layer_{layer}.safetensors" for layer in saved), "config.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert [path.name for path in folder.parent.iterdir()] == ["set"]
+    loaded = load(folder)
+    assert list(loaded) == list(saved)
+    assert all(same_fields(loaded[layer], saved[layer]) for layer in saved)
+
+
+def test_saved_fields_may_be_absent(tmp_path):
+    save_transcoders({2: TranscoderWeights(normal(F, H), normal(F))}, str(tmp_path))
+    weights = load(tmp_path)[2]
+    assert same_fields(weights, TranscoderWeights(normal(F, H), normal(F)))
+    assert (tmp_path / "config.yaml").read_text() == "model_kind: transcoder_set\n"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_saved_dtype(tmp_path, dtype):
+    save_transcoders({0: full()}, tmp_path, dtype)
     weights = load(tmp_path)[0]
-    assert equal(weights.W_enc, state["enc.1.weight"])
-    layer = {"W_enc": weights.W_enc, "b_enc": weights.b_enc}
-    encodes_like(weights, layer | ({"ln_weight": weights.ln_weight, "ln_bias": weights.ln_bias} if norm else {}))
+    for name in ("W_enc", "W_dec", "W_skip"):
+        assert same_bits(getattr(weights, name), getattr(full(), name).to(dtype)), name
+    for name in ("b_enc", "b_dec", "threshold"):
+        assert same_bits(getattr(weights, name), getattr(full(), name)), name
 
 
-def test_reference_layers(tmp_path):
-    for i in (0, 2, 10):
-        torch.save({"state_dict": reference_state()}, tmp_path / f"transcoder_L{i}.pt")
-    assert list(load(tmp_path)) == [0, 2, 10]
-    (tmp_path / "transcoder_L2.pt").write_bytes(b"no archive")
-    assert list(load(tmp_path, [10])) == [10]
+def test_saved_tensors_of_any_strides(tmp_path):
+    """Views, gradients, and more rows than are written at a time."""
+    W_enc = torch.nn.Parameter(normal(H, 9000, seed=1)).T
+    weights = TranscoderWeights(W_enc, normal(18000)[::2], W_enc.T[:, ::1])
+    save_transcoders({0: weights}, tmp_path)
+    loaded = load(tmp_path)[0]
+    assert torch.equal(loaded.W_enc, W_enc) and torch.equal(loaded.W_dec, W_enc.T)
+    assert torch.equal(loaded.b_enc, normal(18000)[::2])
 
 
-class Bomb:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
+@pytest.mark.gpu
+def test_saved_from_the_device(tmp_path):
+    save_transcoders({0: TranscoderWeights(normal(F, H).cuda(), normal(F).cuda())}, tmp_path)
+    assert torch.equal(load(tmp_path)[0].W_enc, normal(F, H))
 
 
-@pytest.mark.parametrize("form", ["archive", "legacy", "bare pickle", "beside good weights"])
-def test_pickled_code_is_refused_and_not_run(tmp_path, form):
-    path, marker = tmp_path / "transcoder_L0.pt", tmp_path / "ran"
-    content = {"state_dict": reference_state() | {"enc.1.bias": Bomb(marker)}}
-    if form == "beside good weights":
-        content = {"state_dict": reference_state(), "config": Bomb(marker)}
-    if form == "bare pickle":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
-    with pytest.raises(ValueError) as caught:
-        load(tmp_path)
-    text = str(caught.value)
-    assert str(path) in text and "\n" not in text
-    assert "weights_only=False" not in text  # torch's own advice is to open the door
-    assert not marker.exists()
+def test_the_official_reader_reads_what_is_saved(tmp_path):
+    save_transcoders({0: full()}, tmp_path)
+    tensors = load_file(tmp_path / "layer_0.safetensors")
+    assert torch.equal(tensors["W_dec"], full().W_dec.T) and tensors["k"].tolist() == [7]
+
+
+def test_layers_of_different_hooks(tmp_path):
+    saved = {layer: full(layer, hook_in=f"layers.{layer}") for layer in (0, 1)}
+    with pytest.warns(UserWarning, match="different hooks") as caught:
+        save_transcoders(saved, tmp_path)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert load(tmp_path)[1].hook_in == load(tmp_path)[1].hook_out == ""
+
+
+def test_a_folder_that_holds_anything_is_not_written_to(tmp_path):
+    (tmp_path / "layer_5.safetensors").write_bytes(b"another set")
+    for target in (tmp_path, tmp_path / "layer_5.safetensors"):
+        with pytest.raises(ValueError, match="must be an empty folder or not be there yet"):
+            save_transcoders({0: full()}, target)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"another set"]
+
+
+def failing():
+    yield 0, full()
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
-    "content, word",
+    "transcoders, error, words",
     [
-        ({"weights": {}}, "state_dict"),
-        ([1, 2], "state_dict"),
-        ({"state_dict": {}}, "dec.weight"),
-        ({"state_dict": {n: v for n, v in reference_state().items() if n != "enc.1.bias"}}, "enc.1.bias"),
-        ({"state_dict": {n: v for n, v in reference_state(norm=True).items() if n != "enc.0.bias"}}, "enc.0.bias"),
-        ({"state_dict": reference_state() | {"enc.1.bias": torch.zeros(F + 1)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state() | {"enc.1.bias": 3.0}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state() | {"enc.1.weight": torch.full((F, H), torch.nan)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state(norm=True) | {"enc.0.weight": torch.ones(H + 1)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F, H).double()}}, "transcoder_L0.pt"),
+        ({}, ValueError, "at least one layer, got none"),
+        (3, TypeError, "transcoders must map layers to TranscoderWeights, got int"),
+        ({0: full().W_enc}, TypeError, "layer 0: transcoders must hold TranscoderWeights"),
+        ({-1: full()}, ValueError, "layer must be at least 0, got -1"),
+        ({"0": full()}, TypeError, "layer must be an integer, got str"),
+        ([(4, full()), (4, full())], ValueError, "layer 4: must be there once, got it twice"),
+        ({0: full(), 1: full(b_enc=normal(F + 1))}, ValueError, r"layer 1: b_enc must be \[30\]"),
+        ({0: full(b_dec=normal(H) / 0)}, ValueError, "layer 0: b_dec"),
+        ({0: full(W_dec=normal(H, F) * 1e30 * 1e30)}, ValueError, "layer 0: W_dec is not finite"),
+        ({0: full(input_bias=normal(H))}, ValueError, "layer 0: .* input bias; .* convert"),
+        ({0: full(ln_weight=normal(H), ln_bias=normal(H))}, ValueError, "layer 0: .* LayerNorm"),
+        ({0: full(W_dec=normal(2 * H, F))}, ValueError, "layer 0: .* writes to many layers"),
+        ({0: full(hook_in='say "mlp"')}, ValueError, "feature_input_hook must be printable text"),
+        ({0: full(hook_out="mlp\n")}, ValueError, "feature_output_hook must be printable text"),
+        (failing(), KeyboardInterrupt, None),
     ],
 )
-def test_reference_files_that_are_not_whole(tmp_path, content, word):
-    path = tmp_path / "transcoder_L0.pt"
-    torch.save(content, path)
-    with pytest.raises((ValueError, TypeError)) as caught:
-        SparseTranscoderEncoder(load(tmp_path))
-    text = str(caught.value)
-    assert str(path) in text and word in text and "\n" not in text
+def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path, transcoders, error, words):
+    with pytest.raises(error, match=words) as caught:
+        save_transcoders(transcoders, tmp_path / "set")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + bytes(100)])
-def test_reference_files_that_are_no_archive(tmp_path, content):
-    (tmp_path / "transcoder_L0.pt").write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        load(tmp_path)
-    assert str(tmp_path / "transcoder_L0.pt") in str(caught.value) and "\n" not in str(caught.value)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "float32"])
+def test_dtypes_that_cannot_be_saved(tmp_path, dtype):
+    with pytest.raises(TypeError, match="dtype must be float32, bfloat16 or float16, got"):
+        save_transcoders({0: full()}, tmp_path, dtype)
+    with pytest.raises(TypeError, match="dir must be a str or Path, got NoneType"):
+        save_transcoders({0: full()}, None)
+
+
+def test_values_too_large_for_the_dtype(tmp_path):
+    with pytest.raises(ValueError, match="layer 0: W_enc is not finite as float16"):
+        save_transcoders({0: full(W_enc=1e6 * normal(F, H))}, tmp_path, torch.float16)
 
 
 # Native files that lie. All are loaded in one other process: one that dies there takes no other test along.
