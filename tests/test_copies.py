@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from oracle import normal, same_bits
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, load_transcoders
 from sparse_transcoder import save_transcoders as save
