@@ -1,5 +1,6 @@
-// Preloaded by crossovers.py: takes the place of the library's choose_screen, so that one process can time every choice.
-#include "screening.h"
+// Preloaded by crossovers.py: takes the place of the library's choose_screen, so that one process
+// can time every choice.
+#include "cpu/screen.h"
 
 namespace sparse_transcoder {
 namespace {
@@ -12,5 +13,6 @@ Choice choose_screen(const ScreeningCopies&, int64_t) { return forced; }
 
 extern "C" void force(int sparse, int dense, int planes, double dense_share) {
   using sparse_transcoder::Arithmetic;
-  sparse_transcoder::forced = {static_cast<Arithmetic>(sparse), static_cast<Arithmetic>(dense), planes, dense_share};
+  sparse_transcoder::forced = {static_cast<Arithmetic>(sparse), static_cast<Arithmetic>(dense),
+                               planes, dense_share};
 }

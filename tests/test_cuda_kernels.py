@@ -17,13 +17,13 @@ TORCH = Path(torch.__file__).parent
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    if not (ROOT / "csrc/encode_cuda.cpp").exists():
+    if not (ROOT / "csrc/cuda/chunk.cpp").exists():
         pytest.skip("the sources are not beside the tests")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     launches = re.compile(r"kernel<<<(.*?), threads, 0, static_cast<cudaStream_t>\(stream\)>>>\((.*?)\);", re.DOTALL)
     files = [ROOT / "tests/cuda_on_cpu/encode.cpp", ROOT / "tests/cuda_on_cpu/streams.cpp"]
-    for name, count in (("screen", 2), ("select", 4)):
-        source = (ROOT / f"csrc/kernels/{name}_cuda.cu").read_text()
+    for name, count in (("prepare", 2), ("select", 4)):
+        source = (ROOT / f"csrc/cuda/kernels/{name}.cu").read_text()
         source, found = launches.subn(r"launch(\1, threads, stream, [=] { kernel(\2); });", source)
         assert found == count
         files.append(folder / f"{name}.cpp")
@@ -32,7 +32,6 @@ def kernels(tmp_path_factory):
     folders = [
         ROOT / "tests/cuda_on_cpu",
         ROOT / "csrc",
-        ROOT / "csrc/kernels",
         ROOT / "csrc/include",
         TORCH / "include",
     ]

@@ -5,14 +5,15 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "../safetensors.h"
+#include "io/safetensors.h"
 
 namespace py = pybind11;
 using namespace sparse_transcoder;
 
 namespace {
 
-// A user's mistake becomes Python's own exception with the message alone; anything else is a RuntimeError.
+// A user's mistake becomes Python's own exception with the message alone; anything else is a
+// RuntimeError.
 void translate(std::exception_ptr exception) {
   try {
     if (exception) std::rethrow_exception(exception);
@@ -25,14 +26,15 @@ void translate(std::exception_ptr exception) {
   } catch (const c10::IndexError& e) {
     PyErr_SetString(PyExc_KeyError, e.what_without_backtrace());
   } catch (const c10::OutOfMemoryError& e) {
-    py::set_error(py::module_::import("torch").attr("OutOfMemoryError"), e.what_without_backtrace());
+    py::set_error(py::module_::import("torch").attr("OutOfMemoryError"),
+                  e.what_without_backtrace());
   } catch (const c10::Error& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
   }
 }
 
-// torch says once per process that sparse CSR tensors are in beta. The handler is the thread's own and drops that sentence, so
-// that no warning filter decides whether encode_sparse succeeds.
+// torch says once per process that sparse CSR tensors are in beta. The handler is the thread's own
+// and drops that sentence, so that no warning filter decides whether encode_sparse succeeds.
 class SilentHandler : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
@@ -53,10 +55,13 @@ PYBIND11_MODULE(_C, m) {
   using OptionalTensor = std::optional<at::Tensor>;
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<LayerWeights>(m, "LayerWeights", "One layer's declared weights; see sparse_transcoder.TranscoderWeights.")
-      .def(py::init([](at::Tensor W_enc, at::Tensor b_enc, OptionalTensor W_dec, OptionalTensor b_dec, OptionalTensor threshold,
-                       std::optional<int64_t> k, OptionalTensor W_skip, OptionalTensor input_bias, OptionalTensor ln_weight,
-                       OptionalTensor ln_bias, std::string hook_in, std::string hook_out, std::string source) {
+  py::class_<LayerWeights>(m, "LayerWeights",
+                           "One layer's declared weights; see sparse_transcoder.TranscoderWeights.")
+      .def(py::init([](at::Tensor W_enc, at::Tensor b_enc, OptionalTensor W_dec,
+                       OptionalTensor b_dec, OptionalTensor threshold, std::optional<int64_t> k,
+                       OptionalTensor W_skip, OptionalTensor input_bias, OptionalTensor ln_weight,
+                       OptionalTensor ln_bias, std::string hook_in, std::string hook_out,
+                       std::string source) {
              const at::Tensor none;
              return LayerWeights{W_enc,
                                  b_enc,
@@ -72,9 +77,10 @@ PYBIND11_MODULE(_C, m) {
                                  hook_out,
                                  source};
            }),
-           py::kw_only(), py::arg("W_enc"), py::arg("b_enc"), py::arg("W_dec"), py::arg("b_dec"), py::arg("threshold"),
-           py::arg("k"), py::arg("W_skip"), py::arg("input_bias"), py::arg("ln_weight"), py::arg("ln_bias"), py::arg("hook_in"),
-           py::arg("hook_out"), py::arg("source"))
+           py::kw_only(), py::arg("W_enc"), py::arg("b_enc"), py::arg("W_dec"), py::arg("b_dec"),
+           py::arg("threshold"), py::arg("k"), py::arg("W_skip"), py::arg("input_bias"),
+           py::arg("ln_weight"), py::arg("ln_bias"), py::arg("hook_in"), py::arg("hook_out"),
+           py::arg("source"))
       .def_readonly("W_enc", &LayerWeights::W_enc)
       .def_readonly("b_enc", &LayerWeights::b_enc)
       .def_readonly("W_dec", &LayerWeights::W_dec)
@@ -89,8 +95,10 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("hook_out", &LayerWeights::hook_out)
       .def_readonly("source", &LayerWeights::source);
 
-  m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"), release_gil(),
-        "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.");
+  m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"),
+        release_gil(),
+        "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers "
+        "is empty.");
   m.def("read_safetensors", &read_safetensors, py::arg("path"), release_gil(),
         "The tensors of a safetensors file, memory-mapped: nothing but the header is read here.");
 
@@ -100,7 +108,8 @@ PYBIND11_MODULE(_C, m) {
       .value("int16", Screening::int16)
       .value("int8", Screening::int8);
 
-  py::class_<Explanation>(m, "Explanation", "What a call did; see sparse_transcoder.SparseTranscoderEncoder.explain.")
+  py::class_<Explanation>(m, "Explanation",
+                          "What a call did; see sparse_transcoder.SparseTranscoderEncoder.explain.")
       .def_readonly("rows", &Explanation::rows)
       .def_readonly("features", &Explanation::features)
       .def_readonly("fallback_rows", &Explanation::fallback_rows)
@@ -116,13 +125,16 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("rescore_ms", &Explanation::rescore_ms)
       .def_readonly("finish_ms", &Explanation::finish_ms);
 
-  py::class_<Features>(m, "Features", "Top-k activations, their feature indices, and the fraction active.")
+  py::class_<Features>(m, "Features",
+                       "Top-k activations, their feature indices, and the fraction active.")
       .def_readonly("activations", &Features::activations)
       .def_readonly("indices", &Features::indices)
       .def_readonly("sparsity", &Features::sparsity);
 
-  py::class_<SparseFeatures>(m, "SparseFeatures", "Every active feature, in the compressed sparse row layout.")
-      .def(py::init<at::Tensor, at::Tensor, at::Tensor>(), py::arg("row_begin"), py::arg("features"), py::arg("activations"))
+  py::class_<SparseFeatures>(m, "SparseFeatures",
+                             "Every active feature, in the compressed sparse row layout.")
+      .def(py::init<at::Tensor, at::Tensor, at::Tensor>(), py::arg("row_begin"),
+           py::arg("features"), py::arg("activations"))
       .def_readonly("row_begin", &SparseFeatures::row_begin)
       .def_readonly("features", &SparseFeatures::features)
       .def_readonly("activations", &SparseFeatures::activations)
@@ -135,31 +147,38 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("workspace_bytes", &Memory::workspace_bytes);
 
   py::class_<Engine>(m, "Engine", "The C++ engine; see sparse_transcoder.SparseTranscoderEncoder.")
-      .def(py::init([](std::map<int64_t, LayerWeights> weights, int64_t top_k, float activation_threshold, int64_t chunk_size,
-                       int64_t lanes, Screening screening, bool use_graphs, int64_t device_weight_bytes) {
-             return Engine(std::move(weights),
-                           {top_k, activation_threshold, chunk_size, lanes, screening, use_graphs, device_weight_bytes});
+      .def(py::init([](std::map<int64_t, LayerWeights> weights, int64_t top_k,
+                       float activation_threshold, int64_t chunk_size, int64_t lanes,
+                       Screening screening, bool use_graphs, int64_t device_weight_bytes) {
+             return Engine(std::move(weights), {top_k, activation_threshold, chunk_size, lanes,
+                                                screening, use_graphs, device_weight_bytes});
            }),
-           py::arg("weights"), py::kw_only(), py::arg("top_k"), py::arg("activation_threshold"), py::arg("chunk_size"),
-           py::arg("lanes"), py::arg("screening"), py::arg("use_graphs"), py::arg("device_weight_bytes"), release_gil())
-      .def("encode", py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode, py::const_), py::arg("layer"),
-           py::arg("hidden"), release_gil(), "Encodes one layer's hidden states.")
-      .def("encode_all", py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_), py::arg("hidden"),
-           release_gil(), "Encodes the hidden states of many layers at once.")
-      .def("encode_sparse", &Engine::encode_sparse, py::arg("layer"), py::arg("hidden"), release_gil(),
-           "Every active feature of one layer's hidden states.")
+           py::arg("weights"), py::kw_only(), py::arg("top_k"), py::arg("activation_threshold"),
+           py::arg("chunk_size"), py::arg("lanes"), py::arg("screening"), py::arg("use_graphs"),
+           py::arg("device_weight_bytes"), release_gil())
+      .def("encode", py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode, py::const_),
+           py::arg("layer"), py::arg("hidden"), release_gil(), "Encodes one layer's hidden states.")
+      .def("encode_all",
+           py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_),
+           py::arg("hidden"), release_gil(), "Encodes the hidden states of many layers at once.")
+      .def("encode_sparse", &Engine::encode_sparse, py::arg("layer"), py::arg("hidden"),
+           release_gil(), "Every active feature of one layer's hidden states.")
       .def(
           "decode",
-          [](const Engine& engine, int64_t layer, const at::Tensor& activations, const at::Tensor& indices,
-             OptionalTensor hidden) { return engine.decode(layer, activations, indices, hidden.value_or(at::Tensor())); },
-          py::arg("layer"), py::arg("activations"), py::arg("indices"), py::arg("hidden"), release_gil(),
-          "Reconstruction from top-k features.")
+          [](const Engine& engine, int64_t layer, const at::Tensor& activations,
+             const at::Tensor& indices, OptionalTensor hidden) {
+            return engine.decode(layer, activations, indices, hidden.value_or(at::Tensor()));
+          },
+          py::arg("layer"), py::arg("activations"), py::arg("indices"), py::arg("hidden"),
+          release_gil(), "Reconstruction from top-k features.")
       .def(
           "decode_sparse",
-          [](const Engine& engine, int64_t layer, const SparseFeatures& features, OptionalTensor hidden) {
+          [](const Engine& engine, int64_t layer, const SparseFeatures& features,
+             OptionalTensor hidden) {
             return engine.decode(layer, features, hidden.value_or(at::Tensor()));
           },
-          py::arg("layer"), py::arg("features"), py::arg("hidden"), release_gil(), "Reconstruction from all active features.")
+          py::arg("layer"), py::arg("features"), py::arg("hidden"), release_gil(),
+          "Reconstruction from all active features.")
       .def("explain", &Engine::explain, py::arg("layer"), py::arg("hidden"), release_gil(),
            "Encodes one layer's hidden states on the CPU and tells how.")
       .def_property_readonly("layers", &Engine::layers)

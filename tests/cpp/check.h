@@ -32,10 +32,14 @@ void throws(Body body, const std::string& words, const char* file, int line) {
     fail(file, line, "nothing thrown, expected: " + words);
   } catch (const Error& error) {
     const std::string text = error.what_without_backtrace();
-    if (typeid(error) != typeid(Error) || text.find(words) == std::string::npos || text.find('\n') != std::string::npos)
-      fail(file, line, std::string(typeid(error).name()) + " says: " + text + "\n    expected: " + words);
+    if (typeid(error) != typeid(Error) || text.find(words) == std::string::npos ||
+        text.find('\n') != std::string::npos)
+      fail(file, line,
+           std::string(typeid(error).name()) + " says: " + text + "\n    expected: " + words);
   } catch (const std::exception& error) {
-    fail(file, line, std::string("expected: ") + words + "\n    got " + typeid(error).name() + ": " + error.what());
+    fail(file, line,
+         std::string("expected: ") + words + "\n    got " + typeid(error).name() + ": " +
+             error.what());
   }
 }
 
@@ -48,4 +52,5 @@ void throws(Body body, const std::string& words, const char* file, int line) {
 
 #define EXPECT(condition) ((condition) ? void() : check::fail(__FILE__, __LINE__, #condition))
 #define EXPECT_EQUAL(a, b) check::equal((a), (b), __FILE__, __LINE__, #a " == " #b)
-#define EXPECT_THROWS(Error, words, ...) check::throws<Error>([&] { __VA_ARGS__; }, (words), __FILE__, __LINE__)
+#define EXPECT_THROWS(Error, words, ...) \
+  check::throws<Error>([&] { __VA_ARGS__; }, (words), __FILE__, __LINE__)

@@ -26,10 +26,12 @@ constexpr at::ScalarType F32 = at::kFloat, BF16 = at::kBFloat16, F16 = at::kHalf
 constexpr float inf = std::numeric_limits<float>::infinity();
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
-constexpr Screening screenings[] = {Screening::automatic, Screening::off, Screening::int16, Screening::int8};
+constexpr Screening screenings[] = {Screening::automatic, Screening::off, Screening::int16,
+                                    Screening::int8};
 
 enum class Data {
-  coarse,  // multiples of 1/8: every sum is exact in float32, ties abound, and the result has but one right answer
+  coarse,  // multiples of 1/8: every sum is exact in float32, ties abound, and the result has but
+           // one right answer
   normal,
 };
 
@@ -49,13 +51,16 @@ at::Tensor random(at::IntArrayRef shape, Data data, float scale = 1) {
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < t.numel(); ++i)
     t.data_ptr<float>()[i] =
-        scale * (data == Data::coarse ? static_cast<float>(random_bits() % 17) / 8 - 1 : normal(random_bits));
+        scale * (data == Data::coarse ? static_cast<float>(random_bits() % 17) / 8 - 1
+                                      : normal(random_bits));
   return t;
 }
 
 LayerWeights make_layer(const Case& c, Data data) {
   const std::string kind = c.kind;
-  const auto make = [&](at::IntArrayRef shape, float scale) { return random(shape, data, scale).to(c.weights); };
+  const auto make = [&](at::IntArrayRef shape, float scale) {
+    return random(shape, data, scale).to(c.weights);
+  };
   LayerWeights w;
   w.W_enc = make({c.F, c.H}, data == Data::coarse ? 1 : 1 / std::sqrt(static_cast<float>(c.H)));
   w.b_enc = make({c.F}, 1);
@@ -85,8 +90,9 @@ struct Row {
 };
 
 std::vector<Row> reference(const Case& c, const LayerWeights& w, const at::Tensor& hidden) {
-  const auto W = wide(w.W_enc), b = wide(w.b_enc), threshold = wide(w.threshold), input_bias = wide(w.input_bias),
-             ln_weight = wide(w.ln_weight), ln_bias = wide(w.ln_bias), all = wide(hidden);
+  const auto W = wide(w.W_enc), b = wide(w.b_enc), threshold = wide(w.threshold),
+             input_bias = wide(w.input_bias), ln_weight = wide(w.ln_weight),
+             ln_bias = wide(w.ln_bias), all = wide(hidden);
   std::vector<Row> rows(all.size() / c.H);
   for (size_t n = 0; n < rows.size(); ++n) {
     Row& row = rows[n];
@@ -97,7 +103,8 @@ std::vector<Row> reference(const Case& c, const LayerWeights& w, const at::Tenso
       const double mean = std::accumulate(x.begin(), x.end(), 0.0) / c.H;
       double variance = 0;
       for (const double value : x) variance += (value - mean) * (value - mean) / c.H;
-      for (int64_t i = 0; i < c.H; ++i) x[i] = (x[i] - mean) / std::sqrt(variance + 1e-5) * ln_weight[i] + ln_bias[i];
+      for (int64_t i = 0; i < c.H; ++i)
+        x[i] = (x[i] - mean) / std::sqrt(variance + 1e-5) * ln_weight[i] + ln_bias[i];
     }
     for (int64_t f = 0; f < c.F; ++f) {
       double sum = b[f];
@@ -107,7 +114,8 @@ std::vector<Row> reference(const Case& c, const LayerWeights& w, const at::Tenso
     row.order.resize(c.F);
     std::iota(row.order.begin(), row.order.end(), 0);
     const auto sort = [&row](const std::vector<double>& by) {
-      std::stable_sort(row.order.begin(), row.order.end(), [&by](int64_t i, int64_t j) { return by[i] > by[j]; });
+      std::stable_sort(row.order.begin(), row.order.end(),
+                       [&by](int64_t i, int64_t j) { return by[i] > by[j]; });
     };
     std::vector<double> act = row.pre;
     if (w.k) {
@@ -134,16 +142,18 @@ const T* data(const at::Tensor& t) {
 }
 
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.is_contiguous() && b.is_contiguous() &&
-         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+  return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.is_contiguous() &&
+         b.is_contiguous() && std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
 }
 
 bool same_bits(const Features& a, const Features& b) {
-  return same_bits(a.activations, b.activations) && same_bits(a.indices, b.indices) && same_bits(a.sparsity, b.sparsity);
+  return same_bits(a.activations, b.activations) && same_bits(a.indices, b.indices) &&
+         same_bits(a.sparsity, b.sparsity);
 }
 
 bool same_bits(const SparseFeatures& a, const SparseFeatures& b) {
-  return same_bits(a.row_begin, b.row_begin) && same_bits(a.features, b.features) && same_bits(a.activations, b.activations);
+  return same_bits(a.row_begin, b.row_begin) && same_bits(a.features, b.features) &&
+         same_bits(a.activations, b.activations);
 }
 
 bool same_bits(const std::map<int64_t, Features>& a, const std::map<int64_t, Features>& b) {
@@ -169,9 +179,11 @@ void check_exactly(const Case& c, const std::vector<Row>& rows, const Features& 
   for (size_t n = 0; n < rows.size(); ++n) {
     for (int64_t i = 0; i < k; ++i) {
       EXPECT_EQUAL(data<int64_t>(out.indices)[n * k + i], rows[n].order[i]);
-      EXPECT_EQUAL(data<float>(out.activations)[n * k + i], static_cast<float>(rows[n].masked[rows[n].order[i]]));
+      EXPECT_EQUAL(data<float>(out.activations)[n * k + i],
+                   static_cast<float>(rows[n].masked[rows[n].order[i]]));
     }
-    EXPECT_EQUAL(data<float>(out.sparsity)[n], static_cast<float>(static_cast<double>(rows[n].kept) / c.F));
+    EXPECT_EQUAL(data<float>(out.sparsity)[n],
+                 static_cast<float>(static_cast<double>(rows[n].kept) / c.F));
   }
 }
 
@@ -190,7 +202,8 @@ void check_exactly(const std::vector<Row>& rows, const SparseFeatures& out) {
   EXPECT(out.features.numel() == entry && out.activations.numel() == entry);
 }
 
-void check_nearly(const Case& c, const LayerWeights& w, const std::vector<Row>& rows, const Features& out) {
+void check_nearly(const Case& c, const LayerWeights& w, const std::vector<Row>& rows,
+                  const Features& out) {
   const int64_t k = std::min(c.top_k, c.F);
   const auto threshold = wide(w.threshold);
   for (size_t n = 0; n < rows.size(); ++n) {
@@ -209,7 +222,8 @@ void check_nearly(const Case& c, const LayerWeights& w, const std::vector<Row>& 
       listed[indices[i]] = true;
       const double value = row.masked[row.order[i]];
       EXPECT(std::fabs(activations[i] - value) <= slack(value));
-      if (activations[i] > 0) EXPECT(std::fabs(activations[i] - row.pre[indices[i]]) <= slack(value));
+      if (activations[i] > 0)
+        EXPECT(std::fabs(activations[i] - row.pre[indices[i]]) <= slack(value));
       EXPECT(i == 0 || activations[i - 1] >= activations[i]);
     }
     const double last = row.masked[row.order[k - 1]];
@@ -308,11 +322,16 @@ TEST(engine_row_near_overflow) {
 
 TEST(engine_gives_the_same_bits_however_it_is_asked) {
   const Case c = {1100, 72, 2, 37, 24, 0.5f, "jumprelu", BF16, F32};
-  const LayerWeights w = make_layer(c, Data::normal), beside = make_layer({300, 9, 1, 1, 1, 1}, Data::normal);
-  const at::Tensor hidden = random({2, 37, 72}, Data::normal), other = random({50, 9}, Data::normal);
+  const LayerWeights w = make_layer(c, Data::normal),
+                     beside = make_layer({300, 9, 1, 1, 1, 1}, Data::normal);
+  const at::Tensor hidden = random({2, 37, 72}, Data::normal),
+                   other = random({50, 9}, Data::normal);
   const auto engine = [&](int64_t chunk_size, int64_t lanes, Screening screening) {
-    return Engine({{0, w}, {1, beside}},
-                  {.top_k = 24, .activation_threshold = 0.5f, .chunk_size = chunk_size, .lanes = lanes, .screening = screening});
+    return Engine({{0, w}, {1, beside}}, {.top_k = 24,
+                                          .activation_threshold = 0.5f,
+                                          .chunk_size = chunk_size,
+                                          .lanes = lanes,
+                                          .screening = screening});
   };
   const Features first = engine(512, 1, Screening::off).encode(0, hidden);
   for (const int64_t chunk_size : {1, 2, 5, 36, 37, 74, 100000})
@@ -322,17 +341,20 @@ TEST(engine_gives_the_same_bits_however_it_is_asked) {
         EXPECT(same_bits(e.encode(0, hidden), first));
         EXPECT(same_bits(e.encode({{0, hidden}, {1, other}}).at(0), first));
         const Features row = e.encode(0, hidden[1].narrow(0, 20, 1));
-        EXPECT(same_bits(row.activations[0], first.activations[1][20]) && same_bits(row.indices[0], first.indices[1][20]));
+        EXPECT(same_bits(row.activations[0], first.activations[1][20]) &&
+               same_bits(row.indices[0], first.indices[1][20]));
       }
   const Engine e = engine(16, 2, Screening::automatic);
-  const at::Tensor turned = hidden.permute({2, 1, 0}).contiguous().permute({2, 1, 0});  // strides 1, B, B * T
+  const at::Tensor turned =
+      hidden.permute({2, 1, 0}).contiguous().permute({2, 1, 0});  // strides 1, B, B * T
   const at::Tensor spread = at::stack({hidden, at::zeros_like(hidden)}, 3).select(3, 0);
   EXPECT(!turned.is_contiguous() && !spread.is_contiguous());
   EXPECT(same_bits(e.encode(0, turned), first));
   EXPECT(same_bits(e.encode(0, spread), first));
   EXPECT(same_bits(e.encode(0, hidden.detach().requires_grad_()), first));
   const Features repeated = e.encode(0, hidden.narrow(1, 4, 1).expand({2, 6, 72}));
-  for (int64_t i = 0; i < 6; ++i) EXPECT(same_bits(repeated.activations[1][i], first.activations[1][4]));
+  for (int64_t i = 0; i < 6; ++i)
+    EXPECT(same_bits(repeated.activations[1][i], first.activations[1][4]));
   const int threads = at::get_num_threads();
   at::set_num_threads(1);
   EXPECT(same_bits(e.encode(0, hidden), first));
@@ -345,21 +367,26 @@ TEST(engine_sparse_is_all_that_encode_finds) {
     const LayerWeights w = make_layer(c, Data::normal);
     const at::Tensor hidden = random({2, 21, 48}, Data::normal);
     hidden[0][3][5] = quiet_nan;
-    const Features all = Engine({{0, w}}, {.top_k = c.F, .activation_threshold = c.threshold}).encode(0, hidden);
-    at::Tensor dense = at::zeros({42, c.F}).scatter_(1, all.indices.view({42, c.F}), all.activations.view({42, c.F}));
+    const Features all =
+        Engine({{0, w}}, {.top_k = c.F, .activation_threshold = c.threshold}).encode(0, hidden);
+    at::Tensor dense = at::zeros({42, c.F}).scatter_(1, all.indices.view({42, c.F}),
+                                                     all.activations.view({42, c.F}));
     dense[3].zero_();
     dense[3][0] = quiet_nan;
     SparseFeatures first;
     for (const int64_t chunk_size : {512, 1, 10})
       for (const int64_t lanes : {1, 3, 8}) {
-        const Engine engine({{0, w}},
-                            {.top_k = 5, .activation_threshold = c.threshold, .chunk_size = chunk_size, .lanes = lanes});
+        const Engine engine({{0, w}}, {.top_k = 5,
+                                       .activation_threshold = c.threshold,
+                                       .chunk_size = chunk_size,
+                                       .lanes = lanes});
         const SparseFeatures out = engine.encode_sparse(0, hidden);
         if (!first.features.defined()) first = out;
         EXPECT(same_bits(out, first));
       }
     const at::Tensor rows = at::repeat_interleave(at::arange(42), first.row_begin.diff());
-    at::Tensor scattered = at::zeros({42, c.F}).index_put_({rows, first.features}, first.activations);
+    at::Tensor scattered =
+        at::zeros({42, c.F}).index_put_({rows, first.features}, first.activations);
     EXPECT(at::equal(scattered.nan_to_num(-1), dense.nan_to_num(-1)));
   }
 }
@@ -376,7 +403,8 @@ TEST(engine_decodes) {
       const at::Tensor hidden = random({2, 9, 12}, Data::normal);
       const Engine engine({{6, w}}, {.top_k = 70, .activation_threshold = 0.5f});
       const Features out = engine.encode(6, hidden);
-      const at::Tensor y = engine.decode(6, out.activations, out.indices, hidden), flat = y.view({18, written * c.H});
+      const at::Tensor y = engine.decode(6, out.activations, out.indices, hidden),
+                       flat = y.view({18, written * c.H});
       EXPECT_EQUAL(y.sizes(), at::IntArrayRef({2, 9, written * c.H}));
       const auto rows = reference(c, w, hidden);
       const auto W = wide(w.W_dec), b = wide(w.b_dec), S = wide(w.W_skip), x = wide(hidden);
@@ -398,17 +426,21 @@ TEST(engine_decodes) {
                     engine.decode(6, out.activations, out.indices - 1, hidden));
       EXPECT_THROWS(c10::ValueError, "layer 6: hidden must have the features' 18 rows, got [9, 12]",
                     engine.decode(6, out.activations, out.indices, hidden[0]));
-      EXPECT_THROWS(
-          c10::ValueError, "layer 6: row_begin must ascend from 0",
-          engine.decode(6, SparseFeatures{at::full({2}, 7, at::kLong), at::zeros({7}, at::kLong), at::zeros({7})}, hidden));
+      EXPECT_THROWS(c10::ValueError, "layer 6: row_begin must ascend from 0",
+                    engine.decode(6,
+                                  SparseFeatures{at::full({2}, 7, at::kLong),
+                                                 at::zeros({7}, at::kLong), at::zeros({7})},
+                                  hidden));
     }
 }
 
 TEST(engine_gives_every_thread_the_same_bits) {
   std::map<int64_t, LayerWeights> weights;
   std::map<int64_t, at::Tensor> hidden;
-  const Case layers[] = {
-      {900, 40, 1, 60, 0, 0}, {33, 129, 1, 60, 0, 0, "topk", F16}, {2000, 16, 1, 5, 0, 0, "jumprelu", BF16}, {1, 1, 1, 33, 0, 0}};
+  const Case layers[] = {{900, 40, 1, 60, 0, 0},
+                         {33, 129, 1, 60, 0, 0, "topk", F16},
+                         {2000, 16, 1, 5, 0, 0, "jumprelu", BF16},
+                         {1, 1, 1, 33, 0, 0}};
   for (const Case& c : layers) {
     const auto id = static_cast<int64_t>(2 * weights.size());
     weights[id] = make_layer(c, Data::normal);
@@ -419,7 +451,8 @@ TEST(engine_gives_every_thread_the_same_bits) {
   std::map<int64_t, SparseFeatures> sparse;
   for (const auto& [id, rows] : hidden) sparse[id] = alone.encode_sparse(id, rows);
   for (const int threads : {4, 8}) {
-    const Engine engine(weights, {.top_k = 12, .activation_threshold = 0.5f, .chunk_size = 32, .lanes = 3});
+    const Engine engine(weights,
+                        {.top_k = 12, .activation_threshold = 0.5f, .chunk_size = 32, .lanes = 3});
     std::vector<std::thread> callers;
     for (int caller = 0; caller < threads; ++caller)
       callers.emplace_back([&, caller] {
@@ -440,7 +473,8 @@ TEST(engine_ignores_the_callers_rounding) {
   LayerWeights w = make_layer(c, Data::normal);
   w.W_enc.mul_(0x1p120f);
   w.b_enc.zero_();
-  const at::Tensor hidden = random({40, 32}, Data::normal, 0x1p-128f);  // most are too small to be normal numbers
+  const at::Tensor hidden =
+      random({40, 32}, Data::normal, 0x1p-128f);  // most are too small to be normal numbers
   const Engine engine({{0, w}}, {.top_k = 9, .activation_threshold = 0.01f, .lanes = 3});
   const Features first = engine.encode(0, hidden);
   check_nearly(c, w, reference(c, w, hidden), first);
@@ -468,7 +502,8 @@ TEST(engine_empty_inputs) {
 TEST(engine_shares_what_it_is_given) {
   const Case c = {40, 8, 1, 2, 5, 0.5f};
   const LayerWeights w = make_layer(c, Data::normal), twin = make_layer(c, Data::normal);
-  Engine first({{5, w}, {2, twin}}, {.top_k = 5, .activation_threshold = 0.5f, .screening = Screening::off});
+  Engine first({{5, w}, {2, twin}},
+               {.top_k = 5, .activation_threshold = 0.5f, .screening = Screening::off});
   const Engine engine(std::move(first));
   EXPECT(engine.weights(5).W_enc.const_data_ptr() == w.W_enc.const_data_ptr());
   EXPECT((engine.layers() == std::vector<int64_t>{2, 5}));
@@ -494,7 +529,8 @@ TEST(engine_encodes_in_a_forked_child) {
   const Case c = {600, 32, 1, 40, 9, 0.5f};
   const LayerWeights w = make_layer(c, Data::normal);
   const at::Tensor hidden = random({40, 32}, Data::normal);
-  auto engine = std::make_unique<Engine>(std::map<int64_t, LayerWeights>{{0, w}}, Options{.top_k = 9, .lanes = 4});
+  auto engine = std::make_unique<Engine>(std::map<int64_t, LayerWeights>{{0, w}},
+                                         Options{.top_k = 9, .lanes = 4});
   const Features expected = engine->encode(0, hidden);
   const pid_t child = fork();
   if (child == 0) {
@@ -517,13 +553,16 @@ class CountingAllocator final : public c10::Allocator {
   std::atomic<int64_t> blocks{0}, bytes{0}, most_bytes{std::numeric_limits<int64_t>::max()};
 
   c10::DataPtr allocate(size_t size) override {
-    TORCH_CHECK(static_cast<int64_t>(size) <= most_bytes, "not enough memory: you tried to allocate ", size, " bytes");
+    TORCH_CHECK(static_cast<int64_t>(size) <= most_bytes,
+                "not enough memory: you tried to allocate ", size, " bytes");
     ++blocks;
     bytes += static_cast<int64_t>(size);
     return inner_->allocate(size);
   }
   c10::DeleterFnPtr raw_deleter() const override { return inner_->raw_deleter(); }
-  void copy_data(void* to, const void* from, size_t count) const override { inner_->copy_data(to, from, count); }
+  void copy_data(void* to, const void* from, size_t count) const override {
+    inner_->copy_data(to, from, count);
+  }
 
  private:
   c10::Allocator* inner_ = c10::GetCPUAllocator();
@@ -545,13 +584,18 @@ TEST(engine_allocates_its_outputs_and_nothing_else) {
   std::map<int64_t, LayerWeights> weights;
   std::map<int64_t, at::Tensor> hidden;
   for (int64_t id = 0; id < 3; ++id) {
-    weights[id] = make_layer({700, 24 + id, 1, 1, 1, 1, id == 1 ? "jumprelu" : "relu", id == 2 ? BF16 : F32}, Data::normal);
+    weights[id] =
+        make_layer({700, 24 + id, 1, 1, 1, 1, id == 1 ? "jumprelu" : "relu", id == 2 ? BF16 : F32},
+                   Data::normal);
     hidden[id] = random({2, 45, 24 + id}, Data::normal).to(id == 0 ? F16 : F32);
   }
   hidden[1] = hidden[1].transpose(0, 1).contiguous().transpose(0, 1);
   for (const Screening screening : screenings) {
-    const Engine engine(weights,
-                        {.top_k = 10, .activation_threshold = 0.5f, .chunk_size = 16, .lanes = 3, .screening = screening});
+    const Engine engine(weights, {.top_k = 10,
+                                  .activation_threshold = 0.5f,
+                                  .chunk_size = 16,
+                                  .lanes = 3,
+                                  .screening = screening});
     const int64_t workspace = engine.memory().workspace_bytes;
     engine.encode(hidden);  // warm-up
     const int64_t blocks = memory.blocks, bytes = memory.bytes;
@@ -565,48 +609,60 @@ TEST(engine_allocates_its_outputs_and_nothing_else) {
 TEST(engine_workspace_does_not_grow_with_the_input) {
   CountingAllocator& memory = counted();
   const auto workspace = [](int64_t features, int64_t chunk_size) {
-    const Engine engine({{0, make_layer({features, 16, 1, 1, 1, 1}, Data::normal)}}, {.chunk_size = chunk_size, .lanes = 2});
+    const Engine engine({{0, make_layer({features, 16, 1, 1, 1, 1}, Data::normal)}},
+                        {.chunk_size = chunk_size, .lanes = 2});
     return engine.memory().workspace_bytes;
   };
   EXPECT_EQUAL(workspace(2000, 64), workspace(20000, 64));
   EXPECT(workspace(2000, 64) < workspace(2000, 128));
   const int64_t bytes = memory.bytes;
-  const Engine engine({{0, make_layer({2000, 16, 1, 1, 1, 1}, Data::normal)}}, {.chunk_size = 64, .lanes = 2});
+  const Engine engine({{0, make_layer({2000, 16, 1, 1, 1, 1}, Data::normal)}},
+                      {.chunk_size = 64, .lanes = 2});
   EXPECT(memory.bytes - bytes >= engine.memory().workspace_bytes);
 }
 
 TEST(engine_names_the_bytes_it_cannot_have) {
   CountingAllocator& memory = counted();
-  const LayerWeights w = make_layer({40, 8, 1, 1, 1, 1}, Data::normal), large = make_layer({400, 64, 1, 1, 1, 1}, Data::normal);
+  const LayerWeights w = make_layer({40, 8, 1, 1, 1, 1}, Data::normal),
+                     large = make_layer({400, 64, 1, 1, 1, 1}, Data::normal);
   const at::Tensor hidden = random({1000, 8}, Data::normal);
   const Engine engine({{4, w}}, {.top_k = 10, .chunk_size = 8});
   memory.most_bytes = 9000;
   EXPECT_THROWS(c10::OutOfMemoryError,
-                "layer 4: out of memory: the result needs 124000 bytes; a lower top_k needs less, got top_k 10",
+                "layer 4: out of memory: the result needs 124000 bytes; a lower top_k needs less, "
+                "got top_k 10",
                 engine.encode(4, hidden));
-  EXPECT_THROWS(c10::OutOfMemoryError, "a lower chunk_size needs less, got chunk_size 512", Engine({{4, w}}, {.top_k = 10}));
-  EXPECT_THROWS(c10::OutOfMemoryError,
-                "layer 4: out of memory: the screening copy needs 76800 bytes; screening \"off\" makes none",
-                Engine({{4, large}}, {.screening = Screening::int16}));
+  EXPECT_THROWS(c10::OutOfMemoryError, "a lower chunk_size needs less, got chunk_size 512",
+                Engine({{4, w}}, {.top_k = 10}));
+  EXPECT_THROWS(
+      c10::OutOfMemoryError,
+      "layer 4: out of memory: the screening copy needs 76800 bytes; screening \"off\" makes none",
+      Engine({{4, large}}, {.screening = Screening::int16}));
   memory.most_bytes = std::numeric_limits<int64_t>::max();
   engine.encode(4, hidden);
 }
 
 TEST(engine_refuses_wrong_hidden_states) {
-  const Engine engine({{41, make_layer({30, 8, 1, 1, 1, 1}, Data::normal)}, {7, make_layer({30, 4, 1, 1, 1, 1}, Data::normal)}});
+  const Engine engine({{41, make_layer({30, 8, 1, 1, 1, 1}, Data::normal)},
+                       {7, make_layer({30, 4, 1, 1, 1, 1}, Data::normal)}});
   const auto encode = [&](const at::Tensor& hidden) { engine.encode(41, hidden); };
-  EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be [.., 8], got [1, 2, 9]", encode(at::zeros({1, 2, 9})));
-  EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be [B, T, H] or [T, H], got [8]", encode(at::zeros({8})));
+  EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be [.., 8], got [1, 2, 9]",
+                encode(at::zeros({1, 2, 9})));
+  EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be [B, T, H] or [T, H], got [8]",
+                encode(at::zeros({8})));
   EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be [B, T, H] or [T, H], got [1, 1, 1, 8]",
                 encode(at::zeros({1, 1, 1, 8})));
-  EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be dense, got Sparse", encode(at::zeros({2, 8}).to_sparse()));
+  EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be dense, got Sparse",
+                encode(at::zeros({2, 8}).to_sparse()));
   EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be on cpu like the weights, got meta",
                 encode(at::zeros({2, 8}, at::kMeta)));
-  EXPECT_THROWS(c10::TypeError, "layer 41: hidden must be float32, bfloat16 or float16, got float64",
+  EXPECT_THROWS(c10::TypeError,
+                "layer 41: hidden must be float32, bfloat16 or float16, got float64",
                 encode(at::zeros({2, 8}, at::kDouble)));
   EXPECT_THROWS(c10::TypeError, "layer 41: hidden must be float32, bfloat16 or float16, got int64",
                 encode(at::zeros({2, 8}, at::kLong)));
-  EXPECT_THROWS(c10::TypeError, "layer 41: hidden must be a tensor, got none", encode(at::Tensor()));
+  EXPECT_THROWS(c10::TypeError, "layer 41: hidden must be a tensor, got none",
+                encode(at::Tensor()));
   EXPECT_THROWS(c10::IndexError, "layer 12: there is no transcoder for it, only for layers 7, 41",
                 engine.encode(12, at::zeros({2, 8})));
   EXPECT_THROWS(c10::IndexError, "layer 12: there is no transcoder", engine.weights(12));
@@ -631,21 +687,28 @@ TEST(engine_refuses_wrong_weights_and_options) {
                 build([](LayerWeights& w) { w.W_enc = at::zeros({0, 8}); }));
   EXPECT_THROWS(c10::ValueError, "layer 9: b_enc must be [30], got [31]",
                 build([](LayerWeights& w) { w.b_enc = at::zeros({31}); }));
-  EXPECT_THROWS(c10::ValueError, "layer 9 (a file): threshold must be [30], got [30, 1]",
-                build([](LayerWeights& w) { w.threshold = at::zeros({30, 1}), w.source = "a file"; }));
-  EXPECT_THROWS(c10::TypeError, "layer 9: W_enc must be a dense float32, bfloat16 or float16 tensor, got float64",
+  EXPECT_THROWS(
+      c10::ValueError, "layer 9 (a file): threshold must be [30], got [30, 1]",
+      build([](LayerWeights& w) { w.threshold = at::zeros({30, 1}), w.source = "a file"; }));
+  EXPECT_THROWS(c10::TypeError,
+                "layer 9: W_enc must be a dense float32, bfloat16 or float16 tensor, got float64",
                 build([](LayerWeights& w) { w.W_enc = w.W_enc.to(at::kDouble); }));
   EXPECT_THROWS(c10::ValueError, "layer 9: W_enc must be finite, got NaN or Inf in feature 17",
                 build([](LayerWeights& w) { w.W_enc[17][3] = quiet_nan; }));
-  EXPECT_THROWS(c10::ValueError, "layer 9: b_enc must be finite", build([](LayerWeights& w) { w.b_enc[29] = inf; }));
-  EXPECT_THROWS(c10::ValueError, "layer 9: k must be at least 1, got 0", build([](LayerWeights& w) { w.k = 0; }));
+  EXPECT_THROWS(c10::ValueError, "layer 9: b_enc must be finite",
+                build([](LayerWeights& w) { w.b_enc[29] = inf; }));
+  EXPECT_THROWS(c10::ValueError, "layer 9: k must be at least 1, got 0",
+                build([](LayerWeights& w) { w.k = 0; }));
   EXPECT_THROWS(c10::ValueError, "layer 9: LayerNorm needs both ln_weight and ln_bias",
                 build([](LayerWeights& w) { w.ln_weight = at::ones({8}); }));
   EXPECT_THROWS(c10::ValueError, "top_k must be at least 1", build(as_it_is, {.top_k = -1}));
-  EXPECT_THROWS(c10::ValueError, "layer 9: top_k=None takes k from the checkpoint, which declares none",
+  EXPECT_THROWS(c10::ValueError,
+                "layer 9: top_k=None takes k from the checkpoint, which declares none",
                 build(as_it_is, {.top_k = Options::layer_k}));
-  EXPECT_THROWS(c10::ValueError, "chunk_size must be at least 1, got 0", build(as_it_is, {.chunk_size = 0}));
-  EXPECT_THROWS(c10::ValueError, "lanes must be at least 1, or 0 to choose, got -1", build(as_it_is, {.lanes = -1}));
+  EXPECT_THROWS(c10::ValueError, "chunk_size must be at least 1, got 0",
+                build(as_it_is, {.chunk_size = 0}));
+  EXPECT_THROWS(c10::ValueError, "lanes must be at least 1, or 0 to choose, got -1",
+                build(as_it_is, {.lanes = -1}));
   EXPECT_THROWS(c10::ValueError, "activation_threshold must be a number, got NaN",
                 build(as_it_is, {.activation_threshold = quiet_nan}));
   EXPECT_THROWS(c10::ValueError, "at least one layer", Engine({}));

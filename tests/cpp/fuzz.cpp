@@ -1,6 +1,6 @@
-// A folder that lies, as libFuzzer makes it up: it is loaded or refused with a reason. The input, cut at its first two NULs, is
-// config.yaml (none where it is empty), the header of layer_0.safetensors, and its data; after an empty header the data are the
-// whole file.
+// A folder that lies, as libFuzzer makes it up: it is loaded or refused with a reason. The input,
+// cut at its first two NULs, is config.yaml (none where it is empty), the header of
+// layer_0.safetensors, and its data; after an empty header the data are the whole file.
 #include "fuzz.h"
 
 #include <ATen/ATen.h>
@@ -13,7 +13,7 @@
 #include <fstream>
 #include <functional>
 
-#include "safetensors.h"
+#include "io/safetensors.h"
 
 using namespace sparse_transcoder;
 
@@ -22,7 +22,8 @@ namespace {
 // The process's own folder; it goes when the process ends.
 const std::string& folder() {
   static const struct Folder {
-    std::string path = (std::filesystem::temp_directory_path() / "sparse_transcoder_XXXXXX").string();
+    std::string path =
+        (std::filesystem::temp_directory_path() / "sparse_transcoder_XXXXXX").string();
     Folder() {
       if (mkdtemp(path.data()) == nullptr) std::abort();
     }
@@ -35,7 +36,8 @@ const std::string& folder() {
 }
 
 void write(const std::string& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  std::ofstream(path, std::ios::binary | std::ios::trunc)
+      .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
 // Reads every byte, so that one out of bounds is noticed.
@@ -47,11 +49,13 @@ void touch(const at::Tensor& t) {
   for (size_t i = 0; i < stored.nbytes(); ++i) sink = static_cast<char>(sink ^ data[i]);
 }
 
-// Empty, or what is wrong with an error's text: it must name the folder, in one line that a terminal can show.
+// Empty, or what is wrong with an error's text: it must name the folder, in one line that a
+// terminal can show.
 std::string complaint(const std::string& text) {
   if (text.find(folder()) == std::string::npos) return "names no file: " + text;
   for (const char c : text)
-    if ((static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f) return "holds a control character: " + text;
+    if ((static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f)
+      return "holds a control character: " + text;
   return "";
 }
 
@@ -82,7 +86,8 @@ std::string try_folder(const std::string& input) {
     for (int i = 0; i < 8; ++i) file.push_back(static_cast<char>(header.size() >> (8 * i)));
   file += header + (second < input.size() ? input.substr(second + 1) : "");
 
-  const std::string path = folder() + "/layer_0.safetensors", config_path = folder() + "/config.yaml";
+  const std::string path = folder() + "/layer_0.safetensors",
+                    config_path = folder() + "/config.yaml";
   write(path, file);
   config.empty() ? static_cast<void>(std::remove(config_path.c_str())) : write(config_path, config);
   std::string wrong = refusal([&] {
@@ -91,7 +96,8 @@ std::string try_folder(const std::string& input) {
   if (!wrong.empty()) return wrong;
   return refusal([&] {
     for (const auto& [id, w] : load_weights(folder()))
-      for (const at::Tensor& tensor : {w.W_enc, w.b_enc, w.W_dec, w.b_dec, w.threshold, w.W_skip}) touch(tensor);
+      for (const at::Tensor& tensor : {w.W_enc, w.b_enc, w.W_dec, w.b_dec, w.threshold, w.W_skip})
+        touch(tensor);
   });
 }
 

@@ -4,14 +4,14 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/cpu.h"
+#include "cpu/kernels/kernels.h"
 
 namespace int8 {
 
-using sparse_transcoder::kernels::Int8Features;
-using sparse_transcoder::kernels::Int8Layout;
-using sparse_transcoder::kernels::Int8Row;
-using sparse_transcoder::kernels::panel_features;
+using sparse_transcoder::cpu::Int8Features;
+using sparse_transcoder::cpu::Int8Layout;
+using sparse_transcoder::cpu::Int8Row;
+using sparse_transcoder::cpu::panel_features;
 
 template <typename T>
 T read(const void* from, int64_t i) {
@@ -20,17 +20,20 @@ T read(const void* from, int64_t i) {
   return value;
 }
 
-// `values` approximate a rotated vector's inputs: products of two such vectors are products of the vectors themselves. That of a
-// row's and a feature's `margin` bounds how far they are off.
+// `values` approximate a rotated vector's inputs: products of two such vectors are products of the
+// vectors themselves. That of a row's and a feature's `margin` bounds how far they are off.
 struct Vector {
   std::vector<double> values, margin;
 };
 
 inline Vector read_row(const Int8Layout& layout, const int8_t* row, int64_t planes) {
-  const auto terms = [&](int64_t plane) { return read<Int8Row>(row + plane * layout.row_bytes() + layout.inputs, 0); };
+  const auto terms = [&](int64_t plane) {
+    return read<Int8Row>(row + plane * layout.row_bytes() + layout.inputs, 0);
+  };
   Vector out = {std::vector<double>(layout.inputs), {terms(0).residual, terms(0).norm}};
   for (int64_t plane = 0; plane < planes; ++plane)
-    for (int64_t i = 0; i < layout.inputs; ++i) out.values[i] += double{terms(plane).scale} * row[plane * layout.row_bytes() + i];
+    for (int64_t i = 0; i < layout.inputs; ++i)
+      out.values[i] += double{terms(plane).scale} * row[plane * layout.row_bytes() + i];
   return out;
 }
 
@@ -38,7 +41,8 @@ inline Vector read_feature(const Int8Layout& layout, const uint8_t* panel, int64
   const auto terms = read<Int8Features>(panel + panel_features * layout.inputs, 0);
   Vector out = {std::vector<double>(layout.inputs), {terms.norm[feature], terms.residual[feature]}};
   for (int64_t i = 0; i < layout.inputs; ++i)
-    out.values[i] = double{terms.scale[feature]} * (panel[i / 4 * 4 * panel_features + 4 * feature + i % 4] - 128);
+    out.values[i] = double{terms.scale[feature]} *
+                    (panel[i / 4 * 4 * panel_features + 4 * feature + i % 4] - 128);
   return out;
 }
 

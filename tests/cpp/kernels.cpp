@@ -1,4 +1,6 @@
 // The inner loops: against wider arithmetic, and one instruction set against another.
+#include "cpu/kernels/kernels.h"
+
 #include <ATen/ATen.h>
 
 #include <cmath>
@@ -9,10 +11,10 @@
 #include <vector>
 
 #include "check.h"
-#include "kernels/cpu.h"
-#include "kernels/select.h"
+#include "cpu/reservoir.h"
 
-using namespace sparse_transcoder::kernels;
+using namespace sparse_transcoder;
+using namespace sparse_transcoder::cpu;
 
 namespace {
 
@@ -39,13 +41,17 @@ Elements make(at::ScalarType type, int64_t count, float scale = 1) {
   at::Tensor wide = at::empty({count}, at::kFloat);
   // Sizes over many octaves, so that the order of a sum matters.
   for (int64_t i = 0; i < count; ++i)
-    wide.data_ptr<float>()[i] = scale * normal() * std::ldexp(1.0f, static_cast<int>(random_bits() % 17) - 8);
+    wide.data_ptr<float>()[i] =
+        scale * normal() * std::ldexp(1.0f, static_cast<int>(random_bits() % 17) - 8);
   const at::Tensor narrow = wide.to(type), exact = narrow.to(at::kDouble);
   const auto* bytes = static_cast<const char*>(narrow.const_data_ptr());
-  return {{bytes, bytes + narrow.nbytes()}, {exact.data_ptr<double>(), exact.data_ptr<double>() + count}};
+  return {{bytes, bytes + narrow.nbytes()},
+          {exact.data_ptr<double>(), exact.data_ptr<double>() + count}};
 }
 
-const float* floats(const Elements& x, int64_t i = 0) { return reinterpret_cast<const float*>(x.at(i)); }
+const float* floats(const Elements& x, int64_t i = 0) {
+  return reinterpret_cast<const float*>(x.at(i));
+}
 
 }  // namespace
 
@@ -66,7 +72,8 @@ TEST(kernels_dot) {
         for (const CpuKernels* kernel : runnable_cpu_kernels())
           for (int64_t count = 1; count <= dot_rows; ++count)
             for (int64_t place = 0; place < count; ++place) {  // among rows of other numbers
-              const float* beside[dot_rows] = {floats(other), floats(other), floats(other), floats(other)};
+              const float* beside[dot_rows] = {floats(other), floats(other), floats(other),
+                                               floats(other)};
               beside[place] = row;
               double values[dot_rows];
               kernel->dot[type](beside, count, w.at(skip), size, values);
@@ -77,7 +84,8 @@ TEST(kernels_dot) {
 }
 
 TEST(kernels_dot_keeps_its_order) {
-  // Elements 5 and 37 share one of the 32 partial sums and cancel there; added in a row they would swallow all between them.
+  // Elements 5 and 37 share one of the 32 partial sums and cancel there; added in a row they would
+  // swallow all between them.
   std::vector<float> x(64, 1), w(64, 1);
   x[5] = 0x1p60f;
   w[37] = -0x1p60f;
@@ -97,14 +105,16 @@ TEST(kernels_widen_every_value) {
   for (int type = 1; type < 3; ++type) {
     std::vector<uint16_t> stored(65536);
     for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
-    const at::Tensor expected = at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
+    const at::Tensor expected =
+        at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
     for (const CpuKernels* kernel : runnable_cpu_kernels()) {
       std::vector<float> wide(65536);
       kernel->widen[type](stored.data(), wide.data(), 65536);
       int64_t wrong = 0;
       for (int64_t i = 0; i < 65536; ++i) {
         const float want = expected.data_ptr<float>()[i];
-        wrong += std::isnan(want) ? !std::isnan(wide[i]) : std::memcmp(&wide[i], &want, sizeof(want)) != 0;
+        wrong += std::isnan(want) ? !std::isnan(wide[i])
+                                  : std::memcmp(&wide[i], &want, sizeof(want)) != 0;
       }
       EXPECT_EQUAL(wrong, 0);
     }
@@ -155,7 +165,9 @@ struct Panel {
   std::vector<float> norm, bias, gate, low, high, residual, scores;
   std::vector<double> exact;
 
-  Gate view() const { return {norm.data(), bias.data(), gate.data(), low.data(), high.data()}; }
+  FeatureBounds view() const {
+    return {norm.data(), bias.data(), gate.data(), low.data(), high.data()};
+  }
   bool active(int64_t i) const { return exact[i] >= gate[i]; }
 };
 
@@ -171,10 +183,12 @@ Panel make_panel(int64_t count, Margin margin) {
     p.high.push_back(static_cast<float>(double{p.gate[i]} - p.bias[i] + slack));
     // A third on the gate, a third near it, a third anywhere.
     const int kind = random_bits() % 3;
-    const double slack_here = double{margin.per_norm} * p.norm[i] + double{margin.per_residual} * p.residual[i];
+    const double slack_here =
+        double{margin.per_norm} * p.norm[i] + double{margin.per_residual} * p.residual[i];
     const double away = kind == 0 ? 0 : normal() * (kind == 1 ? slack_here : 2);
     p.exact.push_back(double{static_cast<float>(p.gate[i] + (std::isfinite(away) ? away : 1))});
-    const double error = std::isfinite(slack_here) ? slack_here * (random_bits() % 201 / 100.0 - 1) : 0;
+    const double error =
+        std::isfinite(slack_here) ? slack_here * (random_bits() % 201 / 100.0 - 1) : 0;
     p.scores.push_back(static_cast<float>(p.exact[i] - p.bias[i] + error));
   }
   return p;
@@ -192,8 +206,8 @@ TEST(kernels_candidates_lose_and_miscount_nothing) {
         for (const CpuKernels* kernel : runnable_cpu_kernels()) {
           std::vector<uint32_t> out(count);
           int64_t counted = 0;
-          const int64_t found =
-              kernel->candidates(p.scores.data(), p.view(), p.residual.data(), count, margin, bound, out.data(), &counted);
+          const int64_t found = kernel->candidates(p.scores.data(), p.view(), p.residual.data(),
+                                                   count, margin, bound, out.data(), &counted);
           EXPECT(found <= count);
           std::vector<bool> listed(count);
           for (int64_t j = 0; j < found; ++j) {
@@ -207,15 +221,22 @@ TEST(kernels_candidates_lose_and_miscount_nothing) {
           }
           EXPECT_EQUAL(counted, active);
           for (int64_t i = 0; i < count; ++i)
-            EXPECT(listed[i] || !p.active(i) || p.exact[i] <= bound + 1e-5 * (std::fabs(bound) + std::fabs(p.bias[i])));
+            EXPECT(listed[i] || !p.active(i) ||
+                   p.exact[i] <= bound + 1e-5 * (std::fabs(bound) + std::fabs(p.bias[i])));
         }
       }
 }
 
 TEST(kernels_candidates_are_the_same_everywhere) {
-  const float odd[] = {
-      0, -0.0f, inf, -inf, quiet_nan, std::numeric_limits<float>::max(), std::numeric_limits<float>::denorm_min()};
-  for (const Margin margin : {Margin{0, 0}, {0.25f, 0}, {0.125f, 0.25f}, {inf, 0}, {quiet_nan, 0}, {0, quiet_nan}})
+  const float odd[] = {0,
+                       -0.0f,
+                       inf,
+                       -inf,
+                       quiet_nan,
+                       std::numeric_limits<float>::max(),
+                       std::numeric_limits<float>::denorm_min()};
+  for (const Margin margin :
+       {Margin{0, 0}, {0.25f, 0}, {0.125f, 0.25f}, {inf, 0}, {quiet_nan, 0}, {0, quiet_nan}})
     for (const float bound : {-inf, 1.0f, inf, quiet_nan})
       for (const int64_t count : {0, 1, 7, 8, 9, 16, 31, 250, 511, 512, 513}) {
         Panel p = make_panel(count, {0.125f, 0.125f});
@@ -223,8 +244,10 @@ TEST(kernels_candidates_are_the_same_everywhere) {
           if (random_bits() % 4 == 0) score = odd[random_bits() % std::size(odd)];
         std::vector<uint32_t> first(count), other(count);
         int64_t first_counted = 3, other_counted = 3;
-        const auto run = [&](const CpuKernels& kernel, std::vector<uint32_t>& out, int64_t& counted) {
-          return kernel.candidates(p.scores.data(), p.view(), p.residual.data(), count, margin, bound, out.data(), &counted);
+        const auto run = [&](const CpuKernels& kernel, std::vector<uint32_t>& out,
+                             int64_t& counted) {
+          return kernel.candidates(p.scores.data(), p.view(), p.residual.data(), count, margin,
+                                   bound, out.data(), &counted);
         };
         const int64_t found = run(portable_kernels, first, first_counted);
         for (const CpuKernels* kernel : runnable_cpu_kernels()) {
@@ -233,7 +256,8 @@ TEST(kernels_candidates_are_the_same_everywhere) {
           EXPECT(std::equal(first.begin(), first.begin() + found, other.begin()));
           EXPECT_EQUAL(other_counted, first_counted);
         }
-        if (std::isnan(margin.per_norm + margin.per_residual)) EXPECT_EQUAL(found, count);  // nothing is ruled out
+        if (std::isnan(margin.per_norm + margin.per_residual))
+          EXPECT_EQUAL(found, count);  // nothing is ruled out
       }
 }
 
@@ -269,7 +293,8 @@ TEST(kernels_list_keeps_the_best) {
           list.push(all.back(), k, capacity);
           EXPECT(list.size <= capacity);
           if (list.least != 0)  // what it turns away must be beaten k times
-            EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) { return key >= list.least; }) >= k);
+            EXPECT(std::count_if(all.begin(), all.end(),
+                                 [&](uint64_t key) { return key >= list.least; }) >= k);
         }
         list.cut(k);
         EXPECT_EQUAL(list.size, k);
@@ -289,20 +314,25 @@ TEST(kernels_list_may_wait_with_what_it_computes) {
           std::vector<Bounded> open(capacity);
           TopList list = {slots.data(), open.data(), 0, 0, 0, 0, 0};
           const auto compute_open = [&] {
-            for (int64_t i = 0; i < list.open_size; ++i) list.push(all[open[i].feature], k, capacity);
+            for (int64_t i = 0; i < list.open_size; ++i)
+              list.push(all[open[i].feature], k, capacity);
             list.open_size = 0;
           };
           for (int64_t f = 0; f < features; ++f) {
-            const float value = 1 + (order == 0 ? random_bits() % 1000 / 500.0f : 1 + order * (f / 5) / 1000.0f);
+            const float value =
+                1 + (order == 0 ? random_bits() % 1000 / 500.0f : 1 + order * (f / 5) / 1000.0f);
             all.push_back(make_key(value, f));
-            const float lower = value - width * (random_bits() % 5 / 4.0f), upper = value + width * (random_bits() % 5 / 4.0f);
+            const float lower = value - width * (random_bits() % 5 / 4.0f),
+                        upper = value + width * (random_bits() % 5 / 4.0f);
             if (list.defer({lower, upper, static_cast<uint32_t>(f)}, k, capacity)) continue;
             compute_open();
             list.push(all.back(), k, capacity);
           }
           EXPECT(list.open_size <= capacity);
           if (list.open_least > 0)  // what it turns away must be beaten k times
-            EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) { return key_value(key) >= list.open_least; }) >= k);
+            EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) {
+                     return key_value(key) >= list.open_least;
+                   }) >= k);
           list.thin(k);
           compute_open();
           list.cut(k);

@@ -25,7 +25,8 @@ std::atomic<int> failed_checks{0};
 }  // namespace
 
 void fail(const char* file, int line, const std::string& what) {
-  if (failed_checks.fetch_add(1) < 20) std::fprintf(stderr, "  %s:%d: %s\n", file, line, what.c_str());
+  if (failed_checks.fetch_add(1) < 20)
+    std::fprintf(stderr, "  %s:%d: %s\n", file, line, what.c_str());
 }
 
 int failures() { return failed_checks; }

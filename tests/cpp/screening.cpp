@@ -1,4 +1,5 @@
-// The int8 and int16 screens: integer sums to the bit, margins against wider arithmetic, rows made to break them.
+// The int8 and int16 screens: integer sums to the bit, margins against wider arithmetic, rows made
+// to break them.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,22 +9,25 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/kernels/kernels.h"
 #include "int8.h"
-#include "kernels/cpu.h"
 
-using namespace sparse_transcoder::kernels;
+using namespace sparse_transcoder::cpu;
 
 namespace {
 
-constexpr int64_t sizes[] = {1,   2,   3,   4,   5,   31,  32,  33,  63,  64,  65,  100,  127,  128,  129, 191,
-                             192, 193, 255, 256, 257, 511, 512, 513, 576, 577, 769, 1000, 1025, 2048, 3001};
+constexpr int64_t sizes[] = {1,   2,   3,   4,   5,   31,   32,   33,   63,  64,  65,
+                             100, 127, 128, 129, 191, 192,  193,  255,  256, 257, 511,
+                             512, 513, 576, 577, 769, 1000, 1025, 2048, 3001};
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr float largest = std::numeric_limits<float>::max();
 
 std::mt19937 random_bits(23);
 
 float normal() { return std::normal_distribution<float>()(random_bits); }
-int between(int least, int most) { return least + static_cast<int>(random_bits() % (most - least + 1)); }
+int between(int least, int most) {
+  return least + static_cast<int>(random_bits() % (most - least + 1));
+}
 
 long double dot(const float* x, const float* w, int64_t size) {
   long double sum = 0;
@@ -55,7 +59,8 @@ struct Kind {
   Maker make;
 };
 
-// Rows and features alike. Products of two of them stay below what the engine screens, ||x|| ||w|| <= 1e37.
+// Rows and features alike. Products of two of them stay below what the engine screens, ||x|| ||w||
+// <= 1e37.
 constexpr Kind kinds[] = {
     {"gaussian", [](int64_t, int64_t) { return normal(); }},
     {"heavy tails", [](int64_t, int64_t) { return normal() * std::exp(2 * normal()); }},
@@ -65,10 +70,12 @@ constexpr Kind kinds[] = {
     {"alternating", [](int64_t i, int64_t) { return i % 2 ? -1.0f : 1.0f; }},
     {"one huge", [](int64_t i, int64_t size) { return i == size / 2 ? 1e18f : normal(); }},
     {"one huge among zeros", [](int64_t i, int64_t size) { return i == size - 1 ? -3e17f : 0.0f; }},
-    {"one group huge", [](int64_t i, int64_t size) { return (i < size / 3 ? 1e4f : 1e-4f) * normal(); }},
+    {"one group huge",
+     [](int64_t i, int64_t size) { return (i < size / 3 ? 1e4f : 1e-4f) * normal(); }},
     {"zeros", [](int64_t, int64_t) { return 0.0f; }},
     {"denormal", [](int64_t, int64_t) { return 1e-41f * normal(); }},
-    {"denormals beside ones", [](int64_t i, int64_t) { return i % 3 ? 1e-40f * normal() : normal(); }},
+    {"denormals beside ones",
+     [](int64_t i, int64_t) { return i % 3 ? 1e-40f * normal() : normal(); }},
     {"tiny", [](int64_t, int64_t) { return 1e-18f * normal(); }},
     {"tinier", [](int64_t, int64_t) { return 1e-30f * normal(); }},
     {"large", [](int64_t, int64_t) { return 1e15f * normal(); }},
@@ -83,7 +90,8 @@ std::vector<float> make(const Kind& kind, int64_t rows, int64_t size) {
 }
 
 struct Int8Rows {
-  Int8Rows(const CpuKernels& kernel, const Int8Layout& layout, const std::vector<float>& x, int64_t planes)
+  Int8Rows(const CpuKernels& kernel, const Int8Layout& layout, const std::vector<float>& x,
+           int64_t planes)
       : stride(planes * layout.row_bytes()), bytes(x.size() / layout.size * stride + 1, 77) {
     std::vector<float> rotated(layout.inputs + 1, -5);
     for (int64_t r = 0; r < static_cast<int64_t>(x.size()) / layout.size; ++r)
@@ -96,27 +104,32 @@ struct Int8Rows {
   std::vector<int8_t> bytes;
 };
 
-std::vector<uint8_t> int8_panel(const CpuKernels& kernel, const Int8Layout& layout, const std::vector<float>& w) {
+std::vector<uint8_t> int8_panel(const CpuKernels& kernel, const Int8Layout& layout,
+                                const std::vector<float>& w) {
   std::vector<uint8_t> panel(layout.panel_bytes() + 1, 77);
-  kernel.quantise_panel(layout, w.data(), static_cast<int64_t>(w.size()) / layout.size, panel.data());
+  kernel.quantise_panel(layout, w.data(), static_cast<int64_t>(w.size()) / layout.size,
+                        panel.data());
   EXPECT(panel.back() == 77);
   return panel;
 }
 
 // Masks of rows [first, first + count); every place that nothing may be written to is looked at.
-std::vector<uint64_t> screen(const CpuKernels& kernel, const Int8Layout& layout, Int8Rows& rows, int64_t first, int64_t count,
-                             int64_t planes, const std::vector<uint8_t>& panel, const std::vector<float>& low) {
+std::vector<uint64_t> screen(const CpuKernels& kernel, const Int8Layout& layout, Int8Rows& rows,
+                             int64_t first, int64_t count, int64_t planes,
+                             const std::vector<uint8_t>& panel, const std::vector<float>& low) {
   std::vector<uint64_t> masks(count + 1, 67890);
   Ahead ahead;
   ahead.add(panel.data(), layout.panel_bytes());
-  kernel.screen_int8(layout, rows.row(first), count, planes, panel.data(), low.data(), masks.data(), ahead);
+  kernel.screen_int8(layout, rows.row(first), count, planes, panel.data(), low.data(), masks.data(),
+                     ahead);
   EXPECT_EQUAL(masks.back(), 67890u);
   masks.pop_back();
   return masks;
 }
 
 std::string at(const CpuKernels& kernel, const Kind& x, const Kind& w, int64_t size) {
-  return std::string(kernel.name) + ", rows " + x.name + ", features " + w.name + ", size " + std::to_string(size);
+  return std::string(kernel.name) + ", rows " + x.name + ", features " + w.name + ", size " +
+         std::to_string(size);
 }
 
 }  // namespace
@@ -125,24 +138,31 @@ TEST(screening_layouts_hold_their_inputs) {
   for (int64_t size = 1; size <= 40000; size += 1 + size / 300) {
     const Int8Layout layout(size);
     EXPECT(layout.inputs >= size && layout.inputs < size + 64 && layout.inputs % 64 == 0);
-    EXPECT(layout.mixed >= 64 && layout.inputs % layout.mixed == 0 && (layout.mixed & (layout.mixed - 1)) == 0);
+    EXPECT(layout.mixed >= 64 && layout.inputs % layout.mixed == 0 &&
+           (layout.mixed & (layout.mixed - 1)) == 0);
     EXPECT(layout.mixed == 64 || layout.inputs / layout.mixed >= 16);
-    EXPECT(layout.row_bytes() % 128 == 64 && layout.row_bytes() >= layout.inputs + static_cast<int64_t>(sizeof(Int8Row)));
+    EXPECT(layout.row_bytes() % 128 == 64 &&
+           layout.row_bytes() >= layout.inputs + static_cast<int64_t>(sizeof(Int8Row)));
     EXPECT(layout.row_bytes() < layout.inputs + static_cast<int64_t>(sizeof(Int8Row)) + 192);
-    EXPECT_EQUAL(layout.panel_bytes(), panel_features * layout.inputs + static_cast<int64_t>(sizeof(Int8Features)));
-    EXPECT(int16_depth(size) % 128 == 0 && int16_depth(size) <= 640 && (size > 640 || int16_depth(size) >= size));
-    EXPECT(int16_stride(size) >= size && int16_stride(size) % 32 == 0 && int16_stride(size) <= size + 96);
+    EXPECT_EQUAL(layout.panel_bytes(),
+                 panel_features * layout.inputs + static_cast<int64_t>(sizeof(Int8Features)));
+    EXPECT(int16_depth(size) % 128 == 0 && int16_depth(size) <= 640 &&
+           (size > 640 || int16_depth(size) >= size));
+    EXPECT(int16_stride(size) >= size && int16_stride(size) % 32 == 0 &&
+           int16_stride(size) <= size + 96);
   }
 }
 
-// Scales of one and sums below 2^24 leave float32 nothing to round: every instruction set must find the integer itself.
+// Scales of one and sums below 2^24 leave float32 nothing to round: every instruction set must find
+// the integer itself.
 TEST(screening_int8_sums_are_exact) {
   for (const int64_t size : sizes)
     for (int64_t planes = 1; planes <= 2; ++planes)
       for (const bool extreme : {false, true}) {
         const Int8Layout layout(size);
         constexpr int64_t count = 13;
-        Int8Rows rows(*runnable_cpu_kernels().front(), layout, std::vector<float>(count * size), planes);
+        Int8Rows rows(*runnable_cpu_kernels().front(), layout, std::vector<float>(count * size),
+                      planes);
         std::vector<uint8_t> panel(layout.panel_bytes());
         std::vector<int64_t> sums(count * panel_features);
         Int8Features features = {};
@@ -150,17 +170,22 @@ TEST(screening_int8_sums_are_exact) {
         std::memcpy(panel.data() + panel_features * layout.inputs, &features, sizeof(features));
         for (int64_t i = 0; i < panel_features * layout.inputs; ++i) {
           const int64_t feature = i / 4 % panel_features;
-          panel[i] = static_cast<uint8_t>(!extreme || feature % 3 == 0 ? between(1, 255) : feature % 3 == 1 ? 1 : 255);
+          panel[i] = static_cast<uint8_t>(!extreme || feature % 3 == 0 ? between(1, 255)
+                                          : feature % 3 == 1           ? 1
+                                                                       : 255);
         }
         for (int64_t r = 0; r < count * planes; ++r) {
           int8_t* row = rows.bytes.data() + r * layout.row_bytes();
           Int8Row terms = {1, 0, 0, 0};
           for (int64_t i = 0; i < layout.inputs; ++i) {
             // Some rows are as extreme as can be.
-            row[i] = static_cast<int8_t>(!extreme || r % 2 == 0 ? between(-127, 127) : i < 1000 / planes ? 127 : 0);
+            row[i] = static_cast<int8_t>(!extreme || r % 2 == 0 ? between(-127, 127)
+                                         : i < 1000 / planes    ? 127
+                                                                : 0);
             terms.start -= 128 * row[i];
             for (int64_t f = 0; f < panel_features; ++f)
-              sums[r / planes * panel_features + f] += row[i] * (panel[i / 4 * 4 * panel_features + 4 * f + i % 4] - 128);
+              sums[r / planes * panel_features + f] +=
+                  row[i] * (panel[i / 4 * 4 * panel_features + 4 * f + i % 4] - 128);
           }
           std::memcpy(row + layout.inputs, &terms, sizeof(terms));
         }
@@ -169,12 +194,14 @@ TEST(screening_int8_sums_are_exact) {
           for (int64_t some = 1; some <= count; some += size > 1000 ? 5 : 1)
             for (const int above : {0, 1}) {
               std::vector<float> low(panel_features);
-              for (int64_t f = 0; f < panel_features; ++f)  // every row is the one that is compared, in turn
+              for (int64_t f = 0; f < panel_features;
+                   ++f)  // every row is the one that is compared, in turn
                 low[f] = static_cast<float>(sums[f % some * panel_features + f] + above);
               const auto masks = screen(*kernel, layout, rows, 0, some, planes, panel, low);
               for (int64_t r = 0; r < some; ++r)
                 for (int64_t f = 0; f < panel_features; ++f)
-                  EXPECT_EQUAL(masks[r] >> f & 1, static_cast<uint64_t>(sums[r * panel_features + f] >= low[f]));
+                  EXPECT_EQUAL(masks[r] >> f & 1,
+                               static_cast<uint64_t>(sums[r * panel_features + f] >= low[f]));
             }
       }
 }
@@ -189,11 +216,13 @@ TEST(screening_int8_is_an_upper_bound) {
         const Int8Layout layout(size);
         std::vector<long double> exact(rows * count);
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t f = 0; f < count; ++f) exact[r * count + f] = dot(x.data() + r * size, w.data() + f * size, size);
+          for (int64_t f = 0; f < count; ++f)
+            exact[r * count + f] = dot(x.data() + r * size, w.data() + f * size, size);
         for (const CpuKernels* kernel : runnable_cpu_kernels()) {
           const auto panel = int8_panel(*kernel, layout, w);
           std::vector<int8::Vector> features(count);
-          for (int64_t f = 0; f < count; ++f) features[f] = int8::read_feature(layout, panel.data(), f);
+          for (int64_t f = 0; f < count; ++f)
+            features[f] = int8::read_feature(layout, panel.data(), f);
           for (int64_t planes = 1; planes <= 2; ++planes) {
             Int8Rows packed(*kernel, layout, x, planes);
             for (int64_t r = 0; r < rows; ++r) {
@@ -206,11 +235,15 @@ TEST(screening_int8_is_an_upper_bound) {
                 for (size_t i = 0; i < row.margin.size(); ++i)
                   margin += static_cast<long double>(row.margin[i]) * features[f].margin[i];
                 for (int64_t i = 0; i < layout.inputs; ++i)
-                  magnitude += std::fabs(static_cast<long double>(row.values[i]) * features[f].values[i]);
+                  magnitude +=
+                      std::fabs(static_cast<long double>(row.values[i]) * features[f].values[i]);
                 const long double error = std::fabs(dot_of(row.values, features[f].values) - value);
-                if (!(error <= margin + underflow(size))) check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
-                // The score is within a margin of the exact value, so its upper bound within two: none is loose for nothing.
-                high[f] = std::nextafter(rounded_up(value + 2 * margin * (1 + 0x1p-18L) + magnitude * 0x1p-16L + underflow(size)),
+                if (!(error <= margin + underflow(size)))
+                  check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
+                // The score is within a margin of the exact value, so its upper bound within two:
+                // none is loose for nothing.
+                high[f] = std::nextafter(rounded_up(value + 2 * margin * (1 + 0x1p-18L) +
+                                                    magnitude * 0x1p-16L + underflow(size)),
                                          infinity);
               }
               const uint64_t all = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
@@ -221,10 +254,12 @@ TEST(screening_int8_is_an_upper_bound) {
             }
             // Rows of a call do not touch each other.
             std::vector<float> low(panel_features, infinity);
-            for (int64_t f = 0; f < count; ++f) low[f] = static_cast<float>(exact[f % rows * count + f]);
+            for (int64_t f = 0; f < count; ++f)
+              low[f] = static_cast<float>(exact[f % rows * count + f]);
             const auto together = screen(*kernel, layout, packed, 0, rows, planes, panel, low);
             for (int64_t r = 0; r < rows; ++r)
-              EXPECT_EQUAL(together[r], screen(*kernel, layout, packed, r, 1, planes, panel, low)[0]);
+              EXPECT_EQUAL(together[r],
+                           screen(*kernel, layout, packed, r, 1, planes, panel, low)[0]);
           }
         }
       }
@@ -245,9 +280,12 @@ TEST(screening_int8_margin_is_near_its_theory) {
             const int8::Vector row = int8::read_row(layout, packed.row(r), planes),
                                feature = int8::read_feature(layout, panel.data(), f);
             const long double margin = dot_of(row.margin, feature.margin);
-            // n Gaussian inputs: largest about sqrt(2 ln n), so a step of that / 127, whose twelfth is the variance.
-            const long double step = std::sqrt(2 * std::log(static_cast<long double>(size))) / 127 / std::sqrt(12.0L);
-            EXPECT(margin < 3.2L * step * norm(x.data() + r * size, size) * norm(w.data() + f * size, size));
+            // n Gaussian inputs: largest about sqrt(2 ln n), so a step of that / 127, whose twelfth
+            // is the variance.
+            const long double step =
+                std::sqrt(2 * std::log(static_cast<long double>(size))) / 127 / std::sqrt(12.0L);
+            EXPECT(margin <
+                   3.2L * step * norm(x.data() + r * size, size) * norm(w.data() + f * size, size));
             total += margin;
           }
         EXPECT(total < 0.75L * last);  // a second plane is worth its while
@@ -260,7 +298,8 @@ TEST(screening_int8_margin_is_near_its_theory) {
 TEST(screening_int8_of_rows_that_are_not_finite) {
   const int64_t size = 70;
   const Int8Layout layout(size);
-  for (const float bad : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN(), largest, -largest})
+  for (const float bad :
+       {infinity, -infinity, std::numeric_limits<float>::quiet_NaN(), largest, -largest})
     for (const int64_t bad_inputs : {int64_t{1}, size})
       for (const CpuKernels* kernel : runnable_cpu_kernels())
         for (int64_t planes = 1; planes <= 2; ++planes) {
@@ -285,7 +324,8 @@ namespace {
 struct Int16Rows {
   Int16Rows(const CpuKernels& kernel, const std::vector<float>& x, int64_t size)
       : stride(int16_stride(size)), q(x.size() / size * stride, 77) {
-    for (size_t r = 0; r < x.size() / size; ++r) scale.push_back(kernel.quantise_int16(x.data() + r * size, size, row(r)));
+    for (size_t r = 0; r < x.size() / size; ++r)
+      scale.push_back(kernel.quantise_int16(x.data() + r * size, size, row(r)));
   }
   int16_t* row(int64_t r) { return q.data() + r * stride; }
 
@@ -295,7 +335,8 @@ struct Int16Rows {
 };
 
 // x . w, computed after `beside` products of another row.
-int64_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, int64_t size, int64_t beside) {
+int64_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, int64_t size,
+                  int64_t beside) {
   const int16_t* rows[dot_rows] = {w, w, w, w};
   rows[beside] = x;
   int64_t sums[dot_rows];
@@ -320,13 +361,15 @@ TEST(screening_int16_of_one_row) {
           const long double value = static_cast<long double>(scale.scale) * rows.q[i];
           off += (x[i] - value) * (x[i] - value);
           quantised += value * value;
-          EXPECT(squares <= 2147483647.0L);  // so no product with another such row's part leaves int32
+          EXPECT(squares <=
+                 2147483647.0L);  // so no product with another such row's part leaves int32
         }
         for (int64_t i = size; i < rows.stride; ++i) EXPECT_EQUAL(rows.q[i], 0);
         EXPECT(std::sqrt(off) <= scale.residual && std::sqrt(quantised) <= scale.norm);
         const long double length = norm(x.data(), size);
         if (length > 1e-25L && length < 1e30L) {  // and none is larger than it need be
-          EXPECT(scale.residual <= length * std::max(1.2e-3L, 2e-3L * std::sqrt(size / 2048.0L)) || size < 3);
+          EXPECT(scale.residual <= length * std::max(1.2e-3L, 2e-3L * std::sqrt(size / 2048.0L)) ||
+                 size < 3);
           EXPECT(scale.norm <= length * 1.001L);
         }
       }
@@ -346,8 +389,8 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
           std::vector<int16_t> packed(panel_features * x_rows.stride + 1, 4321);
           Ahead ahead;
           ahead.add(x.data(), 4 * rows * size);
-          kernel->product_int16(x_rows.q.data(), x_rows.scale.data(), rows, w_rows.q.data(), w_scale.data(), count, size,
-                                packed.data(), scores.data(), ahead);
+          kernel->product_int16(x_rows.q.data(), x_rows.scale.data(), rows, w_rows.q.data(),
+                                w_scale.data(), count, size, packed.data(), scores.data(), ahead);
           EXPECT(scores.back() == 12345 && packed.back() == 4321);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t f = 0; f < count; ++f) {
@@ -358,19 +401,22 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
                 magnitude = (i % int16_depth(size) == 0 ? 0 : magnitude) + std::abs(term);
                 EXPECT(magnitude <= 2147483647);  // a part's sums in any order stay within int32
               }
-              EXPECT_EQUAL(dot_int16(*kernel, x_rows.row(r), w_rows.row(f), size, r % dot_rows), sum);
+              EXPECT_EQUAL(dot_int16(*kernel, x_rows.row(r), w_rows.row(f), size, r % dot_rows),
+                           sum);
               const Int16Scale &a = x_rows.scale[r], &b = w_rows.scale[f];
               const float score = scores[r * panel_features + f];
               const long double scaled = static_cast<long double>(a.scale) * b.scale * sum;
               // As the layer adds it to the weights' residual: roundings of a product of norms.
-              const long double rounding =
-                  static_cast<long double>(a.norm) * b.norm * (8 + 2 * (size / int16_depth(size))) * 0x1p-24L;
+              const long double rounding = static_cast<long double>(a.norm) * b.norm *
+                                           (8 + 2 * (size / int16_depth(size))) * 0x1p-24L;
               if (!(std::fabs(score - scaled) <= rounding + underflow(size)))
                 check::fail(__FILE__, __LINE__, "rounding: " + at(*kernel, x_kind, w_kind, size));
               const long double exact = dot(x.data() + r * size, w.data() + f * size, size);
               const long double margin = a.residual * norm(w.data() + f * size, size) +
-                                         static_cast<long double>(a.norm) * b.residual + rounding + underflow(size);
-              if (!(std::fabs(score - exact) <= margin)) check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
+                                         static_cast<long double>(a.norm) * b.residual + rounding +
+                                         underflow(size);
+              if (!(std::fabs(score - exact) <= margin))
+                check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
             }
         }
       }

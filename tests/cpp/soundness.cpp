@@ -1,5 +1,6 @@
-// Measures how far each screen is from the exact dot products, as a share of the margin that it claims: never above one.
-// SPARSE_TRANSCODER_SOUNDNESS_PAIRS sets how many (row, feature) pairs are looked at.
+// Measures how far each screen is from the exact dot products, as a share of the margin that it
+// claims: never above one. SPARSE_TRANSCODER_SOUNDNESS_PAIRS sets how many (row, feature) pairs are
+// looked at.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <sparse_transcoder/weights.h>
@@ -14,19 +15,21 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/kernels/kernels.h"
 #include "int8.h"
-#include "kernels/cpu.h"
 
-using namespace sparse_transcoder::kernels;
+using namespace sparse_transcoder::cpu;
 
 namespace {
 
 constexpr int64_t row_count = 192, panels = 8, feature_count = panels * panel_features;
 constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, at::kHalf};  // in the order of Dtype
-const char* const row_kinds[] = {"gaussian", "planted",        "heavy tails",          "over many decades", "one outlier",
-                                 "sparse",   "worst for int8", "worst for two planes", "worst for int16"};
-const char* const weight_kinds[] = {"gaussian",        "heavy tails", "over many decades", "real", "worst for int8",
-                                    "worst for int16", "signs"};
+const char* const row_kinds[] = {
+    "gaussian", "planted",        "heavy tails",          "over many decades", "one outlier",
+    "sparse",   "worst for int8", "worst for two planes", "worst for int16"};
+const char* const weight_kinds[] = {"gaussian", "heavy tails",    "over many decades",
+                                    "real",     "worst for int8", "worst for int16",
+                                    "signs"};
 constexpr int64_t block_sizes[] = {576, 64, 200, 257, 576, 1000, 33, 768, 2048, 7};
 
 // What underflow may change, as the gate allows for it.
@@ -37,8 +40,8 @@ at::Tensor decades(int64_t count, double low, double high) {
   return at::pow(10.0, at::rand({count, 1}, at::kDouble) * (high - low) + low);
 }
 
-// As near the middle between two multiples of the int16 scale as can be, on the side that `side` says. What that does to the
-// scale is made up for by one input of the part that decides it.
+// As near the middle between two multiples of the int16 scale as can be, on the side that `side`
+// says. What that does to the scale is made up for by one input of the part that decides it.
 at::Tensor at_halves_of_int16(const at::Tensor& start, const at::Tensor& side) {
   const int64_t H = start.size(1);
   at::Tensor x = start.contiguous().clone();
@@ -47,7 +50,10 @@ at::Tensor at_halves_of_int16(const at::Tensor& start, const at::Tensor& side) {
     at::Tensor row = x[i];
     const auto scale = [&] {
       const at::Tensor narrow = row.to(at::kFloat);
-      return double{runnable_cpu_kernels().front()->quantise_int16(narrow.const_data_ptr<float>(), H, q.data()).scale};
+      return double{runnable_cpu_kernels()
+                        .front()
+                        ->quantise_int16(narrow.const_data_ptr<float>(), H, q.data())
+                        .scale};
     };
     const double wanted = scale();
     row.copy_((at::round(row / wanted) + 0.495 * side[i]) * wanted);
@@ -55,8 +61,10 @@ at::Tensor at_halves_of_int16(const at::Tensor& start, const at::Tensor& side) {
       const double change = std::pow(wanted / scale(), 2) - 1;
       at::Tensor part;
       for (const at::Tensor& other : row.split(int16_depth(H)))
-        if (!part.defined() || other.norm().item<double>() > part.norm().item<double>()) part = other;
-      const double square = std::pow(part[0].item<double>(), 2) + change * std::pow(part.norm().item<double>(), 2);
+        if (!part.defined() || other.norm().item<double>() > part.norm().item<double>())
+          part = other;
+      const double square =
+          std::pow(part[0].item<double>(), 2) + change * std::pow(part.norm().item<double>(), 2);
       if (square > 0) part[0].fill_(part[0].sign().item<double>() * std::sqrt(square));
     }
   }
@@ -67,7 +75,8 @@ at::Tensor at_halves_of_int16(const at::Tensor& start, const at::Tensor& side) {
 at::Tensor transformed(const Int8Layout& layout, at::Tensor x) {
   const int64_t count = x.size(0);
   for (int64_t half = layout.inputs / layout.mixed; half < layout.inputs; half *= 2) {
-    const at::Tensor pairs = x.reshape({count, -1, 2, half}), a = pairs.select(2, 0), b = pairs.select(2, 1);
+    const at::Tensor pairs = x.reshape({count, -1, 2, half}), a = pairs.select(2, 0),
+                     b = pairs.select(2, 1);
     x = at::stack({a + b, a - b}, 2).reshape({count, layout.inputs});
   }
   return x;
@@ -81,24 +90,29 @@ at::Tensor signs_of(const Int8Layout& layout) {
   return signs;
 }
 at::Tensor rotated(const Int8Layout& layout, const at::Tensor& x) {
-  return transformed(layout, at::constant_pad_nd(x, {0, layout.inputs - layout.size}) * signs_of(layout));
+  return transformed(layout,
+                     at::constant_pad_nd(x, {0, layout.inputs - layout.size}) * signs_of(layout));
 }
 at::Tensor rotated_back(const Int8Layout& layout, const at::Tensor& y) {
-  const at::Tensor x = transformed(layout, y) * signs_of(layout) / static_cast<double>(layout.mixed);
+  const at::Tensor x =
+      transformed(layout, y) * signs_of(layout) / static_cast<double>(layout.mixed);
   return x.narrow(1, 0, layout.size).contiguous();
 }
 
 // Rotated, all of one size but the largest, and half a step beside, on the side that `side` says.
-at::Tensor at_halves_of_int8(const Int8Layout& layout, int64_t count, const at::Tensor& signs, const at::Tensor& side) {
+at::Tensor at_halves_of_int8(const Int8Layout& layout, int64_t count, const at::Tensor& signs,
+                             const at::Tensor& side) {
   at::Tensor y = at::floor(at::rand({count, 1}, at::kDouble) * 125 + 1) * signs + 0.4999 * side;
   y.select(1, 0).fill_(127);
   return rotated_back(layout, y * decades(count, -3, 3));
 }
 
 // What a second plane leaves, too, is half a step.
-at::Tensor at_halves_of_second_plane(const Int8Layout& layout, int64_t count, const at::Tensor& signs, const at::Tensor& side) {
+at::Tensor at_halves_of_second_plane(const Int8Layout& layout, int64_t count,
+                                     const at::Tensor& signs, const at::Tensor& side) {
   const at::Tensor second = at::floor(at::rand({count, 1}, at::kDouble) * 120) + 0.499;
-  at::Tensor y = at::floor(at::rand({count, 1}, at::kDouble) * 100 + 1) * signs + second / 254 * side;
+  at::Tensor y =
+      at::floor(at::rand({count, 1}, at::kDouble) * 100 + 1) * signs + second / 254 * side;
   y.select(1, 0).fill_(127);
   return rotated_back(layout, y);
 }
@@ -122,7 +136,8 @@ Block make_block(int64_t number) {
   } else if (w_kind == "over many decades") {
     w = normal(feature_count) * decades(feature_count, -17, 10);
   } else if (w_kind == "real") {
-    static std::map<int64_t, sparse_transcoder::LayerWeights> real = sparse_transcoder::load_weights(EXAMPLES);
+    static std::map<int64_t, sparse_transcoder::LayerWeights> real =
+        sparse_transcoder::load_weights(EXAMPLES);
     const auto& layer = std::next(real.begin(), number / 6 % real.size())->second;
     const int64_t first = number * 64 % (layer.W_enc.size(0) - feature_count);
     w = layer.W_enc.narrow(0, first, feature_count).to(at::kDouble);
@@ -142,13 +157,15 @@ Block make_block(int64_t number) {
   const at::Tensor stored = w.to(types[type]).contiguous();
   w = stored.to(at::kDouble);
   b = at::where(w[0] < 0, -1.0, 1.0).to(at::kDouble);
-  const at::Tensor b8 = at::where(rotated(layout, w.narrow(0, 0, 1))[0] < 0, -1.0, 1.0).to(at::kDouble);
+  const at::Tensor b8 =
+      at::where(rotated(layout, w.narrow(0, 0, 1))[0] < 0, -1.0, 1.0).to(at::kDouble);
 
   if (x_kind == "planted") {
     const at::Tensor from = decoder.defined() ? decoder : w;
     const at::Tensor unit = from / from.norm(2, {1}, true).clamp_min(1e-300);
     x = at::rand({row_count, from.size(0)}, at::kDouble);
-    x = at::where(x < 30.0 / from.size(0), x * from.size(0) / 10, 0).matmul(unit) + 0.1 * normal(row_count);
+    x = at::where(x < 30.0 / from.size(0), x * from.size(0) / 10, 0).matmul(unit) +
+        0.1 * normal(row_count);
   } else if (x_kind == "heavy tails") {
     x = normal(row_count) * at::exp(2 * normal(row_count)) * at::exp(normal(1));
   } else if (x_kind == "over many decades") {
@@ -167,7 +184,8 @@ Block make_block(int64_t number) {
   } else {
     x = normal(row_count);
   }
-  return {x_kind + " rows, " + w_kind + " weights of " + at::toString(types[type]) + ", H " + std::to_string(H),
+  return {x_kind + " rows, " + w_kind + " weights of " + at::toString(types[type]) + ", H " +
+              std::to_string(H),
           x.to(at::kFloat).to(at::kDouble).contiguous(), w, stored, type};
 }
 
@@ -189,7 +207,8 @@ struct Stage {
 
 using Stages = std::map<std::string, Stage>;
 
-at::Tensor wide(const std::vector<int8::Vector>& vectors, std::vector<double> int8::Vector::* part) {
+at::Tensor wide(const std::vector<int8::Vector>& vectors,
+                std::vector<double> int8::Vector::* part) {
   const auto size = static_cast<int64_t>((vectors[0].*part).size());
   at::Tensor out = at::empty({static_cast<int64_t>(vectors.size()), size}, at::kDouble);
   for (size_t i = 0; i < vectors.size(); ++i)
@@ -198,8 +217,8 @@ at::Tensor wide(const std::vector<int8::Vector>& vectors, std::vector<double> in
   return out;
 }
 
-void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor& x, const at::Tensor& w, const at::Tensor& exact,
-                  Stages& stages) {
+void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor& x,
+                  const at::Tensor& w, const at::Tensor& exact, Stages& stages) {
   const int64_t H = x.size(1);
   const Int8Layout layout(H);
   std::vector<uint8_t> panel(panels * layout.panel_bytes());
@@ -207,48 +226,61 @@ void measure_int8(const CpuKernels& kernel, const Block& block, const at::Tensor
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       uint8_t* at = panel.data() + p * layout.panel_bytes();
-      kernel.quantise_panel(layout, w.const_data_ptr<float>() + p * panel_features * H, panel_features, at);
-      for (int64_t f = 0; f < panel_features; ++f) features[p * panel_features + f] = int8::read_feature(layout, at, f);
+      kernel.quantise_panel(layout, w.const_data_ptr<float>() + p * panel_features * H,
+                            panel_features, at);
+      for (int64_t f = 0; f < panel_features; ++f)
+        features[p * panel_features + f] = int8::read_feature(layout, at, f);
     }
   });
-  const at::Tensor values = wide(features, &int8::Vector::values).t(), margins = wide(features, &int8::Vector::margin).t();
-  // The largest float32 that the exact value reaches: the screen must find that its upper bound does, too.
+  const at::Tensor values = wide(features, &int8::Vector::values).t(),
+                   margins = wide(features, &int8::Vector::margin).t();
+  // The largest float32 that the exact value reaches: the screen must find that its upper bound
+  // does, too.
   const at::Tensor least = exact - underflow(H), near = least.to(at::kFloat);
   const at::Tensor low =
-      at::where(near > least, at::nextafter(near, at::full_like(near, -std::numeric_limits<float>::infinity())), near)
+      at::where(near > least,
+                at::nextafter(near, at::full_like(near, -std::numeric_limits<float>::infinity())),
+                near)
           .contiguous();
   for (int64_t planes = 1; planes <= 2; ++planes) {
     const int64_t bytes = planes * layout.row_bytes();
     std::vector<int8_t> packed(row_count * bytes);
     std::vector<float> scratch(layout.inputs);
     for (int64_t r = 0; r < row_count; ++r) {
-      kernel.quantise_row(layout, x.const_data_ptr<float>() + r * H, planes, packed.data() + r * bytes, scratch.data());
+      kernel.quantise_row(layout, x.const_data_ptr<float>() + r * H, planes,
+                          packed.data() + r * bytes, scratch.data());
       rows[r] = int8::read_row(layout, packed.data() + r * bytes, planes);
     }
-    stages[planes == 1 ? "int8" : "int8, two planes"].add(wide(rows, &int8::Vector::values).matmul(values) - exact,
-                                                          wide(rows, &int8::Vector::margin).matmul(margins), block);
+    stages[planes == 1 ? "int8" : "int8, two planes"].add(
+        wide(rows, &int8::Vector::values).matmul(values) - exact,
+        wide(rows, &int8::Vector::margin).matmul(margins), block);
     std::atomic<int64_t> lost{0};
     at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       Ahead ahead;
       for (int64_t p = begin; p < end; ++p)
         for (int64_t r = 0; r < row_count; ++r) {
           uint64_t mask = 0;
-          kernel.screen_int8(layout, packed.data() + r * bytes, 1, planes, panel.data() + p * layout.panel_bytes(),
-                             low.const_data_ptr<float>() + r * feature_count + p * panel_features, &mask, ahead);
+          kernel.screen_int8(
+              layout, packed.data() + r * bytes, 1, planes, panel.data() + p * layout.panel_bytes(),
+              low.const_data_ptr<float>() + r * feature_count + p * panel_features, &mask, ahead);
           lost += __builtin_popcountll(~mask);
         }
     });
-    if (lost > 0) check::fail(__FILE__, __LINE__, std::string(kernel.name) + " loses pairs of " + block.name);
+    if (lost > 0)
+      check::fail(__FILE__, __LINE__, std::string(kernel.name) + " loses pairs of " + block.name);
   }
 }
 
-void measure_int16(const CpuKernels& kernel, const Block& block, const at::Tensor& x, const at::Tensor& w,
-                   const at::Tensor& exact, const at::Tensor& w_norm, Stages& stages) {
+void measure_int16(const CpuKernels& kernel, const Block& block, const at::Tensor& x,
+                   const at::Tensor& w, const at::Tensor& exact, const at::Tensor& w_norm,
+                   Stages& stages) {
   const int64_t H = x.size(1), stride = int16_stride(H);
-  const auto quantise = [&](const at::Tensor& from, std::vector<int16_t>& q, std::vector<Int16Scale>& scales) {
+  const auto quantise = [&](const at::Tensor& from, std::vector<int16_t>& q,
+                            std::vector<Int16Scale>& scales) {
     q.resize(from.size(0) * stride);
     for (int64_t i = 0; i < from.size(0); ++i)
-      scales.push_back(kernel.quantise_int16(from.const_data_ptr<float>() + i * H, H, q.data() + i * stride));
+      scales.push_back(
+          kernel.quantise_int16(from.const_data_ptr<float>() + i * H, H, q.data() + i * stride));
     at::Tensor all = at::empty({3, from.size(0)}, at::kDouble);
     for (int64_t i = 0; i < from.size(0); ++i) {
       all.data_ptr<double>()[i] = scales[i].scale;
@@ -260,32 +292,39 @@ void measure_int16(const CpuKernels& kernel, const Block& block, const at::Tenso
   std::vector<int16_t> x_q, w_q;
   std::vector<Int16Scale> x_scales, w_scales;
   const at::Tensor x_all = quantise(x, x_q, x_scales), w_all = quantise(w, w_q, w_scales);
-  const at::Tensor w_scale = w_all[0].to(at::kFloat), scores = at::empty({panels, row_count, panel_features});
+  const at::Tensor w_scale = w_all[0].to(at::kFloat),
+                   scores = at::empty({panels, row_count, panel_features});
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     std::vector<int16_t> packed(panel_features * stride);
     Ahead ahead;
     for (int64_t p = begin; p < end; ++p)
-      kernel.product_int16(x_q.data(), x_scales.data(), row_count, w_q.data() + p * panel_features * stride,
-                           w_scale.const_data_ptr<float>() + p * panel_features, panel_features, H, packed.data(),
-                           scores.data_ptr<float>() + p * row_count * panel_features, ahead);
+      kernel.product_int16(
+          x_q.data(), x_scales.data(), row_count, w_q.data() + p * panel_features * stride,
+          w_scale.const_data_ptr<float>() + p * panel_features, panel_features, H, packed.data(),
+          scores.data_ptr<float>() + p * row_count * panel_features, ahead);
   });
   // As layers and rows combine them.
   const at::Tensor margin =
-      x_all[1].unsqueeze(1) * w_norm + x_all[2].unsqueeze(1) * (w_all[1] + w_all[2] * ((8 + 2 * (H / int16_depth(H))) * 0x1p-24));
-  stages["int16"].add(scores.transpose(0, 1).reshape({row_count, feature_count}).to(at::kDouble) - exact, margin, block);
+      x_all[1].unsqueeze(1) * w_norm +
+      x_all[2].unsqueeze(1) * (w_all[1] + w_all[2] * ((8 + 2 * (H / int16_depth(H))) * 0x1p-24));
+  stages["int16"].add(
+      scores.transpose(0, 1).reshape({row_count, feature_count}).to(at::kDouble) - exact, margin,
+      block);
 }
 
-void measure_product(const CpuKernels& kernel, const Block& block, const at::Tensor& x, const at::Tensor& exact,
-                     const at::Tensor& w_norm, Stages& stages) {
+void measure_product(const CpuKernels& kernel, const Block& block, const at::Tensor& x,
+                     const at::Tensor& exact, const at::Tensor& w_norm, Stages& stages) {
   const int64_t H = x.size(1), some = 48;
   const at::Tensor scores = at::empty({row_count, feature_count});
   at::parallel_for(0, row_count / some, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      kernel.product[block.type](x.const_data_ptr<float>() + i * some * H, some, block.stored.const_data_ptr(), feature_count, H,
+      kernel.product[block.type](x.const_data_ptr<float>() + i * some * H, some,
+                                 block.stored.const_data_ptr(), feature_count, H,
                                  scores.data_ptr<float>() + i * some * feature_count);
   });
   const double roundoff = (H + 8) * 0x1p-24;
-  stages["float32"].add(scores.to(at::kDouble) - exact, roundoff / (1 - roundoff) * block.x.norm(2, {1}, true) * w_norm, block);
+  stages["float32"].add(scores.to(at::kDouble) - exact,
+                        roundoff / (1 - roundoff) * block.x.norm(2, {1}, true) * w_norm, block);
 }
 
 }  // namespace
@@ -296,9 +335,11 @@ TEST(soundness_no_screen_is_further_off_than_it_says) {
   const double pairs = wanted ? std::atof(wanted) : 1.2e7;
   std::map<std::string, Stages> all;
   const auto& kernels = runnable_cpu_kernels();
-  for (int64_t number = 0; static_cast<double>(number) * row_count * feature_count < pairs; ++number) {
+  for (int64_t number = 0; static_cast<double>(number) * row_count * feature_count < pairs;
+       ++number) {
     const Block block = make_block(number);
-    const at::Tensor x = block.x.to(at::kFloat), w = block.w.to(at::kFloat), exact = block.x.matmul(block.w.t());
+    const at::Tensor x = block.x.to(at::kFloat), w = block.w.to(at::kFloat),
+                     exact = block.x.matmul(block.w.t());
     const at::Tensor w_norm = block.w.norm(2, {1}).unsqueeze(0);
     for (const CpuKernels* kernel : kernels) {
       if (kernel != kernels.back() && number % 17 != 0) continue;  // the slower ones see a part
@@ -310,8 +351,9 @@ TEST(soundness_no_screen_is_further_off_than_it_says) {
   }
   for (const auto& [kernel, stages] : all)
     for (const auto& [name, stage] : stages) {
-      std::fprintf(stderr, "  %-10s %-16s error / margin at most %.4f over %.3g pairs: %s\n", kernel.c_str(), name.c_str(),
-                   stage.worst, static_cast<double>(stage.pairs), stage.where.c_str());
+      std::fprintf(stderr, "  %-10s %-16s error / margin at most %.4f over %.3g pairs: %s\n",
+                   kernel.c_str(), name.c_str(), stage.worst, static_cast<double>(stage.pairs),
+                   stage.where.c_str());
       EXPECT(stage.worst <= 1);
     }
   // Rows made for it come near: a margin that is any smaller would be seen.

@@ -13,7 +13,7 @@
 
 #include "check.h"
 #include "fuzz.h"
-#include "safetensors.h"
+#include "io/safetensors.h"
 
 using namespace sparse_transcoder;
 
@@ -23,7 +23,8 @@ namespace {
 class Folder {
  public:
   Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "sparse_transcoder_XXXXXX").string();
+    std::string name =
+        (std::filesystem::temp_directory_path() / "sparse_transcoder_XXXXXX").string();
     if (mkdtemp(name.data()) == nullptr) throw std::runtime_error(name + ": cannot be made");
     path_ = name;
   }
@@ -32,7 +33,9 @@ class Folder {
     std::filesystem::remove_all(path_, ignored);
   }
 
-  std::string path(const std::string& name = "") const { return name.empty() ? path_ : path_ + "/" + name; }
+  std::string path(const std::string& name = "") const {
+    return name.empty() ? path_ : path_ + "/" + name;
+  }
 
   std::string write(const std::string& name, const std::string& bytes) const {
     std::ofstream file(path(name), std::ios::binary | std::ios::trunc);
@@ -58,22 +61,25 @@ std::string file_of(const std::string& header, size_t data_bytes, bool floats = 
   return bytes;
 }
 
-std::string tensor(const std::string& name, const std::string& dtype, const std::string& shape, int64_t begin, int64_t end) {
+std::string tensor(const std::string& name, const std::string& dtype, const std::string& shape,
+                   int64_t begin, int64_t end) {
   std::ostringstream text;
-  text << '"' << name << "\":{\"dtype\":\"" << dtype << "\",\"shape\":" << shape << ",\"data_offsets\":[" << begin << ',' << end
-       << "]}";
+  text << '"' << name << "\":{\"dtype\":\"" << dtype << "\",\"shape\":" << shape
+       << ",\"data_offsets\":[" << begin << ',' << end << "]}";
   return text.str();
 }
 
 // A layer of 4 features and 3 inputs.
 std::string layer_file() {
-  return file_of("{\"__metadata__\":{\"format\":\"pt\"}," + tensor("W_enc", "F32", "[4,3]", 0, 48) + ',' +
-                     tensor("b_enc", "F32", "[4]", 48, 64) + ',' + tensor("W_dec", "F32", "[4,3]", 64, 112) + ',' +
+  return file_of("{\"__metadata__\":{\"format\":\"pt\"}," + tensor("W_enc", "F32", "[4,3]", 0, 48) +
+                     ',' + tensor("b_enc", "F32", "[4]", 48, 64) + ',' +
+                     tensor("W_dec", "F32", "[4,3]", 64, 112) + ',' +
                      tensor("b_dec", "F32", "[3]", 112, 124) + "}",
                  124);
 }
 
-// Whether the file was read. Every byte of what it holds is touched; any error but a refusal fails the test.
+// Whether the file was read. Every byte of what it holds is touched; any error but a refusal fails
+// the test.
 bool reads(const std::string& path) {
   try {
     int64_t bytes = 0;
@@ -95,7 +101,8 @@ bool reads(const std::string& path) {
 
 bool loads(const std::string& dir) {
   try {
-    for (const auto& [id, w] : load_weights(dir)) EXPECT(w.W_enc.defined() && w.W_enc.dim() == 2 && w.b_enc.dim() == 1);
+    for (const auto& [id, w] : load_weights(dir))
+      EXPECT(w.W_enc.defined() && w.W_enc.dim() == 2 && w.b_enc.dim() == 1);
     return true;
   } catch (const c10::ValueError&) {
   } catch (const c10::TypeError&) {
@@ -118,13 +125,16 @@ TEST(weights_read_what_was_written) {
 
 TEST(weights_every_dtype) {
   const std::pair<const char*, at::ScalarType> dtypes[] = {
-      {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"I64", at::kLong},
-      {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},  {"U8", at::kByte},       {"BOOL", at::kBool}};
+      {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16},
+      {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
+      {"U8", at::kByte},    {"BOOL", at::kBool}};
   const Folder folder;
   for (const auto& [name, type] : dtypes)
-    for (const std::string blanks : {"", " ", "   "}) {  // a header of any length: data need not be aligned
+    for (const std::string blanks :
+         {"", " ", "   "}) {  // a header of any length: data need not be aligned
       const auto bytes = static_cast<int64_t>(3 * c10::elementSize(type));
-      const std::string content = file_of(blanks + "{" + tensor("t", name, "[3]", 0, bytes) + "}", bytes, false);
+      const std::string content =
+          file_of(blanks + "{" + tensor("t", name, "[3]", 0, bytes) + "}", bytes, false);
       const at::Tensor t = read_safetensors(folder.write("f", content)).at("t");
       EXPECT(t.scalar_type() == type && t.numel() == 3);
       EXPECT(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % c10::elementSize(type) == 0);
@@ -172,26 +182,47 @@ TEST(weights_refuse_malformed_files) {
       {file_of("{" + tensor("a", "F8", "[1]", 0, 1) + "}", 1), "got \"F8\""},
       {file_of("{" + tensor("a", "F32\\n", "[1]", 0, 4) + "}", 4), "got \"F32\\n\""},
       {file_of("{\"a\":{\"dtype\":\"F32\"}}", 0), "shape must be a list of integers"},
-      {file_of("{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4), "data_offsets must be a list of integers"},
+      {file_of("{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4),
+       "data_offsets must be a list of integers"},
       {file_of("{" + tensor("a", "F32", "1", 0, 4) + "}", 4), "shape must be a list of integers"},
-      {file_of("{" + tensor("a", "F32", "[-1]", 0, 4) + "}", 4), "shape must hold non-negative integers"},
-      {file_of("{" + tensor("a", "F32", "[1.0]", 0, 4) + "}", 4), "shape must hold non-negative integers"},
-      {file_of("{" + tensor("a", "F32", "[18446744073709551615]", 0, 4) + "}", 4), "shape must hold non-negative integers"},
-      {file_of("{" + tensor("a", "F32", "[99999999999999999999999]", 0, 4) + "}", 4), "shape must hold non-negative integers"},
+      {file_of("{" + tensor("a", "F32", "[-1]", 0, 4) + "}", 4),
+       "shape must hold non-negative integers"},
+      {file_of("{" + tensor("a", "F32", "[1.0]", 0, 4) + "}", 4),
+       "shape must hold non-negative integers"},
+      {file_of("{" + tensor("a", "F32", "[18446744073709551615]", 0, 4) + "}", 4),
+       "shape must hold non-negative integers"},
+      {file_of("{" + tensor("a", "F32", "[99999999999999999999999]", 0, 4) + "}", 4),
+       "shape must hold non-negative integers"},
       {file_of("{" + tensor("a", "F32", "[4611686018427387904,4]", 0, 0) + "}", 0), "is too large"},
-      {file_of("{" + tensor("a", "F32", "[0,4611686018427387904,4]", 0, 0) + "}", 0), "is too large"},
-      {file_of("{" + tensor("a", "F32", "[1,1,1,1,1,1,1,1,1]", 0, 4) + "}", 4), "shape must hold at most 8 integers, got 9"},
-      {file_of("{" + tensor("a", "F32", "[2]", 0, 4) + "}", 4), "needs 8 bytes, data_offsets span 4"},
-      {file_of("{" + tensor("a", "F32", "[1]", 4, 8) + "}", 4), "data_offsets must be [begin, end] within 4 bytes, got [4, 8]"},
-      {file_of("{" + tensor("a", "F32", "[1]", 4, 0) + "}", 4), "data_offsets must be [begin, end] within"},
-      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[1]", 0, 4) + "}", 8), "overlap"},
-      {file_of("{" + tensor("a", "F32", "[2]", 0, 8) + "," + tensor("b", "F32", "[1]", 4, 8) + "}", 8), "overlap"},
-      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("a", "F32", "[1]", 4, 8) + "}", 8), "\"a\" is there twice"},
-      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[1]", 8, 12) + "}", 12),
+      {file_of("{" + tensor("a", "F32", "[0,4611686018427387904,4]", 0, 0) + "}", 0),
+       "is too large"},
+      {file_of("{" + tensor("a", "F32", "[1,1,1,1,1,1,1,1,1]", 0, 4) + "}", 4),
+       "shape must hold at most 8 integers, got 9"},
+      {file_of("{" + tensor("a", "F32", "[2]", 0, 4) + "}", 4),
+       "needs 8 bytes, data_offsets span 4"},
+      {file_of("{" + tensor("a", "F32", "[1]", 4, 8) + "}", 4),
+       "data_offsets must be [begin, end] within 4 bytes, got [4, 8]"},
+      {file_of("{" + tensor("a", "F32", "[1]", 4, 0) + "}", 4),
+       "data_offsets must be [begin, end] within"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[1]", 0, 4) + "}",
+               8),
+       "overlap"},
+      {file_of("{" + tensor("a", "F32", "[2]", 0, 8) + "," + tensor("b", "F32", "[1]", 4, 8) + "}",
+               8),
+       "overlap"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("a", "F32", "[1]", 4, 8) + "}",
+               8),
+       "\"a\" is there twice"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[1]", 8, 12) + "}",
+               12),
        "tensor \"b\" must begin at byte 4, where the tensors before it end, got 8"},
-      {file_of("{" + tensor("a", "F32", "[1]", 4, 8) + "}", 8), "tensor \"a\" must begin at byte 0"},
-      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[0]", 2, 2) + "}", 4), "\"b\" must not overlap"},
-      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "}", 5), "the tensors must fill the 5 bytes after the header, got 4"},
+      {file_of("{" + tensor("a", "F32", "[1]", 4, 8) + "}", 8),
+       "tensor \"a\" must begin at byte 0"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[0]", 2, 2) + "}",
+               4),
+       "\"b\" must not overlap"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "}", 5),
+       "the tensors must fill the 5 bytes after the header, got 4"},
       {file_of("{}", 1), "the tensors must fill the 1 bytes after the header, got 0"},
   };
   for (const auto& file : files) {
@@ -199,17 +230,21 @@ TEST(weights_refuse_malformed_files) {
     EXPECT_THROWS(c10::ValueError, file.reason, read_safetensors(path));
     EXPECT_THROWS(c10::ValueError, path + ": ", read_safetensors(path));
   }
-  EXPECT_THROWS(FileNotFound, folder.path("none") + ": cannot be opened: No such file", read_safetensors(folder.path("none")));
-  EXPECT_THROWS(c10::ValueError, folder.path() + ": must be a regular file", read_safetensors(folder.path()));
+  EXPECT_THROWS(FileNotFound, folder.path("none") + ": cannot be opened: No such file",
+                read_safetensors(folder.path("none")));
+  EXPECT_THROWS(c10::ValueError, folder.path() + ": must be a regular file",
+                read_safetensors(folder.path()));
   mkfifo(folder.path("pipe").c_str(), 0600);
   alarm(60);  // nobody writes to it
-  EXPECT_THROWS(c10::ValueError, folder.path("pipe") + ": must be a regular file", read_safetensors(folder.path("pipe")));
+  EXPECT_THROWS(c10::ValueError, folder.path("pipe") + ": must be a regular file",
+                read_safetensors(folder.path("pipe")));
   alarm(0);
 }
 
 TEST(weights_accept_empty_tensors) {
   const Folder folder;
-  const std::string header = "{" + tensor("a", "F32", "[0,3]", 0, 0) + "," + tensor("b", "F32", "[]", 0, 4) + "," +
+  const std::string header = "{" + tensor("a", "F32", "[0,3]", 0, 0) + "," +
+                             tensor("b", "F32", "[]", 0, 4) + "," +
                              tensor("c", "F32", "[0]", 4, 4) + "}";
   const auto tensors = read_safetensors(folder.write("f", file_of(header, 4)));
   EXPECT_EQUAL(tensors.at("a").numel(), 0);
@@ -220,7 +255,8 @@ TEST(weights_accept_empty_tensors) {
 TEST(weights_truncated_anywhere) {
   const Folder folder;
   const std::string whole = layer_file();
-  for (size_t size = 0; size < whole.size(); ++size) EXPECT(!reads(folder.write("f", whole.substr(0, size))));
+  for (size_t size = 0; size < whole.size(); ++size)
+    EXPECT(!reads(folder.write("f", whole.substr(0, size))));
   EXPECT(reads(folder.write("f", whole)));
 }
 
@@ -236,7 +272,8 @@ TEST(weights_random_bytes) {
     for (int j = 0; j < changes; ++j) {
       char& byte = bytes[random_bits() % (i % 8 == 0 ? whole.size() : header_end)];
       const char likely[] = "0123456789[]{},:\"-e. ";
-      byte = i % 2 ? static_cast<char>(byte ^ (1 << random_bits() % 8)) : likely[random_bits() % (sizeof(likely) - 1)];
+      byte = i % 2 ? static_cast<char>(byte ^ (1 << random_bits() % 8))
+                   : likely[random_bits() % (sizeof(likely) - 1)];
     }
     read += reads(folder.write("layer_0.safetensors", bytes));
     loaded += loads(folder.path());
@@ -252,7 +289,8 @@ TEST(weights_fuzz_corpus) {
     std::stringstream bytes;
     bytes << file.rdbuf();
     const std::string wrong = try_folder(bytes.str());
-    if (!wrong.empty()) check::fail(__FILE__, __LINE__, entry.path().string() + ": an error " + wrong);
+    if (!wrong.empty())
+      check::fail(__FILE__, __LINE__, entry.path().string() + ": an error " + wrong);
     ++inputs;
   }
   EXPECT(inputs >= 10);
@@ -262,14 +300,16 @@ TEST(weights_random_config) {
   const Folder folder;
   folder.write("layer_0.safetensors", layer_file());
   const std::string whole =
-      "model_name: none\nmodel_kind: transcoder_set\nfeature_input_hook: \"mlp.hook_in\"  # here\nactivation: topk\nk: 3\n"
+      "model_name: none\nmodel_kind: transcoder_set\nfeature_input_hook: \"mlp.hook_in\"  # "
+      "here\nactivation: topk\nk: 3\n"
       "transcoders:\n  - layer_0.safetensors\n";
   std::mt19937 random_bits(6);
   int loaded = 0;
   for (int i = 0; i < 3000; ++i) {
     std::string text = whole;
     for (int j = 1 + static_cast<int>(random_bits() % 3); j > 0; --j)
-      text[random_bits() % text.size()] = i % 2 ? static_cast<char>(random_bits()) : "\n:-'\"# /.\0k9"[random_bits() % 13];
+      text[random_bits() % text.size()] =
+          i % 2 ? static_cast<char>(random_bits()) : "\n:-'\"# /.\0k9"[random_bits() % 13];
     if (i % 10 == 0) text.resize(random_bits() % text.size());
     folder.write("config.yaml", text);
     loaded += loads(folder.path());
@@ -279,9 +319,12 @@ TEST(weights_random_config) {
 
 TEST(weights_load_a_set) {
   const Folder folder;
-  EXPECT_THROWS(FileNotFound, folder.path("none") + ": there is no such folder", load_weights(folder.path("none")));
-  EXPECT_THROWS(FileNotFound, "there is no layer_{i}.safetensors in this folder", load_weights(folder.path()));
-  for (const char* name : {"layer_0.safetensors", "layer_12.safetensors"}) folder.write(name, layer_file());
+  EXPECT_THROWS(FileNotFound, folder.path("none") + ": there is no such folder",
+                load_weights(folder.path("none")));
+  EXPECT_THROWS(FileNotFound, "there is no layer_{i}.safetensors in this folder",
+                load_weights(folder.path()));
+  for (const char* name : {"layer_0.safetensors", "layer_12.safetensors"})
+    folder.write(name, layer_file());
   folder.write("layer_x.safetensors", "not read");
   folder.write("config.yaml", "model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n");
   const auto weights = load_weights(folder.path());
@@ -295,26 +338,34 @@ TEST(weights_load_a_set) {
   EXPECT_THROWS(FileNotFound, "there is no file for layer 3", load_weights(folder.path(), {3}));
   folder.write("layer_12.safetensors", "broken");
   EXPECT_EQUAL(load_weights(folder.path(), {0}).size(), 1u);  // the other is not opened
-  EXPECT_THROWS(c10::ValueError, folder.path("layer_12.safetensors") + ": ", load_weights(folder.path()));
-  folder.write("layer_12.safetensors",
-               file_of("{" + tensor("a\\nb", "F32", "[1]", 0, 4) + "," + tensor("W_enc", "F32", "[1,1]", 4, 8) + "," +
-                           tensor("b_enc", "F32", "[1]", 8, 12) + "}",
-                       12));
-  EXPECT_THROWS(c10::ValueError, "tensor \"a\\nb\" is not part of this layout", load_weights(folder.path()));
+  EXPECT_THROWS(c10::ValueError, folder.path("layer_12.safetensors") + ": ",
+                load_weights(folder.path()));
+  folder.write("layer_12.safetensors", file_of("{" + tensor("a\\nb", "F32", "[1]", 0, 4) + "," +
+                                                   tensor("W_enc", "F32", "[1,1]", 4, 8) + "," +
+                                                   tensor("b_enc", "F32", "[1]", 8, 12) + "}",
+                                               12));
+  EXPECT_THROWS(c10::ValueError, "tensor \"a\\nb\" is not part of this layout",
+                load_weights(folder.path()));
   folder.write("layer_12.safetensors", layer_file());
   for (const char* text : {"a: \x1b[31m\n", "a: \xff\n", "a: b\rc\n", "a: \x7f\n"}) {
     folder.write("config.yaml", text);
-    EXPECT_THROWS(c10::ValueError, "config.yaml: line 1: must be UTF-8 text without control characters",
+    EXPECT_THROWS(c10::ValueError,
+                  "config.yaml: line 1: must be UTF-8 text without control characters",
                   load_weights(folder.path()));
   }
   folder.write("config.yaml", "a:\tb\t# \xc3\xa9\r\n");
   EXPECT_EQUAL(load_weights(folder.path()).size(), 2u);
   folder.write("config.yaml", std::string(10'000'001, '\n'));
-  EXPECT_THROWS(c10::ValueError, "config.yaml: must have at most 10000000 bytes", load_weights(folder.path()));
+  EXPECT_THROWS(c10::ValueError, "config.yaml: must have at most 10000000 bytes",
+                load_weights(folder.path()));
   std::filesystem::remove(folder.path("config.yaml"));
-  std::filesystem::create_symlink("config.yaml", folder.path("config.yaml"));  // what it declares cannot be known
-  EXPECT_THROWS(c10::ValueError, "config.yaml: must be a regular file", load_weights(folder.path()));
+  std::filesystem::create_symlink("config.yaml",
+                                  folder.path("config.yaml"));  // what it declares cannot be known
+  EXPECT_THROWS(c10::ValueError, "config.yaml: must be a regular file",
+                load_weights(folder.path()));
   std::filesystem::remove(folder.path("config.yaml"));
-  folder.write("config.yaml", "model_kind: transcoder_set\ntranscoders:\n  - ../layer_0.safetensors\n");
-  EXPECT_THROWS(c10::ValueError, "transcoders must be files inside this folder", load_weights(folder.path()));
+  folder.write("config.yaml",
+               "model_kind: transcoder_set\ntranscoders:\n  - ../layer_0.safetensors\n");
+  EXPECT_THROWS(c10::ValueError, "transcoders must be files inside this folder",
+                load_weights(folder.path()));
 }

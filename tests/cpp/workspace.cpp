@@ -1,5 +1,5 @@
 // Buffers: disjoint and aligned, borrowed by one call at a time, used again.
-#include "workspace.h"
+#include "cpu/workspace.h"
 
 #include <algorithm>
 #include <atomic>
@@ -63,8 +63,10 @@ TEST(workspace_buffers_are_apart) {
       uintptr_t begin;
       size_t bytes;
     };
-    const auto span = [](auto* data, int64_t count) { return Span{reinterpret_cast<uintptr_t>(data), count * sizeof(*data)}; };
-    const int64_t tile = sparse_transcoder::kernels::panel_features;
+    const auto span = [](auto* data, int64_t count) {
+      return Span{reinterpret_cast<uintptr_t>(data), count * sizeof(*data)};
+    };
+    const int64_t tile = sparse_transcoder::cpu::panel_features;
     std::vector<Span> spans = {span(w.hidden, plan.rows * plan.hidden_size),
                                span(w.int8, plan.rows * plan.int8_bytes),
                                span(w.int16, plan.rows * plan.int16_stride),
@@ -83,14 +85,17 @@ TEST(workspace_buffers_are_apart) {
                                span(w.merged, plan.lanes * plan.lanes * plan.capacity),
                                span(w.merged_open, plan.lanes * plan.lanes * plan.capacity)};
     std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
-      return a.begin < b.begin || (a.begin == b.begin && a.bytes < b.bytes);  // no layer may have a copy: empty buffers
+      return a.begin < b.begin ||
+             (a.begin == b.begin && a.bytes < b.bytes);  // no layer may have a copy: empty buffers
     });
     for (size_t i = 0; i < spans.size(); ++i) {
       EXPECT_EQUAL(spans[i].begin % 64, 0u);
       if (i > 0) EXPECT(spans[i - 1].begin + spans[i - 1].bytes <= spans[i].begin);
-      std::fill_n(reinterpret_cast<char*>(spans[i].begin), spans[i].bytes, 1);  // a sanitizer sees what is outside
+      std::fill_n(reinterpret_cast<char*>(spans[i].begin), spans[i].bytes,
+                  1);  // a sanitizer sees what is outside
     }
-    EXPECT(spans.back().begin + spans.back().bytes - spans.front().begin <= static_cast<size_t>(w.bytes));
+    EXPECT(spans.back().begin + spans.back().bytes - spans.front().begin <=
+           static_cast<size_t>(w.bytes));
   }
 }
 

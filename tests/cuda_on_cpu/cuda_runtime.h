@@ -1,6 +1,6 @@
-// Enough of CUDA to run a kernel's threads as CPU threads: one block at a time, 256 threads that meet at barriers. It shows that
-// the logic of a kernel is right (and, under a sanitizer, that it has no race); it says nothing of speed. streams.cpp has the
-// rest.
+// Enough of CUDA to run a kernel's threads as CPU threads: one block at a time, 256 threads that
+// meet at barriers. It shows that the logic of a kernel is right (and, under a sanitizer, that it
+// has no race); it says nothing of speed. streams.cpp has the rest.
 #pragma once
 
 #include <ucontext.h>
@@ -38,11 +38,12 @@ inline int cudaGetLastError() { return 0; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// The threads of a block take turns on one CPU thread, in an order drawn anew each time: one runs until it must wait for others.
-// That is as far apart as a device could let them come.
+// The threads of a block take turns on one CPU thread, in an order drawn anew each time: one runs
+// until it must wait for others. That is as far apart as a device could let them come.
 class Block {
  public:
-  explicit Block(unsigned threads) : fibers_(threads), lanes(threads), all_{threads}, warps_(threads / 32, Barrier{32}) {
+  explicit Block(unsigned threads)
+      : fibers_(threads), lanes(threads), all_{threads}, warps_(threads / 32, Barrier{32}) {
     for (Fiber& fiber : fibers_) fiber.stack.resize(stack_bytes);
   }
 

@@ -1,10 +1,11 @@
-// The CUDA path, csrc/cuda_lanes.cpp and csrc/encode_cuda.cpp, on CPU tensors, with kernels whose threads are CPU threads.
-// Products are as far off as their margin allows, or nearly: towards one side for even features, the other for odd ones.
+// The CUDA path, csrc/cuda_lanes.cpp and csrc/encode_cuda.cpp, on CPU tensors, with kernels whose
+// threads are CPU threads. Products are as far off as their margin allows, or nearly: towards one
+// side for even features, the other for odd ones.
 #include <torch/library.h>
 
-#include "cuda_lanes.cpp"
+#include "cuda/chunk.cpp"
+#include "cuda/streams.cpp"
 #include "cuda_runtime.h"
-#include "encode_cuda.cpp"
 #include "streams.h"
 
 namespace sparse_transcoder {
@@ -16,11 +17,14 @@ void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
   enqueue(current_stream(), [=] {
     at::Tensor x = left.to(at::kDouble), w = right.to(at::kDouble);
     if (left.scalar_type() == at::kFloat) {  // as TF32 does
-      const auto cut = [](const at::Tensor& t) { return t.to(at::kFloat).view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat); };
+      const auto cut = [](const at::Tensor& t) {
+        return t.to(at::kFloat).view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat);
+      };
       x = cut(x).to(at::kDouble);
       w = cut(w).to(at::kDouble);
     }
-    const at::Tensor off = at::matmul(x.abs(), w.abs().t()) * (0.9 * 1.25 * (left.size(1) + 16) * 0x1p-22);
+    const at::Tensor off =
+        at::matmul(x.abs(), w.abs().t()) * (0.9 * 1.25 * (left.size(1) + 16) * 0x1p-22);
     const at::Tensor sign = at::arange(w.size(0)).remainder(2) * 2 - 1;
     out.copy_(at::matmul(x, w.t()) + off * sign);
   });
@@ -34,27 +38,30 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-Layer make_layer(int64_t id, const LayerWeights& weights, Options options, bool screening, bool streamed) {
+Layer make_layer(int64_t id, const LayerWeights& weights, Options options, bool screening,
+                 bool streamed) {
   options.screening = Screening::off;  // of the CPU
   Layer layer(id, weights, options, {at::kCPU, false});
   layer.streamed = streamed;
-  layer.bf16_screen = screening && (layer.dtype == kernels::Dtype::bfloat16 || !streamed);
-  if (layer.bf16_screen && layer.dtype != kernels::Dtype::bfloat16)
+  layer.bf16_screen = screening && (layer.dtype == Dtype::bfloat16 || !streamed);
+  if (layer.bf16_screen && layer.dtype != Dtype::bfloat16)
     add_bf16_copy(layer.copies, layer.W_enc, "layer 0", layer.norm);
   return layer;
 }
 
 Features outputs(const Layer& layer, const at::Tensor& hidden) {
   const int64_t rows = hidden.size(0) * hidden.size(1);
-  return {at::full({rows, layer.top_k}, -1.0f), at::full({rows, layer.top_k}, -1, at::kLong), at::full({rows}, -1.0f)};
+  return {at::full({rows, layer.top_k}, -1.0f), at::full({rows, layer.top_k}, -1, at::kLong),
+          at::full({rows}, -1.0f)};
 }
 
-// One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the features that are gated at a time.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
-                                                      const OptionalTensor& threshold, std::optional<int64_t> k,
-                                                      const OptionalTensor& input_bias, const OptionalTensor& ln_weight,
-                                                      const OptionalTensor& ln_bias, int64_t top_k, double tau, bool screening,
-                                                      int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
+// One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the
+// features that are gated at a time.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
+    const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
+    const OptionalTensor& threshold, std::optional<int64_t> k, const OptionalTensor& input_bias,
+    const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, int64_t top_k, double tau,
+    bool screening, int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
   const at::Tensor none;
   Options options;
   options.top_k = top_k;
@@ -72,25 +79,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& hidden, 
   CudaPlan plan = plan_cuda({&layer}, options, 3);
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
-  plan.capacity = kernels::cuda::segment + room;
+  plan.capacity = cuda::segment + room;
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
   const Request request = {&layer, hidden, outputs(layer, hidden)};
-  const kernels::cuda::Io io = {hidden.const_data_ptr(),
-                                hidden.size(1),
-                                {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
-                                request.out.activations.mutable_data_ptr<float>(),
-                                request.out.indices.mutable_data_ptr<int64_t>(),
-                                request.out.sparsity.mutable_data_ptr<float>()};
+  const cuda::Io io = {hidden.const_data_ptr(),
+                       hidden.size(1),
+                       {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
+                       request.out.activations.mutable_data_ptr<float>(),
+                       request.out.indices.mutable_data_ptr<int64_t>(),
+                       request.out.sparsity.mutable_data_ptr<float>()};
   const int64_t rows = request.rows(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
-    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan, nullptr);
+    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan,
+                nullptr);
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
 // Every kept feature of one layer, as Engine::encode_sparse gives it.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& hidden, const at::Tensor& W_enc,
-                                                             const at::Tensor& b_enc, std::optional<int64_t> k, double tau,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& hidden,
+                                                             const at::Tensor& W_enc,
+                                                             const at::Tensor& b_enc,
+                                                             std::optional<int64_t> k, double tau,
                                                              int64_t chunk, bool streamed) {
   products_left = -1;
   Options options;
@@ -107,11 +117,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   return {found.row_begin, found.features, found.activations};
 }
 
-// Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with layer i, on stream callers[c].
-// Hidden states are written by work on that stream just before, and they and the results are overwritten just after.
-std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
-                                     const std::vector<std::vector<at::Tensor>>& hidden, const std::vector<int64_t>& callers,
-                                     int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
+// Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with
+// layer i, on stream callers[c]. Hidden states are written by work on that stream just before, and
+// they and the results are overwritten just after.
+std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
+                                     const std::vector<int64_t>& streamed,
+                                     const std::vector<std::vector<at::Tensor>>& hidden,
+                                     const std::vector<int64_t>& callers, int64_t top_k,
+                                     int64_t chunk, bool use_graphs, int64_t seed,
+                                     int64_t failing) {
   Options options;
   options.top_k = top_k;
   options.activation_threshold = 0;
@@ -142,11 +156,13 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
       }
       try {
         device.encode(requests);
-      } catch (const c10::Error&) {  // its results are whatever they are; those of the others must not be
+      } catch (const c10::Error&) {  // its results are whatever they are; those of the others must
+                                     // not be
         TORCH_CHECK(products_left < 0);
       }
       for (const Request& request : requests)
-        for (const at::Tensor& out : {request.out.activations, request.out.indices, request.out.sparsity}) {
+        for (const at::Tensor& out :
+             {request.out.activations, request.out.indices, request.out.sparsity}) {
           alive.push_back(out);
           results.push_back(at::full_like(out, -2));
           copy_to(results.back(), out);
@@ -167,23 +183,29 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc, const
 
 TORCH_LIBRARY(cuda_on_cpu, library) {
   library.def(
-      "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? input_bias, Tensor? ln_weight, "
-      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int lists) -> (Tensor, Tensor, "
+      "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? "
+      "input_bias, Tensor? ln_weight, "
+      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int "
+      "lists) -> (Tensor, Tensor, "
       "Tensor)",
       &sparse_transcoder::encode);
   library.def(
-      "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool streamed) "
+      "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool "
+      "streamed) "
       "-> (Tensor, Tensor, Tensor)",
       &sparse_transcoder::encode_sparse);
   library.def(
-      "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int chunk, bool use_graphs, "
+      "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int "
+      "chunk, bool use_graphs, "
       "int seed, int failing) -> Tensor[]",
-      [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed, const std::vector<at::Tensor>& hidden,
-         const std::vector<int64_t>& callers, int64_t top_k, int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
+      [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
+         const std::vector<at::Tensor>& hidden, const std::vector<int64_t>& callers, int64_t top_k,
+         int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
         std::vector<std::vector<at::Tensor>> calls;
         for (size_t i = 0; i < hidden.size(); i += W_enc.size())
           calls.emplace_back(hidden.begin() + i, hidden.begin() + i + W_enc.size());
-        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk, use_graphs, seed, failing);
+        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
+                                               use_graphs, seed, failing);
       });
 }
 

@@ -7,8 +7,8 @@
 #include <memory>
 #include <random>
 
+#include "cuda/kernels/kernels.h"
 #include "cuda_runtime.h"
-#include "kernels/cuda.h"
 
 namespace {
 
@@ -34,10 +34,13 @@ struct Machine {
   bool at_once = false;
 
   void push(Queue& queue, Step step) {
-    (queue.recorder ? queue.recorder->emplace_back() : queue.steps.emplace_back()) = std::move(step);
+    (queue.recorder ? queue.recorder->emplace_back() : queue.steps.emplace_back()) =
+        std::move(step);
     if (at_once) run();
   }
-  void record(Queue& queue, const std::shared_ptr<Event>& event) { push(queue, {{}, event, {}, ++event->recorded}); }
+  void record(Queue& queue, const std::shared_ptr<Event>& event) {
+    push(queue, {{}, event, {}, ++event->recorded});
+  }
   void wait(Queue& queue, const std::shared_ptr<Event>& event) {
     if (event->recorded > 0) push(queue, {{}, {}, event, event->recorded});
   }
@@ -48,7 +51,8 @@ struct Machine {
       bool left = false;
       for (auto& [id, queue] : queues) {
         left |= !queue.steps.empty();
-        if (!queue.steps.empty() && !(queue.steps.front().wait && queue.steps.front().wait->done < queue.steps.front().version))
+        if (!queue.steps.empty() && !(queue.steps.front().wait &&
+                                      queue.steps.front().wait->done < queue.steps.front().version))
           ready.push_back(&queue);
       }
       if (ready.empty()) {
@@ -80,12 +84,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Stream getStream(c10::Device) const override { return as_stream(machine->current); }
   c10::Stream getDefaultStream(c10::Device) const override { return as_stream(0); }
-  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return as_stream(machine->pool++); }
+  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override {
+    return as_stream(machine->pool++);
+  }
   c10::Stream exchangeStream(c10::Stream stream) const override {
     return as_stream(std::exchange(machine->current, stream.id()));
   }
   void* getStreamNativeHandle(const c10::Stream stream) const override { return &queue(stream); }
-  void record(void** event, const c10::Stream& stream, c10::DeviceIndex, c10::EventFlag) const override {
+  void record(void** event, const c10::Stream& stream, c10::DeviceIndex,
+              c10::EventFlag) const override {
     if (!*event) *event = new std::shared_ptr<Event>(std::make_shared<Event>());
     machine->record(queue(stream), *static_cast<std::shared_ptr<Event>*>(*event));
   }
@@ -116,7 +123,9 @@ Streams::~Streams() {
   machine.reset();
 }
 
-c10::Stream Streams::stream(int64_t id) const { return c10::Stream(c10::Stream::UNSAFE, at::kCPU, id); }
+c10::Stream Streams::stream(int64_t id) const {
+  return c10::Stream(c10::Stream::UNSAFE, at::kCPU, id);
+}
 void Streams::set_current(const c10::Stream& stream) const { machine->current = stream.id(); }
 void Streams::run_all() const { machine->run(); }
 
@@ -129,10 +138,11 @@ void enqueue(void* stream, std::function<void()> work) {
     work();
 }
 
-namespace sparse_transcoder::kernels::cuda {
+namespace sparse_transcoder::cuda {
 namespace {
 
-// What was captured: a stream's steps each. They were forked and are joined by whoever launches them.
+// What was captured: a stream's steps each. They were forked and are joined by whoever launches
+// them.
 struct Graph {
   std::vector<std::vector<Step>> streams;
 };
@@ -143,7 +153,9 @@ constexpr int64_t first_captured = 1 << 20;
 }  // namespace
 
 int set_io(const Io* values, int64_t count, Io* io, void* stream) {
-  enqueue(stream, [batch = std::vector<Io>(values, values + count), io] { std::copy(batch.begin(), batch.end(), io); });
+  enqueue(stream, [batch = std::vector<Io>(values, values + count), io] {
+    std::copy(batch.begin(), batch.end(), io);
+  });
   return 0;
 }
 
@@ -186,4 +198,4 @@ int launch_graph(void* graph, void* stream) {
 void destroy_graph(void* graph) { delete static_cast<Graph*>(graph); }
 bool is_capturing(void*) { return false; }
 
-}  // namespace sparse_transcoder::kernels::cuda
+}  // namespace sparse_transcoder::cuda

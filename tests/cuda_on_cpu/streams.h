@@ -1,5 +1,6 @@
-// Streams and events as a device has them: work waits in queues until somebody asks for it, and then runs in an order that is
-// drawn by lot among all that events allow. A dependency that was forgotten shows as a wrong result.
+// Streams and events as a device has them: work waits in queues until somebody asks for it, and
+// then runs in an order that is drawn by lot among all that events allow. A dependency that was
+// forgotten shows as a wrong result.
 #pragma once
 
 #include <c10/core/Stream.h>
@@ -7,8 +8,8 @@
 #include <cstdint>
 #include <optional>
 
-// While it lives, CPU tensors are on a device with streams. The seed decides the order of work; with none it runs at once, for a
-// host that waits for it.
+// While it lives, CPU tensors are on a device with streams. The seed decides the order of work;
+// with none it runs at once, for a host that waits for it.
 class Streams {
  public:
   explicit Streams(std::optional<uint64_t> seed);

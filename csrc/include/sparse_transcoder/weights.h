@@ -11,14 +11,16 @@
 
 namespace sparse_transcoder {
 
-// One layer's transcoder. Tensors are shared, never copied; an undefined tensor means "not declared".
-// F features, H hidden size. Matrices are float32, bfloat16 or float16; vectors any of these.
+// One layer's transcoder. Tensors are shared, never copied; an undefined tensor means "not
+// declared". F features, H hidden size. Matrices are float32, bfloat16 or float16; vectors any of
+// these.
 struct LayerWeights {
-  at::Tensor W_enc;          // [F, H]
-  at::Tensor b_enc;          // [F]
-  at::Tensor W_dec;          // [H, F], or [n * H, F] where a feature writes to n layers: their rows one after the other
-  at::Tensor b_dec;          // [H] bias of what this layer's own output is, or [n * H]
-  at::Tensor threshold;      // [F] JumpReLU: a feature is active only strictly above its threshold
+  at::Tensor W_enc;      // [F, H]
+  at::Tensor b_enc;      // [F]
+  at::Tensor W_dec;      // [H, F], or [n * H, F] where a feature writes to n layers: their rows one
+                         // after the other
+  at::Tensor b_dec;      // [H] bias of what this layer's own output is, or [n * H]
+  at::Tensor threshold;  // [F] JumpReLU: a feature is active only strictly above its threshold
   std::optional<int64_t> k;  // top-k coder: only the k largest pre-activations are active
   at::Tensor W_skip;         // [H, H] skip connection: y += x @ W_skip.T
   at::Tensor input_bias;     // [H] subtracted from the hidden state
@@ -29,11 +31,13 @@ struct LayerWeights {
   std::string source;        // file the weights came from; named in errors
 };
 
-// Reads a circuit-tracer transcoder set: `layer_{i}.safetensors` beside an optional `config.yaml`. Files are memory-mapped;
-// only the layers asked for are opened (all of them when `layers` is empty). With a CUDA device the tensors are copied there.
-// Throws FileNotFound, or c10::ValueError naming the file and the reason. Matrices are scanned for NaN and Inf up to 256 MiB
-// in all, so that a large set opens at once; the Engine refuses any encoder that is not finite.
-std::map<int64_t, LayerWeights> load_weights(const std::string& dir, std::vector<int64_t> layers = {},
+// Reads a circuit-tracer transcoder set: `layer_{i}.safetensors` beside an optional `config.yaml`.
+// Files are memory-mapped; only the layers asked for are opened (all of them when `layers` is
+// empty). With a CUDA device the tensors are copied there. Throws FileNotFound, or c10::ValueError
+// naming the file and the reason. Matrices are scanned for NaN and Inf up to 256 MiB in all, so
+// that a large set opens at once; the Engine refuses any encoder that is not finite.
+std::map<int64_t, LayerWeights> load_weights(const std::string& dir,
+                                             std::vector<int64_t> layers = {},
                                              at::Device device = at::kCPU);
 
 // A file or folder that is not there.

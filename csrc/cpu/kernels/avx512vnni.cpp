@@ -1,0 +1,397 @@
+// AVX-512 with VNNI: Intel since 2019, AMD since Zen 4. Compiled with those flags, called only
+// where the machine has them.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "cpu/kernels/element-inl.h"
+#include "cpu/kernels/gate-inl.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/quantise-inl.h"
+
+namespace sparse_transcoder::cpu {
+namespace {
+
+constexpr int strip_rows =
+    6;  // 6 rows x 4 vectors of 16 features: 24 sums, 4 weights and an input fill the 32 registers
+
+// Assembly, as gcc 12 copies the sum around the intrinsics of these.
+struct Int8 {  // four uint8 of w times four int8 of x
+  static void add(__m512i& sum, __m512i w, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  }
+};
+struct Int16 {  // two int16 times two
+  static void add(__m512i& sum, __m512i w, __m512i x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  }
+};
+
+// sum[r][v] += rows x panel over `steps` four-byte steps of the inputs: x [rows] `stride` bytes
+// apart, w [steps][64 features].
+template <typename Type, int rows, typename Between>
+inline __attribute__((always_inline)) void multiply(const void* inputs, int64_t stride,
+                                                    const void* weights, int64_t steps,
+                                                    __m512i (&sum)[rows][4],
+                                                    const Between& between) {
+  const auto *x = static_cast<const char*>(inputs), *w = static_cast<const char*>(weights);
+  for (int64_t step = 0; step < steps; ++step, x += 4, w += 4 * panel_features) {
+    between();
+    __m512i wv[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) wv[v] = _mm512_loadu_si512(w + 64 * v);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      int32_t four;
+      std::memcpy(&four, x + r * stride, sizeof(four));
+      const __m512i xv = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) Type::add(sum[r][v], wv[v], xv);
+    }
+  }
+}
+
+struct Panel {
+  const Int8Layout& layout;
+  const uint8_t* weights;
+  const float* low;
+  Ahead& ahead;
+  const int64_t lines;  // to fetch ahead in each step
+
+  const Int8Features& features() const {
+    return *reinterpret_cast<const Int8Features*>(weights + panel_features * layout.inputs);
+  }
+};
+
+// One strip of rows, of all planes, times a panel, which streams from L2: its sums never leave the
+// registers.
+template <int rows, int planes>
+__attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x, uint64_t* masks) {
+  const Int8Layout& layout = panel.layout;
+  const Int8Features& features = panel.features();
+  const int64_t stride = layout.row_bytes();
+  const auto terms = [&](int r) -> const Int8Row& {
+    return *reinterpret_cast<const Int8Row*>(x + r * stride + layout.inputs);
+  };
+  __m512i sum[rows][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_set1_epi32(terms(r).start);
+  multiply<Int8, rows>(x, stride, panel.weights, layout.inputs / 4, sum,
+                       [&] { panel.ahead.fetch(panel.lines); });
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r += planes) {
+    uint64_t mask = 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      // The scales first: their product times a sum is at most ||x|| ||w||; a sum times one of them
+      // alone could overflow.
+      const __m512 scale = _mm512_loadu_ps(features.scale + 16 * v);
+      __m512 upper = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]),
+                                   _mm512_mul_ps(_mm512_set1_ps(terms(r).scale), scale));
+      if (planes == 2)
+        upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r + planes - 1][v]),
+                                _mm512_mul_ps(_mm512_set1_ps(terms(r + planes - 1).scale), scale),
+                                upper);
+      upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).residual),
+                              _mm512_loadu_ps(features.norm + 16 * v), upper);
+      upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).norm),
+                              _mm512_loadu_ps(features.residual + 16 * v), upper);
+      mask |= uint64_t{_mm512_cmp_ps_mask(upper, _mm512_loadu_ps(panel.low + 16 * v), _CMP_NLT_UQ)}
+              << 16 * v;
+    }
+    masks[r / planes] = mask;
+  }
+}
+
+template <int planes, int... i>
+void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count,
+                   const uint8_t* weights, const float* low, uint64_t* masks, Ahead& ahead,
+                   std::integer_sequence<int, i...>) {
+  static constexpr void (*strips[])(const Panel&, const int8_t*,
+                                    uint64_t*) = {screen_strip<(i + 1) * planes, planes>...};
+  constexpr int64_t most = sizeof...(i);
+  const int64_t steps = layout.inputs / 4 * ((count + most - 1) / most);
+  const Panel panel = {layout, weights, low, ahead, (ahead.lines() + steps - 1) / steps};
+  for (int64_t r = 0; r < count; r += most)
+    strips[std::min(most, count - r) - 1](panel, rows + r * planes * layout.row_bytes(), masks + r);
+}
+
+void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes,
+                 const uint8_t* panel, const float* low, uint64_t* masks, Ahead& ahead) {
+  if (planes == 1)
+    screen_planes<1>(layout, rows, count, panel, low, masks, ahead,
+                     std::make_integer_sequence<int, strip_rows>());
+  else
+    screen_planes<2>(layout, rows, count, panel, low, masks, ahead,
+                     std::make_integer_sequence<int, strip_rows / 2>());
+}
+
+// Up to int16_depth inputs. Rows are padded with zeros to whole vectors. Two sums a row hide the
+// latency; with one row, four.
+template <int rows>
+void add_part(const int16_t* const* x, const int16_t* w, int64_t begin, int64_t end,
+              int64_t* totals) {
+  constexpr int vectors = rows == 1 ? 4 : 2;
+  __m512i sum[rows][vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
+  int64_t i = begin;
+  for (; i + 32 * vectors <= end; i += 32 * vectors)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const __m512i wv = _mm512_loadu_si512(w + i + 32 * v);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r)
+        Int16::add(sum[r][v], wv, _mm512_loadu_si512(x[r] + i + 32 * v));
+    }
+  for (; i < end; i += 32) {
+    const __m512i wv = _mm512_loadu_si512(w + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) Int16::add(sum[r][0], wv, _mm512_loadu_si512(x[r] + i));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 1; v < vectors; ++v) sum[r][0] = _mm512_add_epi32(sum[r][0], sum[r][v]);
+  if constexpr (rows < 4) {
+    for (int r = 0; r < rows; ++r) totals[r] += _mm512_reduce_add_epi32(sum[r][0]);
+  } else {  // all four at once
+    const auto fold = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const __m512i two01 = fold(sum[0][0], sum[1][0]), two23 = fold(sum[2][0], sum[3][0]);
+    const __m512i all =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(two01, two23), _mm512_unpackhi_epi64(two01, two23));
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i four =
+        _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    auto* out = reinterpret_cast<__m256i*>(totals);
+    _mm256_storeu_si256(out,
+                        _mm256_add_epi64(_mm256_loadu_si256(out), _mm256_cvtepi32_epi64(four)));
+  }
+}
+
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
+               int64_t* sums) {
+  static constexpr void (*parts[dot_rows])(const int16_t* const*, const int16_t*, int64_t, int64_t,
+                                           int64_t*) = {add_part<1>, add_part<2>, add_part<3>,
+                                                        add_part<4>};
+  std::fill(sums, sums + rows, int64_t{0});
+  const int64_t depth = int16_depth(size);
+  for (int64_t i = 0; i < size; i += depth)
+    parts[rows - 1](x, w, i, std::min(i + depth, size), sums);
+}
+
+__m512d load8(const float* w, F32) { return _mm512_cvtps_pd(_mm256_loadu_ps(w)); }
+__m512d load8(const uint16_t* w, BF16) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+}
+__m512d load8(const uint16_t* w, F16) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+}
+
+// The 32 partial sums of each row in four vectors; weights are converted once for all rows.
+template <typename Element, int rows>
+void dot_block(const float* const* x, const typename Element::type* w, int64_t size,
+               double* totals) {
+  const int64_t whole = size / 32 * 32;
+  __m512d sum[rows][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_pd();
+  for (int64_t i = 0; i < whole; i += 32)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m512d wv = load8(w + i + 8 * v, Element());
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r)
+        sum[r][v] = _mm512_fmadd_pd(load8(x[r] + i + 8 * v, F32()), wv, sum[r][v]);
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    if (whole < size) {
+      alignas(64) double sums[32];
+      for (int v = 0; v < 4; ++v) _mm512_store_pd(sums + 8 * v, sum[r][v]);
+      for (int64_t i = whole, lane = 0; i < size; ++i, ++lane)
+        sums[lane] += double{x[r][i]} * Element::widen(w[i]);
+      for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_load_pd(sums + 8 * v);
+    }
+    // The order of fold.
+    const __m512d eight =
+        _mm512_add_pd(_mm512_add_pd(sum[r][0], sum[r][2]), _mm512_add_pd(sum[r][1], sum[r][3]));
+    const __m256d four =
+        _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    totals[r] = _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+}
+
+template <typename Element>
+void dot(const float* const* x, int64_t rows, const void* weights, int64_t size, double* totals) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  static constexpr void (*blocks[dot_rows])(const float* const*, const typename Element::type*,
+                                            int64_t, double*) = {
+      dot_block<Element, 1>, dot_block<Element, 2>, dot_block<Element, 3>, dot_block<Element, 4>};
+  blocks[rows - 1](x, w, size, totals);
+}
+
+// 16 x 16 of int32.
+inline __attribute__((always_inline)) void transpose(__m512i (&row)[16]) {
+  __m512i next[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    next[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    next[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      row[i + 2 * j] = _mm512_unpacklo_epi64(next[i + j], next[i + 2 + j]);
+      row[i + 2 * j + 1] = _mm512_unpackhi_epi64(next[i + j], next[i + 2 + j]);
+    }
+  // row[4 * i + j] holds, in each of four 128-bit lanes l, column 4 * l + j of rows 4 * i to 4 * i
+  // + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low02 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x88),
+                  low13 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xdd);
+    const __m512i high02 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x88),
+                  high13 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xdd);
+    next[j] = _mm512_shuffle_i32x4(low02, high02, 0x88);
+    next[8 + j] = _mm512_shuffle_i32x4(low02, high02, 0xdd);
+    next[4 + j] = _mm512_shuffle_i32x4(low13, high13, 0x88);
+    next[12 + j] = _mm512_shuffle_i32x4(low13, high13, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) row[i] = next[i];
+}
+
+// [64 features][size] to [size / 2][64 features][2]; features from `count` on are zeros. Rows are
+// padded to whole vectors.
+void pack_int16(const int16_t* w, int64_t count, int64_t size, int16_t* packed) {
+  const int64_t stride = int16_stride(size);
+  for (int64_t i = 0; i < size; i += 32)
+    for (int64_t first = 0; first < panel_features; first += 16) {
+      __m512i row[16];
+#pragma GCC unroll 16
+      for (int64_t f = 0; f < 16; ++f)
+        row[f] = first + f < count ? _mm512_loadu_si512(w + (first + f) * stride + i)
+                                   : _mm512_setzero_si512();
+      transpose(row);
+#pragma GCC unroll 16
+      for (int64_t pair = 0; pair < 16; ++pair)
+        _mm512_storeu_si512(packed + (i + 2 * pair) * panel_features + 2 * first, row[pair]);
+    }
+}
+
+// Inputs [begin, end) of a panel, whose products add up within int32.
+struct Int16Part {
+  int64_t begin, end, size;
+  const int16_t* packed;
+  const float* scale;
+  Ahead& ahead;
+  int64_t lines;
+};
+
+// One strip of rows times a part of a panel, which streams from L2.
+template <int rows>
+__attribute__((noinline)) void product_part(const Int16Part& part, const int16_t* x,
+                                            const Int16Scale* scale, float* scores) {
+  __m512i sum[rows][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_si512();
+  multiply<Int16, rows>(x + part.begin, 2 * int16_stride(part.size),
+                        part.packed + part.begin * panel_features, (part.end - part.begin + 1) / 2,
+                        sum, [&] { part.ahead.fetch(part.lines); });
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      float* out = scores + r * panel_features + 16 * v;
+      __m512 total = _mm512_cvtepi32_ps(sum[r][v]);
+      if (part.begin > 0) total = _mm512_add_ps(total, _mm512_loadu_ps(out));
+      if (part.end == part.size)
+        total = _mm512_mul_ps(total, _mm512_mul_ps(_mm512_set1_ps(scale[r].scale),
+                                                   _mm512_loadu_ps(part.scale + 16 * v)));
+      _mm512_storeu_ps(out, total);
+    }
+}
+
+void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w,
+                   const float* w_scale, int64_t count, int64_t size, int16_t* packed,
+                   float* scores, Ahead& ahead) {
+  static constexpr void (*strips[])(const Int16Part&, const int16_t*, const Int16Scale*, float*) = {
+      product_part<1>, product_part<2>, product_part<3>,
+      product_part<4>, product_part<5>, product_part<6>};
+  pack_int16(w, count, size, packed);
+  float w_scales[panel_features] = {};
+  std::copy(w_scale, w_scale + count, w_scales);
+  const int64_t steps = (size + 1) / 2 * ((rows + strip_rows - 1) / strip_rows),
+                lines = (ahead.lines() + steps - 1) / steps;
+  const int64_t depth = int16_depth(size);
+  for (int64_t r = 0; r < rows; r += strip_rows)
+    for (int64_t begin = 0; begin < size; begin += depth) {
+      const Int16Part part = {begin, std::min(begin + depth, size), size, packed, w_scales, ahead,
+                              lines};
+      strips[std::min<int64_t>(strip_rows, rows - r) - 1](part, x + r * int16_stride(size),
+                                                          scale + r, scores + r * panel_features);
+    }
+}
+
+int64_t candidates(const float* scores, const FeatureBounds& gate, const float* residual,
+                   int64_t count, Margin margin, float bound, uint32_t* out, int64_t* certain) {
+  const __m512 per_norm = _mm512_set1_ps(margin.per_norm),
+               per_residual = _mm512_set1_ps(margin.per_residual);
+  const __m512 bounds = _mm512_set1_ps(bound);
+  int64_t found = 0, sure_count = 0, i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512 score = _mm512_loadu_ps(scores + i);
+    const __m512 slack =
+        _mm512_fmadd_ps(per_norm, _mm512_loadu_ps(gate.norm + i),
+                        _mm512_mul_ps(per_residual, _mm512_loadu_ps(residual + i)));
+    const __m512 upper = _mm512_add_ps(score, slack);
+    const unsigned may =
+        _mm512_cmp_ps_mask(upper, _mm512_loadu_ps(gate.surely_out_below + i), _CMP_NLT_UQ);
+    if (may == 0) continue;
+    const unsigned sure = _mm512_cmp_ps_mask(_mm512_sub_ps(score, slack),
+                                             _mm512_loadu_ps(gate.surely_in_from + i), _CMP_GE_OQ);
+    const __m512 needed = _mm512_sub_ps(bounds, _mm512_loadu_ps(gate.bias + i));
+    const unsigned top = _mm512_cmp_ps_mask(upper, needed, _CMP_NLT_UQ);
+    sure_count += __builtin_popcount(sure);
+    for (unsigned mask = may & (top | ~sure); mask != 0; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      out[found++] = static_cast<uint32_t>(i + lane) << 1 | (~sure >> lane & 1);
+    }
+  }
+  *certain += sure_count;
+  return candidates_from(i, scores, gate, residual, count, margin, bound, out, found, certain);
+}
+
+}  // namespace
+
+void use_avx512vnni(CpuKernels& kernels) {
+  kernels.name = "avx512vnni";
+  kernels.fast_int16 = true;
+  kernels.dot[0] = dot<F32>;
+  kernels.dot[1] = dot<BF16>;
+  kernels.dot[2] = dot<F16>;
+  kernels.candidates = candidates;
+  kernels.quantise_row = quantise_row;
+  kernels.quantise_panel = quantise_panel;
+  kernels.screen_int8 = screen_int8;
+  kernels.quantise_int16 = quantise_int16;
+  kernels.dot_int16 = dot_int16;
+  kernels.product_int16 = product_int16;
+}
+
+}  // namespace sparse_transcoder::cpu

@@ -1,0 +1,31 @@
+// What the kernels of both devices read. Torch-free, so that nvcc compiles it beside any torch.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_transcoder {
+
+// The type of stored weights and of hidden states.
+enum class Dtype { float32, bfloat16, float16 };
+
+// What decides whether a feature survives a screen: one entry per feature. Of a score without its
+// bias, surely_out_below and surely_in_from bracket min_active - bias, widened by the rounding of
+// everything that is done near it. So a score surely under surely_out_below is surely inactive, and
+// one surely at surely_in_from or above is surely active.
+struct FeatureBounds {
+  const float* norm;  // an upper bound of ||w||
+  const float* bias;  // b_enc
+  const float*
+      min_active;  // the smallest active value: max(tau, nextafter(theta), smallest positive float)
+  const float* surely_out_below;  // infinite from the last feature up to a whole panel
+  const float* surely_in_from;
+};
+
+// How far a row's scores may be from the exact dot products: |score - x . w| <= per_norm * norm +
+// per_residual * residual, where norm and residual are the feature's. A margin that is not finite
+// rules nothing out.
+struct Margin {
+  float per_norm, per_residual;
+};
+
+}  // namespace sparse_transcoder

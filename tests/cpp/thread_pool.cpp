@@ -1,0 +1,141 @@
+// Worker threads: every unit once, no lane twice at a time, no call left waiting.
+#include "cpu/thread_pool.h"
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
+#include <memory>
+
+#include "check.h"
+
+using sparse_transcoder::Lanes;
+
+namespace {
+
+// Runs a call and checks what a body may rely on. The pause makes calls overlap.
+void run_checked(Lanes& workers, int64_t lanes, int64_t units, int microseconds = 0) {
+  std::vector<std::atomic<int>> done(units), busy(lanes);
+  workers.run(lanes, units, [&](int64_t lane, int64_t unit) {
+    EXPECT(lane >= 0 && lane < lanes && unit >= 0 && unit < units);
+    EXPECT_EQUAL(busy[lane].fetch_add(1), 0);
+    if (microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+    ++done[unit];
+    --busy[lane];
+  });
+  for (const auto& count : done) EXPECT_EQUAL(count.load(), 1);
+  for (const auto& lane : busy) EXPECT_EQUAL(lane.load(), 0);
+}
+
+// Whether the body ends in time in a forked child, with no check failed there.
+template <typename Body>
+bool ends_in_child(Body body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(300);
+    body();
+    _exit(check::failures() > 0);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  return status == 0;
+}
+
+}  // namespace
+
+TEST(thread_pool_every_unit_runs_once) {
+  for (const int64_t workers : {0, 1, 3}) {
+    Lanes pool(workers);
+    for (const int64_t lanes : {1, 2, 4, 9})
+      for (const int64_t units : {0, 1, 2, 3, 50, 1000}) run_checked(pool, lanes, units);
+  }
+}
+
+TEST(thread_pool_use_their_workers) {
+  Lanes pool(3);
+  std::mutex mutex;
+  std::condition_variable all_here;
+  int here = 0;
+  pool.run(4, 4, [&](int64_t, int64_t) {  // ends only when four threads are inside
+    std::unique_lock lock(mutex);
+    if (++here == 4) all_here.notify_all();
+    EXPECT(all_here.wait_for(lock, std::chrono::seconds(60), [&] { return here == 4; }));
+  });
+}
+
+TEST(thread_pool_many_callers_at_once) {
+  Lanes pool(3);
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 8; ++caller)
+    callers.emplace_back([&pool, caller] {
+      for (int i = 0; i < 300; ++i)
+        run_checked(pool, 1 + (caller + i) % 6, i % 20, i % 7 == 0 ? 50 : 0);
+    });
+  for (std::thread& caller : callers) caller.join();
+}
+
+TEST(thread_pool_a_busy_pool_does_not_hold_up_a_caller) {
+  Lanes pool(1);
+  std::atomic<int> inside{0};
+  std::atomic<bool> leave{false};
+  std::thread slow([&] {
+    pool.run(2, 2, [&](int64_t, int64_t) {
+      ++inside;
+      while (!leave) std::this_thread::yield();
+    });
+  });
+  while (inside < 2) std::this_thread::yield();  // the only worker is in there
+  run_checked(pool, 4, 100);
+  leave = true;
+  slow.join();
+}
+
+TEST(thread_pool_come_and_go) {
+  for (int i = 0; i < 50; ++i) {
+    Lanes pool(i % 4);
+    if (i % 2) run_checked(pool, 4, i);
+  }
+}
+
+TEST(thread_pool_finish_in_a_forked_child) {
+  auto pool = std::make_unique<Lanes>(3);
+  run_checked(*pool, 4, 50, 10);
+  EXPECT(ends_in_child([&] {
+    for (int i = 0; i < 100; ++i) run_checked(*pool, 4, 20);
+  }));
+  EXPECT(ends_in_child([&] { pool.reset(); }));
+  run_checked(*pool, 4, 50);
+
+  // Also when the workers are at work while it forks.
+  std::atomic<bool> leave{false};
+  std::thread caller([&] {
+    while (!leave) pool->run(4, 8, [](int64_t, int64_t) {});
+  });
+  bool ends = true;
+  for (int i = 0; i < 20 && ends; ++i)
+    ends = ends_in_child([&] {
+      for (int j = 0; j < 20; ++j) run_checked(*pool, 4, 20);
+      pool.reset();
+    });
+  EXPECT(ends);
+  leave = true;
+  caller.join();
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)  // these need all of the address space
+TEST(thread_pool_make_do_with_fewer_threads) {
+  EXPECT(ends_in_child([] {
+    int64_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    const rlim_t most =
+        pages * sysconf(_SC_PAGESIZE) + (200 << 20);  // room for some threads' stacks
+    const rlimit limit = {most, most};
+    setrlimit(RLIMIT_AS, &limit);
+    Lanes pool(300);
+    run_checked(pool, 301, 1000);
+  }));
+}
+#endif
