@@ -1,19 +1,22 @@
-"""Time the encoder against dense pipelines: check equality, then time in alternating rounds, then compare.
+"""Time the encoder against dense pipelines: check equality, time in alternating rounds, compare.
 
     python benchmarks/bench.py [--quick] [--only TEXT[,TEXT]] [--seconds S] [--out FILE]
 
-A case is T rows through each of L layers of hidden size H and F features: top_k 50 (real: 32), threshold 1, float32 weights and
-rows unless it says bf16. inputs.py says what `planted`, `gaussian`, `dense` and `real` rows are. bfloat16 baselines get the
-same numbers in bfloat16. For each contender of a case:
+A case is T rows through each of L layers of hidden size H and F features: top_k 50 (real: 32),
+threshold 1, float32 weights and rows unless it says bf16. inputs.py says what `planted`,
+`gaussian`, `dense` and `real` rows are. bfloat16 baselines get the same numbers in bfloat16. For
+each contender of a case:
 
-    ms       wall time of a call: min, median and max. Contenders take turns, round after round. A turn is one call, or many for
-             a short one, after a call that is not timed. Rounds in which other processes took more than 3 % of the machine are
-             repeated, at most as many again, and the quietest kept; a baseline slower than 2 s is timed once. Weights exceed
-             the caches, so layers are read from memory in each call, as in a model.
-    extra    what the first call adds to the process's resident memory at its peak, without its result; for ours also what a new
-             encoder keeps beside its screening copies.
+    ms       wall time of a call: min, median and max. Contenders take turns, round after round. A
+             turn is one call, or many for a short one, after a call that is not timed. Rounds in
+             which other processes took more than 3 % of the machine are repeated, at most as many
+             again, and the quietest are kept. A baseline slower than 2 s is timed once. Weights
+             exceed the caches, so that layers are read from memory in each call, as in a model.
+    extra    what the first call adds to the process's resident memory at its peak, without its
+             result; for ours also what a new encoder keeps beside its screening copies.
 
-Exit status 1 when a result differs from the references: float32 for all rows of up to 4096, float64 for a sample.
+The exit status is 1 when a result differs from the references: float32 for all rows of up to 4096,
+float64 for a sample.
 """
 
 import argparse
@@ -73,7 +76,7 @@ QUICK = [
 
 
 def check(case, layer, result, x, W, b, dtype, tolerance):
-    """The result of rows x against the dense computation in dtype, values by tolerance and sets by the k-th value."""
+    """The result of rows x against the dense one in dtype: values by tolerance, sets by the k-th."""
     for first in range(0, x.shape[0], 256):
         part = slice(first, first + 256)
         pre = torch.empty(x[part].shape[0], W.shape[0], dtype=dtype, device=x.device)
@@ -94,7 +97,8 @@ def check(case, layer, result, x, W, b, dtype, tolerance):
         if wrong.any():
             row = first + wrong.nonzero()[0].item()
             place = f"{case.name}: layer {layer}, row {row}"
-            raise SystemExit(f"{place}: the result differs from {dtype}, as in {wrong.sum()} rows of {len(wrong)}")
+            rows = f"{wrong.sum()} rows of {len(wrong)}"
+            raise SystemExit(f"{place}: the result differs from {dtype}, as in {rows}")
 
 
 def spread(rows, count):
@@ -115,7 +119,8 @@ def check_same(case, name, result, ours):
     for layer in ours:
         for key in ("activations", "indices", "sparsity"):
             if not torch.equal(result[layer][key], ours[layer][key]):
-                raise SystemExit(f"{case.name}: layer {layer}: {key} of {name} are not bit for bit those of {OURS}")
+                where = f"{case.name}: layer {layer}"
+                raise SystemExit(f"{where}: {key} of {name} are not bit for bit those of {OURS}")
 
 
 # Memory
@@ -128,8 +133,8 @@ def resident(key):
 
 
 def first_call(call, kept=False):
-    """(result, seconds, growth of resident memory: at its peak, or kept when the call is over; None where nothing tells)."""
-    trim = ctypes.CDLL(None).malloc_trim  # freed memory goes back, or it would hide the call's own
+    """(result, seconds, growth of resident memory at its peak or kept after the call, or None)."""
+    trim = ctypes.CDLL(None).malloc_trim  # Freed memory goes back, or it would hide the call's.
     trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -157,7 +162,7 @@ def tensor_bytes(result):
 
 
 def others_seconds():
-    """Processor time of everything but this process so far, stolen time included; 0 where nothing tells."""
+    """Processor time of all other processes so far, with stolen time; 0 where nothing tells."""
     try:
         fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except OSError:
@@ -166,7 +171,7 @@ def others_seconds():
 
 
 def turn(call, expected):
-    """Samples in ms. The call before a burst of short ones warms caches and threads up; long calls do so by themselves."""
+    """Samples in ms. The call before a burst of short ones warms caches and threads up."""
     if expected < BURST_S:
         call()
     samples, until = [], time.perf_counter() + BURST_S
@@ -180,7 +185,7 @@ def turn(call, expected):
 
 
 def time_rounds(calls, seconds, budget):
-    """({name: samples in ms}, the largest share of the machine that others took in a round that counts)."""
+    """({name: samples in ms}, the largest share that others took in a round that counts)."""
     once = {name for name in calls if name != OURS and seconds[name] > ONCE_S}
     turns = [name for name in calls if name not in once]
     rounds = min(9, max(3, math.ceil(budget / sum(max(2 * BURST_S, seconds[name]) for name in turns))))
@@ -224,7 +229,7 @@ def contenders(case, rows, layers, machine):
         names = {"linear+topk bf16": linear_topk}
     predicted = case.flop / machine["product_bf16_gflops"] / 1e9
     if predicted > LIMIT_S:
-        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s a call")
+        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s per call")
     else:
         if wide:
             cast = {"rows": [x.bfloat16() for x in rows], "layers": [(W.bfloat16(), b.bfloat16()) for W, b in layers]}

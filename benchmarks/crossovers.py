@@ -1,14 +1,17 @@
-"""Time each choice that screening.cpp makes against its alternative, and rows and weights made to hurt: one thread, one core.
+"""Time each choice of a screen against its alternative, also on rows and weights made to hurt.
 
     python benchmarks/crossovers.py [--only dense,planes,rows,adverse] [--out FILE]
 
-dense    the int8 screen with what follows it, over the screen that panels with many survivors take, by the share that survives
+dense    the int8 screen with what follows it, over the screen that panels with many survivors take,
+         by the share that survives
 planes   one int8 plane over two, by the rows of a call
 rows     the int8 screen over the float32 product, by the rows of a call
 adverse  screening="auto" over "off"
 
-Every pair of variants takes turns in one process, which encodes the same bits with both. force_screen.cpp, preloaded, makes the
-choice in the library's place; SPARSE_TRANSCODER_CPU the instruction set. Times are bench.py's: medians of alternating rounds.
+All run on one thread and one core. Every pair of variants takes turns in one process, which encodes
+the same bits with both. force_screen.cpp, preloaded, makes the choice in the library's place, and
+SPARSE_TRANSCODER_CPU that of the instruction set. Times are bench.py's: medians of alternating
+rounds.
 """
 
 import argparse
@@ -35,7 +38,7 @@ NEVER = 2.0  # a share that no panel has
 TOP_K = 50
 T, H, F = 256, 2048, 8192
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
-# What is left of the choices on each instruction set: dtype of the weights, screening, and the dense arithmetic.
+# The choices on each instruction set: dtype of the weights, screening, dense arithmetic.
 DENSE = {
     "avx512vnni": [("float32", "auto", INT16), ("float32", "int8", FLOAT32), ("bfloat16", "auto", FLOAT32)],
     "avx2vnni": [("float32", "auto", FLOAT32), ("bfloat16", "auto", FLOAT32)],
@@ -53,7 +56,7 @@ def encoders(layers, top_k=TOP_K, **options):
 
 
 def times(name, variants):
-    """{variant: ms}, after a check that all give the same bits. variants: name -> (prepare, call)."""
+    """{variant: ms}, after a check that all give the same bits; variants: name -> (prepare, call)."""
     results, seconds, calls = {}, {}, {}
     for variant, (prepare, call) in variants.items():
 
@@ -139,7 +142,7 @@ def rows(force, cpu):
 
 
 def adverse_cases():
-    """name -> (rows [T, H], W, b, top_k, threshold); ordinary ones have ACTIVE features a row."""
+    """name -> (rows [T, H], W, b, top_k, threshold); ordinary ones have ACTIVE features per row."""
     (x,), ((W, b),) = make_inputs(Case(T, H, F, kind="gaussian"))
     zero, k = torch.zeros(F), TOP_K
     yield "ordinary", (x, W, b, k, THRESHOLD)

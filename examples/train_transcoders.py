@@ -1,12 +1,13 @@
-"""Train the transcoders of this folder: SmolLM2-135M-Instruct, MLP input -> MLP output, on two CPU cores.
+"""Train the transcoders of this folder: SmolLM2-135M-Instruct, MLP input to MLP output.
 
-Each layer gets its own transcoder, y ~ relu(x @ W_enc.T + b_enc) @ W_dec + b_dec, trained with BatchTopK and an
-auxiliary loss for dead features. At the end each encoder is rescaled so that a feature counts as active from 1.0 on
-(`activation_threshold=1.0`), and everything is stored in bfloat16; metrics.json is measured on those stored weights
-and on documents of which nothing was trained on.
+Each layer gets its own transcoder, y ~ relu(x @ W_enc.T + b_enc) @ W_dec + b_dec. It is trained on
+two CPU cores, with BatchTopK and an auxiliary loss for dead features. At the end each encoder is
+rescaled so that a feature counts as active from 1.0 on (`activation_threshold=1.0`), and everything
+is stored in bfloat16. metrics.json is measured on those stored weights, on documents that were not
+trained on.
 
-The text is whatever --text names: files or folders of plain text (.txt .md .rst .pod, or no suffix). The default is
-English from three Debian packages, the same amount of each as far as it goes:
+The text is whatever --text names: files or folders of plain text (.txt .md .rst .pod, or no
+suffix). The default is English from three Debian packages, in equal amounts while each lasts:
 
     apt-get install fortunes perl-doc python3-doc
 """
@@ -38,10 +39,10 @@ def progress(name, done, total, start, note=""):
 
 
 def read_windows(sources, tokenizer, tokens, held_out, window, rng):
-    """Token ids [n, window] to train on and [m, window] to measure on, m about n * held_out, each window starting with BOS.
+    """Token ids [n, window] to train on and [m, window] to measure on, m about n * held_out.
 
-    No document gives to both: a document is a file, or one quotation of a fortune file. Every source gives an equal share
-    while it lasts.
+    Each window starts with BOS. No document gives to both: a document is a file, or one quotation
+    of a fortune file. Every source gives an equal share while it lasts.
     """
     gap = tokenizer("\n\n").input_ids
 
@@ -77,15 +78,19 @@ def read_windows(sources, tokenizer, tokens, held_out, window, rng):
         test += cut([text for document, text in parts if document in kept], int(share * held_out))
     if not train or not test:
         raise SystemExit(
-            f"two documents of text or more are needed in {', '.join(sources)}, got {len(train)} windows to train on and "
-            f"{len(test)} to measure on; install the packages named above or give --text"
+            f"two documents of text or more are needed in {', '.join(sources)}, got {len(train)} "
+            f"windows to train on and {len(test)} to measure on; install the packages named above "
+            "or give --text"
         )
     rng.shuffle(train)
     return torch.tensor(train), torch.tensor(test)
 
 
 def collect(name, model, windows, layers, batch=16):
-    """{layer: (MLP inputs [N, H], MLP outputs [N, H])} in bfloat16, without the first position of each window."""
+    """{layer: (MLP inputs [N, H], MLP outputs [N, H])} in bfloat16.
+
+    The first position of each window is left out.
+    """
     parts, start = {i: ([], []) for i in layers}, time.time()
     for at in range(0, len(windows), batch):
         for i, pair in mlp_traffic(model, windows[at : at + batch], layers).items():
@@ -96,7 +101,7 @@ def collect(name, model, windows, layers, batch=16):
 
 
 def train_layer(name, x, y, args):
-    """Weights {W_enc [F,H], b_enc [F], W_dec [F,H], b_dec [H]} for inputs x [N,H] and targets y [N,H]."""
+    """Weights {W_enc [F,H], b_enc [F], W_dec [F,H], b_dec [H]} for x [N,H] and targets y [N,H]."""
     torch.manual_seed(args.seed)
     n, hidden = x.shape
     # Centred and scaled to one per dimension while training; folded into the weights at the end.
@@ -105,7 +110,7 @@ def train_layer(name, x, y, args):
     mean_x, mean_y = some_x.mean(0), some_y.mean(0)
     scale_x, scale_y = ((v - v.mean(0)).square().mean().rsqrt() for v in (some_x, some_y))
 
-    # A feature starts as one training pair: it reads the direction of x and writes the direction of y.
+    # A feature starts as one training pair: it reads the direction of x and writes that of y.
     W_enc = torch.nn.functional.normalize(some_x[: args.features] - mean_x) * 0.1
     W_dec = torch.nn.functional.normalize(some_y[: args.features] - mean_y)
     b_enc, b_dec = torch.zeros(args.features), torch.zeros(hidden)
@@ -182,15 +187,15 @@ def measure(weights, x, y, args):
 
 
 def describe(weights, x, tokens, tokenizer, args):
-    """{feature: [[token, largest activation], ...]}: the four tokens that carry most of each feature's activation."""
+    """{feature: [[token, largest activation], ...]} of the four tokens that activate it most."""
     vocabulary = int(tokens.max()) + 1
     mass, peak = (torch.zeros(vocabulary * args.features) for _ in range(2))
     for at in range(0, len(x), args.batch):
         act = encode(weights, x[at : at + args.batch])
         row, feature = act.nonzero(as_tuple=True)
-        slot, value = feature * vocabulary + tokens[at + row], act[row, feature]
-        mass.index_add_(0, slot, value)
-        peak.scatter_reduce_(0, slot, value, "amax")
+        entry, value = feature * vocabulary + tokens[at + row], act[row, feature]
+        mass.index_add_(0, entry, value)
+        peak.scatter_reduce_(0, entry, value, "amax")
     best = mass.view(args.features, vocabulary).topk(4)
     largest = peak.view(args.features, vocabulary).gather(1, best.indices)
     rows = zip(best.values.tolist(), best.indices.tolist(), largest.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What the documents say in numbers is what the benchmark measured; the GPU benchmark runs, as far as a CPU can tell."""
+"""The numbers in the documents are those measured; the GPU benchmark runs as far as a CPU can."""
 
 import json
 import subprocess

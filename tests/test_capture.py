@@ -1,4 +1,4 @@
-"""Hidden states from Hugging Face models: right place, right positions, the same bits for any batch and padding."""
+"""Hidden states of Hugging Face models: the right place and positions, whatever the padding."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ NORMS = {
 
 
 def made(family):
-    """A small model with all weights away from their starting values, so that no place equals another by chance."""
+    """A small model whose weights are not those it starts with, so that no two places agree."""
     torch.manual_seed(0)
     model = family().eval()
     with torch.no_grad():

@@ -114,13 +114,23 @@ class Words:
 
 
 def replacement_model(transcoders):
-    """circuit-tracer's own replacement model of a small transformer; the weights are the same each time."""
+    """circuit-tracer's replacement model of a small transformer, with the same weights each time."""
     lens = pytest.importorskip("transformer_lens")
     models = pytest.importorskip("circuit_tracer.replacement_model.replacement_model_transformerlens")
     config = lens.HookedTransformerConfig(
-        n_layers=LAYERS, d_model=H, n_ctx=16, d_head=4, n_heads=4, d_mlp=32, d_vocab=40, act_fn="gelu",
-        normalization_type="LN", model_name="small", device="cpu", seed=0,
-    )  # fmt: skip
+        n_layers=LAYERS,
+        d_model=H,
+        n_ctx=16,
+        d_head=4,
+        n_heads=4,
+        d_mlp=32,
+        d_vocab=40,
+        act_fn="gelu",
+        normalization_type="LN",
+        model_name="small",
+        device="cpu",
+        seed=0,
+    )
     model = models.TransformerLensReplacementModel.from_config(config, transcoders)
     model.tokenizer = Words()
     return model
@@ -130,7 +140,7 @@ def replacement_model(transcoders):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("most", [None, 40])
 def test_attribution_graph(kind, skip, most):
-    """The whole pipeline: replacement model, forward and backward passes, ranking of features, graph."""
+    """The whole pipeline: replacement model, forward and backward passes, ranking, graph."""
     attribution = pytest.importorskip("circuit_tracer.attribution.attribute")
     prompt = torch.tensor([0, 7, 3, 11, 3, 29])
     graphs = []

@@ -1,4 +1,4 @@
-"""The library without Python: its own tests, and a program outside the tree that finds the installed package."""
+"""The library without Python: its own tests, and a program that finds the installed package."""
 
 import os
 import re
@@ -74,10 +74,10 @@ def test_program_gives_the_bits_that_python_gives(server, tmp_path):
     assert done.returncode == 0, done.stderr
     printed = {}
     for line in done.stdout.splitlines():
-        layer, token, active, slots = re.fullmatch(
+        layer, token, active, entries = re.fullmatch(
             r"layer (\d+), token (\d+), active (\S+):((?: \d+=\S+)*)", line
         ).groups()
-        pairs = [slot.split("=") for slot in slots.split()]
+        pairs = [entry.split("=") for entry in entries.split()]
         row = [float(active), [int(index) for index, _ in pairs], [float(value) for _, value in pairs]]
         printed.setdefault(int(layer), {})[int(token)] = row
 
@@ -125,7 +125,10 @@ def test_another_torch_is_refused_by_cmake(tmp_path, other):
 
 
 def test_cpp_tests(tmp_path):
-    """The C++ tests against the installed library; `make asan` and `make tsan` build them with the library's sources."""
+    """The C++ tests against the installed library.
+
+    `make asan` and `make tsan` build them with the library's sources.
+    """
     build(TESTS / "cpp", tmp_path, "-DCMAKE_BUILD_TYPE=Release")
     done = run(tool("ctest"), "--test-dir", tmp_path, "--output-on-failure")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
-"""What only a CUDA device can show: streams, graphs, the allocator, torch's switches, streamed weights, and the CPU's bits.
+"""What only a CUDA device can show.
 
-Tests named test_sanitizer_* are small enough for compute-sanitizer; benchmarks/gpu.sh runs them under it.
+Streams, graphs, the allocator, torch's switches, streamed weights, and the CPU's bits. Tests named
+test_sanitizer_* are small enough for compute-sanitizer; benchmarks/gpu.sh runs them under it.
 """
 
 import contextlib
@@ -69,7 +70,10 @@ def on_cpu(got):
 
 
 def in_threads(count, work):
-    """work(number) in so many threads at once, each on a stream of its own; the first failure is raised here."""
+    """work(number) in so many threads at once, each on a stream of its own.
+
+    The first failure is raised here.
+    """
     ready, failures = threading.Barrier(count), []
 
     def run(number):
@@ -232,7 +236,7 @@ def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
 
 
 def asked(call):
-    """Bytes asked of torch's allocator during the call, the most held at once beyond what was there, and the result."""
+    """Bytes asked of torch's allocator during a call, its peak beyond what was there, the result."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -418,7 +422,7 @@ def test_more_shapes_than_are_kept():
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_threads_share_an_encoder(streamed):
-    """Each on its stream, shapes captured by one while others encode and take memory of the device."""
+    """Each on its stream: one captures shapes while others encode and take device memory."""
     layers = mixed()
     place = {"device": "cpu", "device_weight_bytes": 0} if streamed else {"device": DEVICE}
     encoder, plain = build(layers, **place), build(layers, use_compile=False)
@@ -500,7 +504,7 @@ LAYER_BYTES = 4096 * 1024 * 2  # W_enc of the layers below
 
 
 def settled_bytes():
-    """Device memory that tensors hold, without what torch keeps for cuBLAS on every stream it has seen."""
+    """Device memory that tensors hold, without what torch keeps for cuBLAS on each stream."""
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
@@ -708,7 +712,7 @@ def operands(kind, m, n, size, seed):
 @pytest.mark.parametrize("kind", ["random", "same sign", "cancelling", "wide"])
 @pytest.mark.parametrize("size", [33, 64, 100, 576, 1000, 2048, 5120, 16384])
 def test_bfloat16_product_stays_within_its_bound(kind, size):
-    """|product - exact| <= gamma * sum |a b| for every pair, whatever the shape of the product and torch's switches."""
+    """|product - exact| <= gamma * sum |a b| for every pair, for any shape and torch's switches."""
     gamma = 1.25 * (size + 16) * 2.0**-22
     for seed, (m, n) in enumerate([(9, 8), (16, 4096), (64, 1000), (512, 16384), (512, 333)]):
         a, b = operands(kind, m, n, size, seed)
@@ -726,16 +730,16 @@ def test_bfloat16_product_stays_within_its_bound(kind, size):
 
 def hard_rows(size, dtype):
     """[16, size]: broken, huge, tiny, empty, equal and one-sided rows among plain ones."""
-    most, least = (6e4, 1e-7) if dtype == torch.float16 else (1e30, 1e-39)
+    max_value, min_value = (6e4, 1e-7) if dtype == torch.float16 else (1e30, 1e-39)
     x = normal(16, size, seed=3)
     x[1, size // 2], x[2, 0], x[3, -1] = math.nan, math.inf, -math.inf
-    x[4] *= most / x[4].abs().max()
-    x[5] *= least
+    x[4] *= max_value / x[4].abs().max()
+    x[5] *= min_value
     x[6], x[7] = 0.0, -0.0
     x[8], x[9] = x[0], x[0]
     x[10], x[11] = 1.0, -1.0
     x[12, 1:] = 0.0
-    x[13, 3] = most
+    x[13, 3] = max_value
     return x.to(DEVICE, dtype)
 
 

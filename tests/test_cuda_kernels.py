@@ -1,4 +1,4 @@
-"""The CUDA path against the float64 oracle, on any machine: its own steps, with kernels whose threads run as CPU threads."""
+"""The CUDA path against the float64 oracle, on any machine: its threads run as CPU threads."""
 
 import math
 import re
@@ -44,7 +44,11 @@ def kernels(tmp_path_factory):
 
 
 def encode(kernels, hidden, layer, top_k, tau, screening=True, chunk=8, scores=512, room=64, lists=256):
-    """scores: floats of a tile; room: of a list, beyond what is gated at a time; lists: in all, a row has several if it can."""
+    """The result of the CUDA path with buffers of these sizes.
+
+    scores: the floats of a tile. room: the room of a list beyond what is gated at a time. lists:
+    the number of all lists; a row has several if it can.
+    """
     batched = hidden if hidden.ndim == 3 else hidden[None]
     fields = [layer.get(name) for name in ("threshold", "k", "input_bias", "ln_weight", "ln_bias")]
     options = (top_k, tau, screening, chunk, scores, room, lists)
@@ -133,8 +137,11 @@ def test_broken_huge_and_tied_rows(kernels, tokens):
 @pytest.mark.parametrize("tokens", [3, 9])
 @pytest.mark.parametrize("lost_by", ["rows", "weights", "sums"])
 def test_margins_hold_at_their_worst(kernels, tokens, lost_by):
-    """What bfloat16 takes from a row lies along the weights, or the reverse, or all terms of a sum have one sign: each feature is
-    active by a hair."""
+    """Each feature is active by a hair.
+
+    What bfloat16 takes from a row lies along the weights, or the reverse, or all terms of a sum
+    have one sign.
+    """
     size, tau = 64, 1.0
     x = normal(tokens, size, seed=3)
     W = (x - x.bfloat16().float()).sign() * 0.25  # exact in bfloat16
@@ -194,7 +201,7 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
         ([2, 2, 2, 2], [0, 0, 0], True, None),  # seen, captured, replayed
         ([1, 2, 1, 2, 1], [0, 0, 0], True, None),
         ([2, 2], [0, 0, 0], False, None),
-        ([11, 3, 11], [0, 0, 0], True, None),  # three chunks a layer
+        ([11, 3, 11], [0, 0, 0], True, None),  # three chunks per layer
         ([9, 2], [1, 1, 1], True, None),
         ([2, 9, 2], [0, 1, 1], False, None),
         ([9, 9], [0, 1, 1], True, 5),  # the first call fails when most of it is under way

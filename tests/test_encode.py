@@ -154,7 +154,7 @@ def test_rules_by_hand(device, values, fields, top_k, tau, ids, kept, tokens):
 
 @pytest.mark.parametrize("top_k", [1, 5, 33, 400])
 def test_every_feature_sits_on_its_gate(device, top_k):
-    """Whole-number values, thresholds among them: one wrong compare, strict or inclusive, changes most counts."""
+    """Whole numbers with thresholds among them: a wrong strict compare changes most counts."""
     layer = {"W_enc": integers(321, 48, seed=1), "b_enc": integers(321, seed=2)}
     hidden = integers(60, 48, seed=3).to(device)
     for tau in (0.0, 1.0, 6.0):
@@ -197,7 +197,7 @@ def test_ties(device, layer, screening):
 
 @pytest.mark.parametrize("screening", SCREENINGS)
 def test_duplicate_rows_tie_wherever_they_stand(device, screening):
-    """Rounded sums, too, are the same for the same row: at any place in a tile, beside any neighbour."""
+    """A row has the same rounded sums at any place in a tile, beside any neighbour."""
     copies = [0, 1, 63, 64, 65, 500, 511, 512, 1023, 1024, 1025, 2047, 4095, 4096, 4097, 4998, 4999]
     layer = make_layer(5000, 77)
     layer["W_enc"][copies], layer["b_enc"][copies] = layer["W_enc"][13].clone(), layer["b_enc"][13].clone()
@@ -215,7 +215,7 @@ def test_duplicate_rows_tie_wherever_they_stand(device, screening):
 
 
 def ramp(features, step):
-    """Pre-activations that rise (or fall) by a fixed step from feature to feature, for hidden states of ones."""
+    """Pre-activations that rise or fall by one step per feature, for hidden states of ones."""
     return {
         "W_enc": (1 + step * torch.arange(features)[:, None] / 64).repeat(1, 64) / 64,
         "b_enc": torch.zeros(features),
@@ -474,7 +474,7 @@ def test_hidden_that_requires_grad(device):
 
 
 def test_results_are_the_callers_own(device):
-    """A later call does not write into an earlier result, and nothing given to the encoder is changed."""
+    """A later call leaves earlier results alone, and nothing given to the encoder is changed."""
     layer = on(make_layer(130, 24, kind="jumprelu"), device)
     given = {name: value.clone() for name, value in layer.items()}
     encoder = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, 10, 0.5)

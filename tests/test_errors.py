@@ -16,7 +16,7 @@ INTERNALS = ("Exception raised from", "frame #", "c10::", "at::", "std::", ".cpp
 
 
 def refused(call, error, *words):
-    """The call raises exactly this kind of error, in one line with these words and nothing of the machine room."""
+    """The call raises exactly this kind of error, in one line with these words and no backtrace."""
     with pytest.raises(error) as caught:
         call()
     text = str(caught.value.args[0])

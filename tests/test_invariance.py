@@ -1,4 +1,4 @@
-"""The same input gives the same bits: whatever the chunks, the batch, the layers beside it, the threads."""
+"""The same input gives the same bits, whatever the chunks, the batch, the layers, the threads."""
 
 import sys
 import threading
@@ -197,7 +197,7 @@ def test_eight_threads_on_one_encoder(device, case, use_compile):
 
 
 def test_interpreter_lock_is_released():
-    """While one thread encodes, this one takes the lock again and again: with the lock held it could not, even once."""
+    """While one thread encodes, this one takes the lock, which it could not if it were held."""
     encoder = SparseTranscoderEncoder({0: TranscoderWeights(**make_layer(16384, 256))}, 20)
     hidden = normal(4096, 256)
     begun, done = threading.Event(), threading.Event()

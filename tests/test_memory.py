@@ -19,7 +19,7 @@ def build(layers, device="cpu", **options):
 
 
 def allocations(call, device):
-    """Sizes in bytes of what torch's allocator hands out during the call; on CUDA, only how many."""
+    """Sizes in bytes of what torch's allocator hands out during the call; how many on CUDA."""
     if device.type == "cuda":
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         call()
@@ -68,7 +68,7 @@ def test_torch_allocates_the_outputs_alone(device, tokens, dtype, kind, view, sc
                 assert got == outputs(tokens, count)
 
 
-# Every thread and every allocator of the process, not torch's alone: the C library's malloc, watched from outside
+# Every thread and every allocator of the process: the C library's malloc, watched from outside.
 
 WATCH = """
 #include <cstddef>
@@ -89,7 +89,9 @@ void* calloc(size_t m, size_t n) { return seen(__libc_calloc(m, n), m * n); }
 void* realloc(void* p, size_t n) { return seen(__libc_realloc(p, n), n); }
 void* memalign(size_t a, size_t n) { return seen(__libc_memalign(a, n), n); }
 void* aligned_alloc(size_t a, size_t n) { return seen(__libc_memalign(a, n), n); }
-int posix_memalign(void** p, size_t a, size_t n) { return (*p = seen(__libc_memalign(a, n), n)) ? 0 : 12; }
+int posix_memalign(void** p, size_t a, size_t n) {
+  return (*p = seen(__libc_memalign(a, n), n)) ? 0 : 12;
+}
 }
 """
 
@@ -115,7 +117,10 @@ def watched(call):
 
 layers = {i: TranscoderWeights(**make_layer(3000 + i, 64)) for i in range(3)}
 encoder = SparseTranscoderEncoder(layers, 20, chunk_size=1024)
-others = {name: SparseTranscoderEncoder(layers, 20, chunk_size=1024, screening=name) for name in ("int8", "int16")}
+others = {
+    name: SparseTranscoderEncoder(layers, 20, chunk_size=1024, screening=name)
+    for name in ("int8", "int16")
+}
 hidden = normal(2500, 64)
 print(json.dumps({
     "one": watched(lambda: encoder.encode_layer(0, hidden)),
@@ -224,7 +229,8 @@ before += encoder.memory()["screening_bytes"] // 1024
 result = encoder.encode_layer(0, hidden)
 grown = kib("VmHWM") - before
 outputs = sum(result[name].nbytes for name in ("activations", "indices", "sparsity"))
-print(json.dumps({"grown": grown * 1024, "outputs": outputs, "active": result["sparsity"].mean().item()}))
+active = result["sparsity"].mean().item()
+print(json.dumps({"grown": grown * 1024, "outputs": outputs, "active": active}))
 """
 
 

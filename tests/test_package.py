@@ -36,7 +36,8 @@ def test_import_changes_no_setting():
 import torch
 def settings():
     names = ("num_threads", "num_interop_threads", "default_dtype", "float32_matmul_precision")
-    return [getattr(torch, "get_" + name)() for name in names] + [torch.is_grad_enabled(), torch.get_rng_state().sum()]
+    values = [getattr(torch, "get_" + name)() for name in names]
+    return [*values, torch.is_grad_enabled(), torch.get_rng_state().sum()]
 before = settings()
 import sparse_transcoder as s
 weights = s.TranscoderWeights(torch.zeros(9, 4), torch.zeros(9))

@@ -1,6 +1,7 @@
-"""Every screening mode on every instruction set: the same bits, and those of the float64 oracle, on data made to break a screen.
+"""Every screening mode on every instruction set, on data made to break a screen.
 
-The instruction set is chosen once a process, so each runs in one of its own, where the cases of this file are encoded.
+All give the same bits, which are those of the float64 oracle. The instruction set is chosen once
+per process, so that each encodes the cases of this file in a process of its own.
 """
 
 import math
@@ -26,7 +27,7 @@ def gaussian(tokens, layer, seed):
 
 
 def planted(tokens, layer, seed):
-    """A few features of each row stand out, as in a trained transcoder; the bias keeps the others down."""
+    """A few features of each row stand out, as when trained; the bias keeps the others down."""
     W = layer["W_enc"].float()
     features, hidden_size = W.shape
     chosen = torch.randint(features, (tokens, 6), generator=torch.Generator().manual_seed(seed))
@@ -36,7 +37,7 @@ def planted(tokens, layer, seed):
 
 
 def heavy_tailed(tokens, layer, seed):
-    """Outlier inputs that all rows share, outlier elements, a first row far larger than the others."""
+    """Outlier inputs that all rows share, outlier elements, and a first row far larger."""
     hidden_size = layer["W_enc"].shape[1]
     hidden = normal(tokens, hidden_size, seed=seed) * torch.exp(normal(tokens, hidden_size, seed=seed + 1))
     hidden *= torch.exp(1.5 * normal(hidden_size, seed=seed + 2))
@@ -95,7 +96,7 @@ def strong_and_weak():
 
 
 def patchy():
-    """Panels where every feature is active among panels where few are: the screen changes, and changes back."""
+    """Panels where all features are active among panels where few are: the screen changes twice."""
     layer = make_layer(64 * 45 + 7, 130)
     layer["b_enc"] -= 3
     layer["b_enc"][64 * 3 : 64 * 4] = 50
@@ -185,7 +186,7 @@ def adverse():
     yield "broken rows", (layer, broken, 20, 0.5)
     ramp = {"W_enc": (1 + 1e-5 * torch.arange(3000)[:, None]).repeat(1, 64) / 64, "b_enc": torch.zeros(3000)}
     yield "values apart by less than a margin", (ramp, torch.ones(30, 64), 50, 1.01)
-    # A sum of a group times the weights' scale alone overflows, though the dot product is ordinary; both signs of it.
+    # The sum of a group times the weights' scale overflows, though the dot product does not.
     huge = {"W_enc": torch.full((3, 512), 3e34), "b_enc": torch.zeros(3)}
     hidden = torch.full((1, 512), -1e-20)
     hidden[0, 256:] = 0
@@ -206,8 +207,11 @@ def adverse():
 
 
 def rotation(hidden_size, mixed):
-    """The int8 screen's, [hidden_size, hidden_size], from its definition: signs, then Hadamard's matrix of `mixed` rows over
-    inputs hidden_size / mixed apart. Its inverse is its transpose / mixed."""
+    """The int8 screen's rotation [hidden_size, hidden_size], from its definition.
+
+    Signs, then Hadamard's matrix of `mixed` rows over inputs hidden_size / mixed apart. Its inverse
+    is its transpose / mixed.
+    """
     number = torch.arange(hidden_size, dtype=torch.int64)
     bits = number * 0x9E3779B1 % 2**32
     bits = (bits ^ bits >> 15) * 0x85EBCA77 % 2**32
@@ -218,8 +222,11 @@ def rotation(hidden_size, mixed):
 
 
 def worst(tokens):
-    """Rotated inputs half-way between two int8 numbers, on the side that each weight rewards, and weights likewise; biases put
-    every feature just over its gate, so that a screen whose margin is any smaller than the error loses it."""
+    """Every feature is just over its gate: a screen with too small a margin loses it.
+
+    Rotated inputs lie half-way between two int8 numbers, on the side that each weight rewards, and
+    weights likewise. Biases put the features over their gates.
+    """
     hidden_size, features, mixed = 256, 200, 64
     signs = torch.sign(normal(2, hidden_size, seed=1)).double()
     x = 63 * signs[0] + 0.499 * signs[1]
@@ -477,7 +484,7 @@ def test_copies_are_made_alike_on_any_number_of_threads():
 
 
 def test_weights_are_not_needed_twice():
-    """Copies are taken when the encoder is built; the exact values come from the stored weights themselves."""
+    """Copies are made when the encoder is built. Exact values come from the stored weights."""
     layer = make_layer(300, 64)
     hidden = normal(20, 64)
     for screening in SCREENINGS:

@@ -1,4 +1,4 @@
-"""encode_sparse and decode against float64: every kept feature, nothing else, and what the decoder makes of it."""
+"""encode_sparse and decode against float64: every kept feature, and what the decoder makes of it."""
 
 import math
 
@@ -20,7 +20,7 @@ def encoder_of(layer, device="cpu", top_k=20, tau=0.5, **options):
 
 
 def check_sparse(found, hidden, layer, tau):
-    """Assert the form, that every surely kept feature is there and no other, and every value; return the dense matrix."""
+    """Assert the form, every value, and that just the kept features are there; return it dense."""
     features = layer["W_enc"].shape[0]
     rows = hidden.shape[:-1].numel()
     assert (found.layout, found.dtype, found.shape) == (torch.sparse_csr, torch.float32, (rows, features))
@@ -51,7 +51,7 @@ def check_sparse(found, hidden, layer, tau):
 
 
 def check_decoded(got, dense, layer, hidden, dtype=torch.float32):
-    """got [N, n * H] against W_dec @ dense + b_dec + W_skip @ x, each within 1e-5 of its largest partial sums."""
+    """got [N, n * H] is W_dec @ dense + b_dec + W_skip @ x, within 1e-5 of its partial sums."""
     acts, W_dec = wide(dense), wide(layer["W_dec"])
     want, size = acts @ W_dec.T, acts.abs() @ W_dec.abs().T
     if layer.get("b_dec") is not None:
@@ -201,7 +201,7 @@ def test_decode(device, kind, parts, dtype):
 
 @pytest.mark.parametrize("bias", [H, 3 * H])
 def test_decode_of_a_cross_layer_transcoder(device, bias):
-    """[3 * H, F]: rows of layers 4, 5 and 6. A bias of [H] and the skip connection belong to the layer itself."""
+    """[3 * H, F]: rows of layers 4, 5 and 6. A bias [H] and the skip belong to the layer itself."""
     layer = make_layer(F, H, W_dec=normal(3 * H, F, seed=10), b_dec=normal(bias, seed=11), W_skip=normal(H, H, seed=12))
     weights = TranscoderWeights(**on(layer, device), layer=4)
     encoder = SparseTranscoderEncoder({4: weights}, 20, 0.5)

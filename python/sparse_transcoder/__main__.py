@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     convert = commands.add_parser(
         "convert",
         help="write layer_{i}.safetensors and config.yaml",
-        description="Write a checkpoint as layer_{i}.safetensors and config.yaml. An input bias is\n"
-        "folded into b_enc, in float64. What the layout cannot hold (LayerNorm, a decoder that\n"
-        "writes to many layers) is refused.",
+        description="Write a checkpoint as layer_{i}.safetensors and config.yaml. An input bias\n"
+        "is folded into b_enc, in float64. What the layout cannot hold (LayerNorm, a decoder\n"
+        "that writes to many layers) is refused.",
     )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument(

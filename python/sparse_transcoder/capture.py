@@ -230,7 +230,7 @@ def _place(model: Any, block: nn.Module, layer: int, hook: str) -> _Place:
 
 
 def _norm_before_mlp(block: nn.Module) -> nn.Module | None:
-    """The norm whose input is the residual stream between attention and MLP; None where there is no such place."""
+    """The norm whose input is the residual stream between attention and MLP, if there is one."""
     if getattr(block, "use_parallel_residual", False):
         return None  # The MLP reads beside the attention, not after it.
     names = ["pre_feedforward_layernorm", "ln_2"]

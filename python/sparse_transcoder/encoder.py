@@ -233,8 +233,9 @@ class SparseTranscoderEncoder:
             y = self._engine.decode_sparse(layer, _C.SparseFeatures(*parts), x)
         elif isinstance(features, Mapping):
             if not {"activations", "indices"} <= features.keys():
+                names = list(features)
                 raise ValueError(
-                    f"layer {layer}: features must hold activations and indices, got {list(features)}"
+                    f"layer {layer}: features must hold activations and indices, got {names}"
                 )
             activations = check.tensor(layer, features["activations"], "activations")
             indices = check.tensor(layer, features["indices"], "indices")
@@ -386,7 +387,8 @@ class SparseTranscoderEncoder:
         for feature, strength in named.items():
             if not math.isfinite(strength):
                 raise ValueError(
-                    f"layer {layer}: the strength of feature {feature} must be finite, got {strength}"
+                    f"layer {layer}: the strength of feature {feature} must be finite, "
+                    f"got {strength}"
                 )
         return self._written(layer, list(named), list(named.values()))
 

@@ -49,7 +49,7 @@ def ints(*shape, seed):
 
 
 class Written:
-    """What a checkpoint on disk means. ``encode`` is the project's formula on the stored tensors."""
+    """What a checkpoint on disk means; ``encode`` is its formula on the stored tensors."""
 
     def __init__(self, encode, W_enc, W_dec, b_dec, W_skip=None, hooks=("", "")):
         self.encode, self.W_enc, self.W_dec, self.b_dec = encode, W_enc, W_dec, b_dec

@@ -31,7 +31,9 @@ def clt(root, i, F, H, threshold=True, n=3):
     put(root, f"W_enc_{i}.safetensors", tensors | ({f"threshold_{i}": theta} if threshold else {}))
     put(root, f"W_dec_{i}.safetensors", {f"W_dec_{i}": W_dec})
     (root / "config.yaml").write_text(
-        "model_kind: cross_layer_transcoder\nfeature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+        "model_kind: cross_layer_transcoder\n"
+        "feature_input_hook: hook_resid_mid\n"
+        "feature_output_hook: hook_mlp_out\n"
     )
 
     def encode(x):

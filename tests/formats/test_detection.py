@@ -9,7 +9,7 @@ from test_sparsify import sparsify
 
 
 def test_a_checkpoint_alone(tmp_path):
-    """The folder of one checkpoint can be given itself; its layer is told by its config or by the folders around it."""
+    """The folder of one checkpoint can be given, where its config or the folders tell the layer."""
     want = gemma_scope(tmp_path, 12, 30, 8)
     loaded = load(tmp_path / "layer_12" / "width_16k" / "average_l0_5")
     assert list(loaded) == [12] and torch.equal(loaded[12].W_enc, want.W_enc)

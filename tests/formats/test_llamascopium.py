@@ -98,10 +98,18 @@ def test_llamascopium(tmp_path, act_fn, rescaled, bias, F):
     reason = "llamascopium is not installed: make peers"
     peer = pytest.importorskip("llamascopium.models.sae", reason=reason)
     config = peer.SAEConfig(
-        hook_point_in="blocks.3.ln2.hook_normalized", hook_point_out="blocks.3.hook_mlp_out", d_model=16,
-        expansion_factor=F / 16, act_fn=act_fn, top_k=7, sparsity_include_decoder_norm=rescaled, use_decoder_bias=bias,
-        norm_activation="inference", device="cpu", dtype=torch.float32,
-    )  # fmt: skip
+        hook_point_in="blocks.3.ln2.hook_normalized",
+        hook_point_out="blocks.3.hook_mlp_out",
+        d_model=16,
+        expansion_factor=F / 16,
+        act_fn=act_fn,
+        top_k=7,
+        sparsity_include_decoder_norm=rescaled,
+        use_decoder_bias=bias,
+        norm_activation="inference",
+        device="cpu",
+        dtype=torch.float32,
+    )
     model = randomise(peer.SparseAutoEncoder(config))
     model.save_pretrained(tmp_path / "L3TC")
     config.save_hyperparameters(tmp_path / "L3TC")

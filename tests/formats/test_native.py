@@ -472,7 +472,7 @@ def test_values_too_large_for_the_dtype(tmp_path):
         save_transcoders({0: full(W_enc=1e6 * normal(F, H))}, tmp_path, torch.float16)
 
 
-# Native files that lie. All are loaded in one other process: one that dies there takes no other test along.
+# Native files that lie. All are loaded in one other process: if it dies, no other test does.
 
 GOOD = {
     "W_enc": ("F32", [F, H], 0, 960),
@@ -499,7 +499,7 @@ def file(header=None, data=DATA, length=None):
 
 
 def packed(**changes):
-    """A file of the GOOD tensors with other dtypes and shapes, or without some, and without a hole."""
+    """A file without a hole of the GOOD tensors, some with another dtype or shape, or absent."""
     tensors = {name: good[:2] for name, good in GOOD.items()} | changes
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -624,7 +624,7 @@ CONFIGS = {
     "transcoders on another machine": CONFIG + "transcoders:\n- https://example.org/layer_0.safetensors\n",
 }
 
-# What YAML calls broken, in places that mean nothing to us: refused or passed over, but nothing worse
+# What YAML calls broken, in places that mean nothing to us. It is refused or passed over.
 CURIOUS = {
     "not YAML": CONFIG + "a: [1, 2\nb: }\n",
     "tabs": CONFIG + "a:\n\t- b\n",
