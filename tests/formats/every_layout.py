@@ -19,8 +19,6 @@ from sparse_transcoder import SparseTranscoderEncoder, save_transcoders
 from sparse_transcoder.__main__ import main
 
 FIELDS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "k", "W_skip", "hook_in", "hook_out")
-BIASES = ("b_enc", "b_enc_0", "encoder.bias", "b_E", "enc.1.bias")
-MATRICES = ("W_enc", "w_enc", "W_enc_0", "encoder.weight", "W_E", "enc.1.weight")
 
 
 class EveryLayout:
@@ -103,8 +101,9 @@ class EveryLayout:
         write(tmp_path, 0, 30, 8)
         path = weights_file(tmp_path)
         tensors = stored(path)
-        bias = next(name for name in tensors if name in BIASES)
-        matrix = next(name for name in tensors if name in MATRICES)
+        encoder = [name for name in tensors if re.search("enc|_E", name)]
+        bias = next(name for name in encoder if tensors[name].ndim == 1)
+        matrix = next(name for name in encoder if tensors[name].ndim == 2)
         words = [path.name]
         if change == "cut":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
