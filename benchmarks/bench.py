@@ -76,7 +76,7 @@ QUICK = [
 
 
 def check(case, layer, result, x, W, b, dtype, tolerance):
-    """The result of rows x against the dense one in dtype: values by tolerance, sets by the k-th."""
+    """The result of rows x against the dense one in dtype: values by tolerance, sets by k-th."""
     for first in range(0, x.shape[0], 256):
         part = slice(first, first + 256)
         pre = torch.empty(x[part].shape[0], W.shape[0], dtype=dtype, device=x.device)

@@ -56,7 +56,7 @@ def encoders(layers, top_k=TOP_K, **options):
 
 
 def times(name, variants):
-    """{variant: ms}, after a check that all give the same bits; variants: name -> (prepare, call)."""
+    """{variant: ms}, after a check that all give the same bits, of {name: (prepare, call)}."""
     results, seconds, calls = {}, {}, {}
     for variant, (prepare, call) in variants.items():
 

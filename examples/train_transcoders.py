@@ -231,7 +231,8 @@ def main():
     windows, unseen = read_windows(args.text, tokenizer, args.tokens, args.held_out, args.window, rng)
     if windows[:, 1:].numel() < args.features and not args.measure:
         raise SystemExit(
-            f"at least as many tokens to train on as --features {args.features} are needed, got {windows[:, 1:].numel()}"
+            f"at least as many tokens to train on as --features {args.features} are needed, "
+            f"got {windows[:, 1:].numel()}"
         )
     held_out = collect("reading held-out text", model, unseen, args.layers)
     metrics, metrics_file = {}, args.out / "metrics.json"
@@ -268,7 +269,8 @@ def main():
     summary |= {"held_out_tokens": unseen[:, 1:].numel(), "layers": metrics}
     metrics_file.write_text(json.dumps(summary, indent=2) + "\n")
     done = "measured" if args.measure else "trained"
-    print(f"{len(args.layers)} transcoders in {args.out} {done}, {(time.time() - start) / 60:.0f} minutes")
+    minutes = (time.time() - start) / 60
+    print(f"{len(args.layers)} transcoders in {args.out} {done}, {minutes:.0f} minutes")
 
 
 if __name__ == "__main__":

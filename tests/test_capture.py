@@ -300,7 +300,7 @@ def test_hook_given_and_recorded():
     encoder = encoder_for({0: "blocks.0.mlp.hook_in", 1: ""})
     assert list(encoder.encode_model(model, IDS, hook="mlp.hook_in")) == [0, 1]
     with pytest.raises(
-        ValueError, match=r"layer 0: hook must be blocks.0.mlp.hook_in as the weights record, got hook_resid_mid"
+        ValueError, match=r"layer 0: hook must be blocks.0.mlp.hook_in as the weights record, got hook"
     ):
         encoder.encode_model(model, IDS, hook="hook_resid_mid")
     with pytest.raises(ValueError, match="layer 1: hook must be given, the weights record none"):

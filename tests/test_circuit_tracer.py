@@ -114,7 +114,7 @@ class Words:
 
 
 def replacement_model(transcoders):
-    """circuit-tracer's replacement model of a small transformer, with the same weights each time."""
+    """circuit-tracer's replacement model of a small transformer, always of the same weights."""
     lens = pytest.importorskip("transformer_lens")
     models = pytest.importorskip("circuit_tracer.replacement_model.replacement_model_transformerlens")
     config = lens.HookedTransformerConfig(

@@ -1,4 +1,4 @@
-"""encode_sparse and decode against float64: every kept feature, and what the decoder makes of it."""
+"""encode_sparse and decode against float64: every kept feature, and what the decoder makes."""
 
 import math
 
