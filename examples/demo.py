@@ -118,7 +118,9 @@ def strongest(result, index):
 
 
 def write_page(path, tokens, layers):
-    data = json.dumps({"tokens": tokens, "layers": layers}, ensure_ascii=False, separators=(",", ":"))
+    data = json.dumps(
+        {"tokens": tokens, "layers": layers}, ensure_ascii=False, separators=(",", ":")
+    )
     page = (HERE / "page.html").read_text(encoding="utf-8")
     path.write_text(page.replace("{{data}}", data.replace("<", "\\u003c")), encoding="utf-8")
 
@@ -130,7 +132,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("demo.html"), help="the web page to write")
     parser.add_argument("--transcoders", type=Path, default=HERE / "transcoders")
     parser.add_argument(
-        "--top-k", type=int, default=64, help="features per token; the transcoders keep 32 on average"
+        "--top-k",
+        type=int,
+        default=64,
+        help="features per token; the transcoders keep 32 on average",
     )
     args = parser.parse_args()
     if not args.text.strip():

@@ -4,7 +4,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the model comes from an installed package, never from the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # the model comes from an installed package, never from the network
+)
 
 import torch
 import transformers
@@ -36,7 +38,9 @@ def mlp_traffic(model, ids, layers):
     """{layer: (MLP input [B,T,H], MLP output [B,T,H])} for token ids [B,T], in one forward pass."""
     seen = {}
     hooks = [
-        model.layers[i].mlp.register_forward_hook(lambda _, inputs, output, i=i: seen.update({i: (inputs[0], output)}))
+        model.layers[i].mlp.register_forward_hook(
+            lambda _, inputs, output, i=i: seen.update({i: (inputs[0], output)})
+        )
         for i in layers
     ]
     try:

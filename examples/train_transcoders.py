@@ -24,7 +24,11 @@ from language_model import MLP_HOOKS, load_language_model, mlp_traffic
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_TEXT = ["/usr/share/games/fortunes", "/usr/share/perl/*/pod", "/usr/share/doc/python3*/html/_sources"]
+DEFAULT_TEXT = [
+    "/usr/share/games/fortunes",
+    "/usr/share/perl/*/pod",
+    "/usr/share/doc/python3*/html/_sources",
+]
 SUFFIXES = {"", ".txt", ".md", ".rst", ".pod"}
 
 
@@ -58,13 +62,22 @@ def read_windows(sources, tokenizer, tokens, held_out, window, rng):
     streams = []
     for source in sources:
         found = [Path(path) for path in glob.glob(source)]
-        files = sorted({f.resolve() for path in found for f in (path, *path.rglob("*")) if f.is_file()})
+        files = sorted(
+            {f.resolve() for path in found for f in (path, *path.rglob("*")) if f.is_file()}
+        )
         parts = []  # (document, text)
         for file in files:
-            text = file.read_text(encoding="utf-8", errors="replace") if file.suffix in SUFFIXES else "\0"
+            text = (
+                file.read_text(encoding="utf-8", errors="replace")
+                if file.suffix in SUFFIXES
+                else "\0"
+            )
             if "\0" not in text:
                 quotations = "\n%\n" in text
-                parts += [(p if quotations else file, p) for p in text.replace("\n%\n", "\n\n\n").split("\n\n\n")]
+                parts += [
+                    (p if quotations else file, p)
+                    for p in text.replace("\n%\n", "\n\n\n").split("\n\n\n")
+                ]
         rng.shuffle(parts)
         streams.append(parts)
     streams.sort(key=lambda parts: sum(len(text) for _, text in parts))
@@ -123,7 +136,10 @@ def train_layer(name, x, y, args):
     idle, cut, order, start = torch.zeros(args.features), 0.0, torch.randperm(n), time.time()
     for step in range(args.steps):
         take = torch.arange(step * args.batch, (step + 1) * args.batch) % n
-        xb, yb = (x[order[take]].float() - mean_x) * scale_x, (y[order[take]].float() - mean_y) * scale_y
+        xb, yb = (
+            (x[order[take]].float() - mean_x) * scale_x,
+            (y[order[take]].float() - mean_y) * scale_y,
+        )
         act = torch.relu(xb @ W_enc.T + b_enc)
         active = act.detach()[act.detach() > 0]
         spare = len(active) - args.k * args.batch
@@ -151,7 +167,13 @@ def train_layer(name, x, y, args):
             cut = smallest if step == 0 else 0.98 * cut + 0.02 * smallest
         if (step + 1) % 10 == 0 or step + 1 == args.steps:
             fvu = (error.square().sum() / (yb - yb.mean(0)).square().sum()).item()
-            progress(name, step + 1, args.steps, start, f"FVU {fvu:.3f}, dead {len(dead) / args.features:.1%}")
+            progress(
+                name,
+                step + 1,
+                args.steps,
+                start,
+                f"FVU {fvu:.3f}, dead {len(dead) / args.features:.1%}",
+            )
 
     # Raw inputs in, raw outputs out, and one threshold of 1.0.
     with torch.no_grad():
@@ -174,7 +196,11 @@ def measure(weights, x, y, args):
     fired, active, missing = torch.zeros(args.features, dtype=torch.bool), 0, 0.0
     for at in range(0, len(x), args.batch):
         act = encode(weights, x[at : at + args.batch])
-        error = y[at : at + args.batch].float() - act @ weights["W_dec"].float() - weights["b_dec"].float()
+        error = (
+            y[at : at + args.batch].float()
+            - act @ weights["W_dec"].float()
+            - weights["b_dec"].float()
+        )
         fired |= (act > 0).any(0)
         active += (act > 0).sum().item()
         missing += error.square().sum().item()
@@ -207,18 +233,40 @@ def describe(weights, x, tokens, tokenizer, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", default=DEFAULT_TEXT, help="text files or folders, shell patterns allowed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=DEFAULT_TEXT,
+        help="text files or folders, shell patterns allowed",
+    )
     parser.add_argument("--out", type=Path, default=HERE / "transcoders")
-    parser.add_argument("--measure", action="store_true", help="train nothing; measure the transcoders in --out anew")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="train nothing; measure the transcoders in --out anew",
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 10, 15, 20])
     parser.add_argument("--features", type=int, default=2304)
-    parser.add_argument("--k", type=int, default=32, help="features kept per token, on average over a batch")
-    parser.add_argument("--k-aux", type=int, default=128, help="dead features per token that learn from the error")
-    parser.add_argument("--dead-after", type=int, default=100_000, help="a feature is dead after that many idle tokens")
+    parser.add_argument(
+        "--k", type=int, default=32, help="features kept per token, on average over a batch"
+    )
+    parser.add_argument(
+        "--k-aux", type=int, default=128, help="dead features per token that learn from the error"
+    )
+    parser.add_argument(
+        "--dead-after",
+        type=int,
+        default=100_000,
+        help="a feature is dead after that many idle tokens",
+    )
     parser.add_argument("--tokens", type=int, default=520_000, help="tokens of text to read")
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--held-out", type=float, default=0.06, help="part of the documents kept for metrics.json")
+    parser.add_argument(
+        "--held-out", type=float, default=0.06, help="part of the documents kept for metrics.json"
+    )
     parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -228,7 +276,9 @@ def main():
     start = time.time()
     model, tokenizer = load_language_model(last_layer=max(args.layers))
     rng = random.Random(args.seed)
-    windows, unseen = read_windows(args.text, tokenizer, args.tokens, args.held_out, args.window, rng)
+    windows, unseen = read_windows(
+        args.text, tokenizer, args.tokens, args.held_out, args.window, rng
+    )
     if windows[:, 1:].numel() < args.features and not args.measure:
         raise SystemExit(
             f"at least as many tokens to train on as --features {args.features} are needed, "
@@ -263,8 +313,12 @@ def main():
             "tokens_per_step": args.batch,
         }
         hooks = "".join(f"{key}: {value}\n" for key, value in MLP_HOOKS.items())
-        (args.out / "config.yaml").write_text(f"model_name: SmolLM2-135M-Instruct\nmodel_kind: transcoder_set\n{hooks}")
-        (args.out / "features.json").write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n")
+        (args.out / "config.yaml").write_text(
+            f"model_name: SmolLM2-135M-Instruct\nmodel_kind: transcoder_set\n{hooks}"
+        )
+        (args.out / "features.json").write_text(
+            json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n"
+        )
 
     summary |= {"held_out_tokens": unseen[:, 1:].numel(), "layers": metrics}
     metrics_file.write_text(json.dumps(summary, indent=2) + "\n")

@@ -35,7 +35,9 @@ def make_layer(features, hidden_size, seed=0, kind="relu", dtype=torch.float32, 
 
 
 def on(layer, device):
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in layer.items()}
+    return {
+        name: value.to(device) if torch.is_tensor(value) else value for name, value in layer.items()
+    }
 
 
 def wide(tensor):
@@ -117,10 +119,18 @@ def check(result, hidden, layer, top_k, tau, unit=True):
     k = min(top_k, features)
     lead = tuple(hidden.shape[:-1])
     assert (values.dtype, ids.dtype, sparsity.dtype) == (torch.float32, torch.int64, torch.float32)
-    assert (tuple(values.shape), tuple(ids.shape), tuple(sparsity.shape)) == ((*lead, k), (*lead, k), lead)
+    assert (tuple(values.shape), tuple(ids.shape), tuple(sparsity.shape)) == (
+        (*lead, k),
+        (*lead, k),
+        lead,
+    )
     assert values.device == ids.device == sparsity.device == hidden.device
     assert not values.requires_grad and not sparsity.requires_grad
-    values, ids, sparsity = values.cpu().reshape(-1, k), ids.cpu().reshape(-1, k), sparsity.cpu().reshape(-1)
+    values, ids, sparsity = (
+        values.cpu().reshape(-1, k),
+        ids.cpu().reshape(-1, k),
+        sparsity.cpu().reshape(-1),
+    )
     if not values.shape[0]:
         return
 
@@ -139,13 +149,17 @@ def check(result, hidden, layer, top_k, tau, unit=True):
     ordered = ids.sort(-1).values
     assert (ordered[:, 1:] > ordered[:, :-1]).all(), "an index twice in one row"
     left, right = values[:, :-1], values[:, 1:]
-    assert ((left > right) | ((left == right) & (ids[:, :-1] < ids[:, 1:]))).all(), "not descending, or ties not by id"
+    assert ((left > right) | ((left == right) & (ids[:, :-1] < ids[:, 1:]))).all(), (
+        "not descending, or ties not by id"
+    )
 
     positive = values > 0
     taken = torch.zeros(pre.shape, dtype=torch.bool).scatter(1, ids, positive)
     rank_of_unkept = (~taken).cumsum(1).gather(1, ids)
     fillers = (~positive).sum(1, keepdim=True)
-    assert (positive | (rank_of_unkept <= fillers)).all(), "fillers are not the lowest ids that are not kept"
+    assert (positive | (rank_of_unkept <= fillers)).all(), (
+        "fillers are not the lowest ids that are not kept"
+    )
 
     wrong = positive & ((values.double() - pre.gather(1, ids)).abs() > tolerance.gather(1, ids))
     assert not wrong.any(), f"{int(wrong.sum())} values are off"
@@ -158,8 +172,12 @@ def check(result, hidden, layer, top_k, tau, unit=True):
 
     count = (sparsity.double() * features).round()
     assert torch.equal(sparsity, (count / features).float()), "sparsity is not a count divided by F"
-    assert (surely.sum(1) <= count).all() and (count <= possibly.sum(1)).all(), "wrong count of active features"
-    assert torch.equal(positive.sum(1).double(), count.clamp(max=k)), "activations and count disagree"
+    assert (surely.sum(1) <= count).all() and (count <= possibly.sum(1)).all(), (
+        "wrong count of active features"
+    )
+    assert torch.equal(positive.sum(1).double(), count.clamp(max=k)), (
+        "activations and count disagree"
+    )
 
 
 def same_bits(got, want):

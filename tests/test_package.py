@@ -120,8 +120,17 @@ def test_arguments():
     assert arguments(encoder.encode_layer) == [("layer_idx", none), ("hidden", none)]
     assert arguments(encoder.encode_chunked) == [("layer_idx", none), ("hidden", none)]
     assert arguments(encoder.encode_all_layers) == [("hidden_states", none)]
-    assert arguments(encoder.extract_attribution_features) == [("hidden_states", none), ("top_k_global", 100)]
-    single = [("hidden", none), ("W_enc", none), ("b_enc", none), ("top_k", none), ("threshold", none)]
+    assert arguments(encoder.extract_attribution_features) == [
+        ("hidden_states", none),
+        ("top_k_global", 100),
+    ]
+    single = [
+        ("hidden", none),
+        ("W_enc", none),
+        ("b_enc", none),
+        ("top_k", none),
+        ("threshold", none),
+    ]
     assert arguments(encoder.encode_single_layer) == single
     assert arguments(sparse_transcoder.encode_single_layer) == single
     assert arguments(sparse_transcoder.load_transcoders) == [
@@ -135,10 +144,23 @@ def test_arguments():
         ("dtype", None),
     ]
     weights = arguments(sparse_transcoder.TranscoderWeights)
-    assert weights[:5] == [("W_enc", none), ("b_enc", none), ("W_dec", None), ("b_dec", None), ("layer", 0)]
-    assert {"threshold", "k", "W_skip", "input_bias", "ln_weight", "ln_bias", "hook_in", "hook_out"} <= {
-        n for n, _ in weights[5:]
-    }
+    assert weights[:5] == [
+        ("W_enc", none),
+        ("b_enc", none),
+        ("W_dec", None),
+        ("b_dec", None),
+        ("layer", 0),
+    ]
+    assert {
+        "threshold",
+        "k",
+        "W_skip",
+        "input_bias",
+        "ln_weight",
+        "ln_bias",
+        "hook_in",
+        "hook_out",
+    } <= {n for n, _ in weights[5:]}
 
 
 def test_weights_keep_what_they_are_given():
@@ -157,12 +179,25 @@ def test_weights_keep_what_they_are_given():
     weights = sparse_transcoder.TranscoderWeights(**given)
     for name, value in given.items():
         held = getattr(weights, name)
-        assert held is value or torch.equal(held, value) if torch.is_tensor(value) else held == value
+        assert (
+            held is value or torch.equal(held, value) if torch.is_tensor(value) else held == value
+        )
     bare = sparse_transcoder.TranscoderWeights(given["W_enc"], given["b_enc"])
-    for name in ("W_dec", "b_dec", "threshold", "k", "W_skip", "input_bias", "ln_weight", "ln_bias"):
+    for name in (
+        "W_dec",
+        "b_dec",
+        "threshold",
+        "k",
+        "W_skip",
+        "input_bias",
+        "ln_weight",
+        "ln_bias",
+    ):
         assert getattr(bare, name) is None
     with pytest.raises(TypeError):
-        sparse_transcoder.TranscoderWeights(torch.ones(6, 4), torch.ones(6), None, None, 0, torch.ones(6))
+        sparse_transcoder.TranscoderWeights(
+            torch.ones(6, 4), torch.ones(6), None, None, 0, torch.ones(6)
+        )
 
 
 def test_typed():
@@ -172,7 +207,9 @@ def test_typed():
 def test_cmake_prefix_path():
     found = []
     for folder, _, files in os.walk(sparse_transcoder.cmake_prefix_path):
-        found += [os.path.join(folder, file) for file in files if file.lower().endswith("config.cmake")]
+        found += [
+            os.path.join(folder, file) for file in files if file.lower().endswith("config.cmake")
+        ]
     assert any(os.path.join("lib", "cmake", "sparse_transcoder") in path for path in found), found
 
 

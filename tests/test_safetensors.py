@@ -97,7 +97,9 @@ def test_the_reason_is_given(tmp_path):
     path.write_bytes(whole + b"more")
     with pytest.raises(ValueError) as caught:
         _C.read_safetensors(str(path))
-    assert str(caught.value) == f"{path}: the tensors must fill the 24 bytes after the header, got 20"
+    assert (
+        str(caught.value) == f"{path}: the tensors must fill the 24 bytes after the header, got 20"
+    )
     path.write_bytes(file({"a": entry(0, 2), "b": entry(3, 4)}, bytes(4)))
     with pytest.raises(ValueError) as caught:
         _C.read_safetensors(str(path))

@@ -92,7 +92,9 @@ def capture(
         raise ValueError("layers must name at least one layer, got none")
     for layer in wanted:
         if not 0 <= layer < len(blocks):
-            raise ValueError(f"layer {layer}: {type(model).__name__} has layers 0 to {len(blocks) - 1}")
+            raise ValueError(
+                f"layer {layer}: {type(model).__name__} has layers 0 to {len(blocks) - 1}"
+            )
     places = {layer: _place(model, blocks[layer], layer, hook_of(hook, layer)) for layer in wanted}
 
     device = base.get_input_embeddings().weight.device
@@ -112,7 +114,9 @@ def capture(
             done += count
     else:
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        states_of = _run(base, places, input_ids=ids, attention_mask=mask.long(), position_ids=position)
+        states_of = _run(
+            base, places, input_ids=ids, attention_mask=mask.long(), position_ids=position
+        )
         hidden = {layer: states[mask.to(states.device)] for layer, states in states_of.items()}
     return Captured({layer: hidden[layer] for layer in wanted}, batch_idx, ctx_idx)
 
@@ -128,7 +132,9 @@ def _tokens(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         unknown = [str(key) for key in inputs if key not in ("input_ids", "attention_mask")]
         if unknown:
             more = ", ".join(unknown)
-            raise ValueError(f"inputs must hold input_ids and attention_mask alone, got also {more}")
+            raise ValueError(
+                f"inputs must hold input_ids and attention_mask alone, got also {more}"
+            )
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     for name, tensor in (("input_ids", ids), ("attention_mask", mask)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
@@ -140,7 +146,9 @@ def _tokens(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if mask is None:
         mask = torch.ones_like(ids)
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask must be 0 and 1, got other values")
     if not bool(mask.any()):
@@ -162,7 +170,11 @@ def _decoder(model: Any) -> tuple[Any, nn.ModuleList]:
     base = getattr(base, "language_model", base)
     for name in ("layers", "h"):
         blocks = getattr(base, name, None)
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and hasattr(base, "get_input_embeddings"):
+        if (
+            isinstance(blocks, nn.ModuleList)
+            and len(blocks)
+            and hasattr(base, "get_input_embeddings")
+        ):
             return base, blocks
     raise ValueError(
         "model must be a Hugging Face causal model with decoder layers in model.layers, "
@@ -217,7 +229,9 @@ def _place(model: Any, block: nn.Module, layer: int, hook: str) -> _Place:
     norm = _norm_before_mlp(block)
     if norm is None:
         name = type(block).__name__
-        raise ValueError(f"layer {layer}: {hook} needs a norm between attention and MLP, got {name}")
+        raise ValueError(
+            f"layer {layer}: {hook} needs a norm between attention and MLP, got {name}"
+        )
     if hook == "hook_resid_mid":
         return norm, True, None
     if isinstance(norm, nn.LayerNorm):
@@ -246,7 +260,9 @@ def _rms_normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _run(base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor) -> dict[int, torch.Tensor]:
+def _run(
+    base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor
+) -> dict[int, torch.Tensor]:
     """One forward pass as far as the last place: {layer: [B, T, H]}."""
     seen: dict[int, torch.Tensor] = {}
 
@@ -259,7 +275,8 @@ def _run(base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor) -> dic
     def reader(layer: int, module: nn.Module, of_input: bool, change: Any) -> Any:
         if of_input:
             return module.register_forward_pre_hook(
-                lambda _, args, kwargs: keep(layer, args or kwargs["hidden_states"], change), with_kwargs=True
+                lambda _, args, kwargs: keep(layer, args or kwargs["hidden_states"], change),
+                with_kwargs=True,
             )
         return module.register_forward_hook(lambda _, args, output: keep(layer, output, change))
 

@@ -119,7 +119,9 @@ class SparseTranscoderEncoder:
             lanes=0,
             screening=screenings[screening],
             use_graphs=self.use_compile,
-            device_weight_bytes=-1 if self.device_weight_bytes is None else self.device_weight_bytes,
+            device_weight_bytes=-1
+            if self.device_weight_bytes is None
+            else self.device_weight_bytes,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,7 +169,9 @@ class SparseTranscoderEncoder:
         """
         return self.encode_layer(layer_idx, hidden)
 
-    def encode_all_layers(self, hidden_states: Mapping[int, torch.Tensor]) -> dict[int, LayerFeatures]:
+    def encode_all_layers(
+        self, hidden_states: Mapping[int, torch.Tensor]
+    ) -> dict[int, LayerFeatures]:
         """Encode the hidden states of many layers at once, concurrently: {layer: result}.
 
         Layers that have no transcoder are named in one warning and left out. Arguments and errors
@@ -202,7 +206,10 @@ class SparseTranscoderEncoder:
         return found.to_csr(self._transcoders[layer].W_enc.shape[0])
 
     def decode(
-        self, layer_idx: int, features: LayerFeatures | torch.Tensor, hidden: torch.Tensor | None = None
+        self,
+        layer_idx: int,
+        features: LayerFeatures | torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor | dict[int, torch.Tensor]:
         """Reconstruct what the decoder writes: ``W_dec @ activations + b_dec``.
 
@@ -359,7 +366,9 @@ class SparseTranscoderEncoder:
         """
         return self._written(layer, [check.integer("feature", feature)], [1.0])
 
-    def steer(self, layer: int, strengths: Mapping[int, float]) -> torch.Tensor | dict[int, torch.Tensor]:
+    def steer(
+        self, layer: int, strengths: Mapping[int, float]
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
         """The delta [H], float32, to add to what the transcoder writes to.
 
         It is the sum of strength times decoder direction. A decoder that writes to n layers gives

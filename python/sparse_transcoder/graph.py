@@ -95,10 +95,13 @@ def graph_json(
         raise ValueError(f"token_ids must be {len(tokens)} as tokens, got {len(token_ids)}")
 
     nodes = [
-        _feature_node(f, share, len(tokens), labels or {}) for f, share in zip(chosen, _shares(chosen), strict=True)
+        _feature_node(f, share, len(tokens), labels or {})
+        for f, share in zip(chosen, _shares(chosen), strict=True)
     ]
     nodes += [
-        _node(f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding")
+        _node(
+            f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding"
+        )
         for position, token in enumerate(token_ids or ())
     ]
     last = max((int(f["layer"]) for f in chosen), default=-1)
@@ -111,7 +114,14 @@ def graph_json(
             raise ValueError("logits must follow at least one token, got none")
         probability = _finite("a logit's probability", probability)
         nodes.append(
-            _node(f"{count + 1}_{token}_{end}", f"L_{token}-{end}", token, str(count + 1), end, "logit")
+            _node(
+                f"{count + 1}_{token}_{end}",
+                f"L_{token}-{end}",
+                token,
+                str(count + 1),
+                end,
+                "logit",
+            )
             | {
                 "token_prob": probability,
                 "is_target_logit": rank == 0,
@@ -129,7 +139,9 @@ def graph_json(
         for end_id in (source, target):
             if end_id not in known:
                 raise ValueError(f"a link must join nodes of the graph, got {end_id}")
-        edges.append({"source": source, "target": target, "weight": _finite("a link's weight", weight)})
+        edges.append(
+            {"source": source, "target": target, "weight": _finite("a link's weight", weight)}
+        )
 
     metadata: dict[str, Any] = {
         "slug": slug,
@@ -143,7 +155,13 @@ def graph_json(
         metadata["node_threshold"] = float(node_threshold)
     return {
         "metadata": metadata,
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
         "nodes": nodes,
         "links": edges,
     }

@@ -24,7 +24,9 @@ def dense(weights, hidden):
     features = weights.W_enc.shape[0]
     encoder = SparseTranscoderEncoder({weights.layer: weights}, features, 0.0)
     result = encoder.encode_layer(weights.layer, hidden)
-    return torch.zeros(hidden.shape[0], features).scatter(1, result["indices"], result["activations"])
+    return torch.zeros(hidden.shape[0], features).scatter(
+        1, result["indices"], result["activations"]
+    )
 
 
 def relu(pre):

@@ -149,7 +149,8 @@ class EveryLayout:
         for name in FIELDS:
             assert same_bits(getattr(after, name), getattr(before, name)), name
         got, want = (
-            SparseTranscoderEncoder({1: weights}, 10, 0.0).encode_layer(1, hidden) for weights in (after, before)
+            SparseTranscoderEncoder({1: weights}, 10, 0.0).encode_layer(1, hidden)
+            for weights in (after, before)
         )
         assert same_bits(got, want) and want["activations"].any()
 

@@ -92,7 +92,9 @@ def test_a_config_line_without_end(tmp_path):
     """It is read in one pass: a search that goes back and forth would not return."""
     clt(tmp_path, 0, 30, 8)
     line = "title: x" + 500_000 * " " + "y"
-    (tmp_path / "config.yaml").write_text(f"{line}\nfeature_input_hook: 'hook_resid_mid'  # here\nscan: a#b # c\n")
+    (tmp_path / "config.yaml").write_text(
+        f"{line}\nfeature_input_hook: 'hook_resid_mid'  # here\nscan: a#b # c\n"
+    )
     assert load(tmp_path)[0].hook_in == "hook_resid_mid"
 
 

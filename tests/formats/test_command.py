@@ -73,7 +73,9 @@ def reference_with_layer_norm(root, i, F, H):
     put(root, f"transcoder_L{i}.pt", state | {"dec.weight": torch.ones(H, F)})
 
 
-@pytest.mark.parametrize("write, word", [(clt, "many layers"), (reference_with_layer_norm, "LayerNorm")])
+@pytest.mark.parametrize(
+    "write, word", [(clt, "many layers"), (reference_with_layer_norm, "LayerNorm")]
+)
 def test_convert_refuses_what_native_cannot_hold(tmp_path, capsys, write, word):
     write(tmp_path / "a", 0, 30, 8)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 1

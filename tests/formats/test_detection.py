@@ -48,7 +48,9 @@ def test_the_config_tells_the_layer_before_the_folder(tmp_path):
 def test_a_config_that_lists_other_files_is_not_guessed_around(tmp_path):
     """The list gives the order of the layers; the names of the folders must not replace it."""
     gemma_scope(tmp_path, 3, 30, 8)
-    (tmp_path / "config.yaml").write_text("transcoders:\n  - layer_3/width_16k/average_l0_5/params.npz\n")
+    (tmp_path / "config.yaml").write_text(
+        "transcoders:\n  - layer_3/width_16k/average_l0_5/params.npz\n"
+    )
     refused(tmp_path, "params.npz")
     (tmp_path / "config.yaml").write_text("title: not of this project\n")
     assert list(load(tmp_path)) == [3]

@@ -86,7 +86,11 @@ class TestDictionaryLearning(EveryLayout, WithConfig):
     WRITERS = tuple(dictionary_learning_case(kind) for kind in KINDS)
     CONFIG = "config.json"
     UNSUPPORTED = (
-        (dictionary_learning_case("AutoEncoder"), {"trainer": {"dict_class": "GatedAutoEncoder"}}, ["Gated"]),
+        (
+            dictionary_learning_case("AutoEncoder"),
+            {"trainer": {"dict_class": "GatedAutoEncoder"}},
+            ["Gated"],
+        ),
         (dictionary_learning_case("AutoEncoder"), {"trainer": {}}, ["dict_class"]),
         (dictionary_learning_case("AutoEncoder"), {"trainer": 3}, ["trainer"]),
         (

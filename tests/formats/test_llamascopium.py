@@ -27,7 +27,9 @@ def llamascopium_case(activation, rescaled=False, bias=True):
         W_D = torch.zeros(F, H)
         W_D[torch.arange(F), torch.arange(F) % H] = norms
         tensors = {"W_E": p["W_enc"], "b_E": p["b_enc"], "W_D": W_D}
-        tensors["dataset_average_activation_norm.blocks.1.ln2.hook_normalized"] = torch.tensor(torch.nan)
+        tensors["dataset_average_activation_norm.blocks.1.ln2.hook_normalized"] = torch.tensor(
+            torch.nan
+        )
         if bias:
             tensors["b_D"] = p["b_dec"]
         if activation == "jumprelu":
@@ -53,7 +55,9 @@ def llamascopium_case(activation, rescaled=False, bias=True):
 
         return Written(encode, p["W_enc"].T, W_D.T, p["b_dec"] if bias else None, hooks=hooks)
 
-    write.__name__ = f"llamascopium_{activation}{'_rescaled' * rescaled}{'' if bias else '_no_bias'}"
+    write.__name__ = (
+        f"llamascopium_{activation}{'_rescaled' * rescaled}{'' if bias else '_no_bias'}"
+    )
     return write
 
 
@@ -67,8 +71,16 @@ class TestLlamascopium(EveryLayout, WithConfig):
     )
     CONFIG = "config.json"
     UNSUPPORTED = (
-        (llamascopium_case("topk"), {"sparsity_include_decoder_norm": True}, ["topk", "decoder_norm"]),
-        (llamascopium_case("topk"), {"sparsity_include_decoder_norm": None}, ["topk", "decoder_norm"]),
+        (
+            llamascopium_case("topk"),
+            {"sparsity_include_decoder_norm": True},
+            ["topk", "decoder_norm"],
+        ),
+        (
+            llamascopium_case("topk"),
+            {"sparsity_include_decoder_norm": None},
+            ["topk", "decoder_norm"],
+        ),
         (llamascopium_case("relu"), {"act_fn": "batchtopk"}, ["batchtopk"]),
         (llamascopium_case("relu"), {"norm_activation": "token-wise"}, ["token-wise"]),
         (llamascopium_case("relu"), {"norm_activation": None}, ["norm_activation"]),

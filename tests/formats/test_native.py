@@ -42,7 +42,10 @@ CONFIG = "model_name: none/none\nmodel_kind: transcoder_set\n" + HOOKS
 def tensors(seed=0, features=F, hidden_size=H, dtype=torch.float32, **more):
     """A native layer as its file holds it: W_dec is [F, H]."""
     layer = make_layer(features, hidden_size, seed)
-    layer |= {"W_dec": normal(features, hidden_size, seed=seed + 5), "b_dec": normal(hidden_size, seed=seed + 6)}
+    layer |= {
+        "W_dec": normal(features, hidden_size, seed=seed + 5),
+        "b_dec": normal(hidden_size, seed=seed + 6),
+    }
     return {name: value.to(dtype) for name, value in layer.items()} | more
 
 
@@ -60,7 +63,13 @@ def equal(a, b):
 
 def encodes_like(weights, layer, hidden=None):
     hidden = normal(20, layer["W_enc"].shape[1]) if hidden is None else hidden
-    check(SparseTranscoderEncoder({7: weights}, 10, 0.3).encode_layer(7, hidden), hidden, layer, 10, 0.3)
+    check(
+        SparseTranscoderEncoder({7: weights}, 10, 0.3).encode_layer(7, hidden),
+        hidden,
+        layer,
+        10,
+        0.3,
+    )
 
 
 def native_case(**more):
@@ -126,7 +135,9 @@ def test_threshold_makes_jumprelu(tmp_path, dtype):
     saved = tensors(dtype=dtype, **{"activation_function.threshold": threshold})
     weights = load(write(tmp_path, {0: saved}))[0]
     assert equal(weights.threshold, threshold) and weights.k is None
-    encodes_like(weights, {"W_enc": saved["W_enc"], "b_enc": saved["b_enc"], "threshold": threshold})
+    encodes_like(
+        weights, {"W_enc": saved["W_enc"], "b_enc": saved["b_enc"], "threshold": threshold}
+    )
 
 
 def test_skip(tmp_path):
@@ -151,11 +162,15 @@ def test_top_k_coder(tmp_path, config, stored):
     assert type(weights.k) is int and weights.k == 4 and weights.threshold is None
     encodes_like(weights, {"W_enc": saved["W_enc"], "b_enc": saved["b_enc"], "k": 4})
     hidden = normal(3, H)
-    assert SparseTranscoderEncoder({0: weights}, None, 0.0).encode_layer(0, hidden)["indices"].shape == (3, 4)
+    assert SparseTranscoderEncoder({0: weights}, None, 0.0).encode_layer(0, hidden)[
+        "indices"
+    ].shape == (3, 4)
 
 
 def test_hook_names_are_kept(tmp_path):
-    config = CONFIG.replace("mlp.hook_in", "hook_resid_mid").replace("mlp.hook_out", "'ln2.hook_normalized'  # quoted")
+    config = CONFIG.replace("mlp.hook_in", "hook_resid_mid").replace(
+        "mlp.hook_out", "'ln2.hook_normalized'  # quoted"
+    )
     weights = load(write(tmp_path, {0: tensors()}, config))[0]
     assert (weights.hook_in, weights.hook_out) == ("hook_resid_mid", "ln2.hook_normalized")
 
@@ -216,7 +231,11 @@ def test_a_large_set_opens_without_being_read(tmp_path, cross_layer):
     weights = load(tmp_path, wanted)
     assert [w.W_enc.shape[0] for w in weights.values()] == [features] * 3
     mapped = resident(tmp_path)
-    names = ("W_enc_{}.safetensors", "W_dec_{}.safetensors") if cross_layer else ("layer_{}.safetensors",)
+    names = (
+        ("W_enc_{}.safetensors", "W_dec_{}.safetensors")
+        if cross_layer
+        else ("layer_{}.safetensors",)
+    )
     assert set(mapped) == {name.format(i) for i in wanted for name in names}
     assert sum(mapped.values()) < 400e6 < size / 8
 
@@ -254,7 +273,9 @@ def test_links_are_followed(tmp_path):
     """A download cache holds links to files elsewhere, with other names."""
     write(tmp_path / "blobs", {0: tensors()})
     write(tmp_path / "set", {})
-    (tmp_path / "set" / "layer_0.safetensors").symlink_to(tmp_path / "blobs" / "layer_0.safetensors")
+    (tmp_path / "set" / "layer_0.safetensors").symlink_to(
+        tmp_path / "blobs" / "layer_0.safetensors"
+    )
     assert equal(load(tmp_path / "set")[0].W_enc, tensors()["W_enc"])
 
 
@@ -270,12 +291,18 @@ def test_unaligned_tensors(tmp_path):
     table, data = {}, b""
     for name, tensor in tensors().items():
         raw = tensor.numpy().tobytes()
-        table[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        table[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     for pad in range(4):
         header = json.dumps(table).encode() + b" " * pad
         write(tmp_path, {})
-        (tmp_path / "layer_0.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+        (tmp_path / "layer_0.safetensors").write_bytes(
+            struct.pack("<Q", len(header)) + header + data
+        )
         weights = load(tmp_path)[0]
         assert equal(weights.W_enc, tensors()["W_enc"])
         encodes_like(weights, {name: tensors()[name] for name in ("W_enc", "b_enc")})
@@ -292,7 +319,9 @@ def test_a_tensor_of_unknown_meaning_is_named(tmp_path):
     write(tmp_path, {0: tensors(gate=torch.ones(F))})
     with pytest.raises(ValueError, match="gate") as caught:
         load(tmp_path)
-    assert str(tmp_path / "layer_0.safetensors") in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path / "layer_0.safetensors") in str(caught.value) and "\n" not in str(
+        caught.value
+    )
 
 
 @pytest.mark.gpu
@@ -300,7 +329,12 @@ def test_device(tmp_path):
     write(tmp_path, {0: tensors()})
     for device in ("cuda", None, torch.device("cuda", 0)):
         weights = load_transcoders(tmp_path, device=device)[0]
-        assert weights.W_enc.device.type == weights.W_dec.device.type == weights.b_enc.device.type == "cuda"
+        assert (
+            weights.W_enc.device.type
+            == weights.W_dec.device.type
+            == weights.b_enc.device.type
+            == "cuda"
+        )
         assert equal(weights.W_enc.cpu(), tensors()["W_enc"])
 
 
@@ -489,7 +523,11 @@ def entry(dtype, shape, *offsets):
 
 
 def table(**changes):
-    return {name: e if isinstance(e, dict) else entry(*e) for name, e in {**GOOD, **changes}.items() if e is not None}
+    return {
+        name: e if isinstance(e, dict) else entry(*e)
+        for name, e in {**GOOD, **changes}.items()
+        if e is not None
+    }
 
 
 def file(header=None, data=DATA, length=None):
@@ -559,7 +597,9 @@ LIES = {
     "shape beyond int64": file(table(b_enc=("F32", [2**64 + F], 1920, 2040))),
     "shape overflows to its bytes": file(table(W_enc=("F32", [2**62 + 240, 1], 0, 960))),
     "shape overflows to nothing": file(table(W_enc=("F32", [2**32, 2**32], 0, 0))),
-    "shape larger than its bytes": file(table(W_enc=("F32", [F + 1, H], 0, 960), b_enc=("F32", [F + 1], 1920, 2040))),
+    "shape larger than its bytes": file(
+        table(W_enc=("F32", [F + 1, H], 0, 960), b_enc=("F32", [F + 1], 1920, 2040))
+    ),
     "shape smaller than its bytes": file(table(W_enc=("F32", [F, H - 1], 0, 960))),
     "shape zero": packed(W_enc=("F32", [0, H]), b_enc=("F32", [0]), W_dec=("F32", [0, H])),
     "offsets out of the file": file(table(b_dec=("F32", [H], 2044, 2076))),
@@ -597,7 +637,9 @@ LIES = {
     "NaN in W_enc": file(data=with_bytes(956, NAN)),
     "Inf in W_enc": file(data=with_bytes(400, INF)),
     "NaN in b_enc": file(data=with_bytes(1920, NAN)),
-    "NaN in threshold": file(table(**{"activation_function.threshold": ("F32", [F], 2072, 2192)}), DATA + NAN * F),
+    "NaN in threshold": file(
+        table(**{"activation_function.threshold": ("F32", [F], 2072, 2192)}), DATA + NAN * F
+    ),
 }
 
 CONFIGS = {
@@ -620,8 +662,10 @@ CONFIGS = {
     "transcoders out of the folder": CONFIG + "transcoders:\n- ../good/layer_0.safetensors\n",
     "transcoders out by a detour": CONFIG + "transcoders:\n- sub/../../good/layer_0.safetensors\n",
     "transcoders absolute": CONFIG + "transcoders:\n- ROOT/good/layer_0.safetensors\n",
-    "transcoders on one line, out of the folder": CONFIG + "transcoders: [../good/layer_0.safetensors]\n",
-    "transcoders on another machine": CONFIG + "transcoders:\n- https://example.org/layer_0.safetensors\n",
+    "transcoders on one line, out of the folder": CONFIG
+    + "transcoders: [../good/layer_0.safetensors]\n",
+    "transcoders on another machine": CONFIG
+    + "transcoders:\n- https://example.org/layer_0.safetensors\n",
 }
 
 # What YAML calls broken, in places that mean nothing to us. It is refused or passed over.
@@ -659,7 +703,10 @@ def load_elsewhere(root, folders):
         timeout=600,
     )
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    return {name: (error, text) for name, error, text in outcomes}, (done.returncode, done.stderr[-500:])
+    return {name: (error, text) for name, error, text in outcomes}, (
+        done.returncode,
+        done.stderr[-500:],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -675,7 +722,11 @@ def lies(tmp_path_factory):
         raw = text.replace("ROOT", str(root)).encode(errors="surrogateescape")
         (root / f"config{number}" / "config.yaml").write_bytes(raw)
     configs = len(CONFIGS) + len(CURIOUS)
-    folders = ["good", *(f"file{n}" for n in range(len(LIES))), *(f"config{n}" for n in range(configs))]
+    folders = [
+        "good",
+        *(f"file{n}" for n in range(len(LIES))),
+        *(f"config{n}" for n in range(configs)),
+    ]
     return root, *load_elsewhere(root, [root / folder for folder in folders])
 
 
@@ -700,7 +751,9 @@ def refused(outcomes, folder, path, errors=("ValueError",)):
 def test_files_that_lie(lies, name):
     root, outcomes, _ = lies
     folder = f"file{list(LIES).index(name)}"
-    text = refused(outcomes, folder, root / folder / "layer_0.safetensors", ("ValueError", "TypeError"))
+    text = refused(
+        outcomes, folder, root / folder / "layer_0.safetensors", ("ValueError", "TypeError")
+    )
     for tensor in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
         assert tensor not in name or tensor in text, text
 
@@ -709,7 +762,9 @@ def test_files_that_lie(lies, name):
 def test_configs_that_lie(lies, name):
     root, outcomes, _ = lies
     folder = f"config{list(CONFIGS).index(name)}"
-    errors = ("ValueError", "FileNotFoundError") if name == "transcoders not there" else ("ValueError",)
+    errors = (
+        ("ValueError", "FileNotFoundError") if name == "transcoders not there" else ("ValueError",)
+    )
     text = refused(outcomes, folder, root / folder, errors)
     assert "unknown" not in name or "groupmax" in text or "gated_set" in text, text
 
@@ -718,7 +773,9 @@ def test_configs_that_lie(lies, name):
 def test_curious_configs(lies, name):
     root, outcomes, _ = lies
     folder = f"config{len(CONFIGS) + list(CURIOUS).index(name)}"
-    assert outcomes.get(folder) == ("loaded", "") or refused(outcomes, folder, root / folder / "config.yaml")
+    assert outcomes.get(folder) == ("loaded", "") or refused(
+        outcomes, folder, root / folder / "config.yaml"
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ def reference_state(prefix="", norm=False, tied=False, targets=1, features=F, hi
             "enc.0.bias": 0.3 * normal(hidden_size, seed=4),
         }
     if not tied:
-        state |= {"enc.1.weight": normal(features, hidden_size, seed=5), "enc.1.bias": normal(features, seed=6)}
+        state |= {
+            "enc.1.weight": normal(features, hidden_size, seed=5),
+            "enc.1.bias": normal(features, seed=6),
+        }
     return {prefix + name: value for name, value in state.items()}
 
 
@@ -45,10 +48,15 @@ def reference_state(prefix="", norm=False, tied=False, targets=1, features=F, hi
 @pytest.mark.parametrize("features, hidden_size", [(F, H), (12, 12)])
 def test_reference(tmp_path, prefix, norm, tied, features, hidden_size):
     state = reference_state(prefix, norm, tied, 1, features, hidden_size)
-    torch.save({"state_dict": state, "config": {"lr": 1e-3}, "step": 5}, tmp_path / "transcoder_L3.pt")
+    torch.save(
+        {"state_dict": state, "config": {"lr": 1e-3}, "step": 5}, tmp_path / "transcoder_L3.pt"
+    )
     loaded = load(tmp_path)
     assert list(loaded) == [3]
-    weights, plain = loaded[3], {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    weights, plain = (
+        loaded[3],
+        {name.removeprefix("_orig_mod."): value for name, value in state.items()},
+    )
     layer = {"W_enc": plain["dec.weight"].T, "b_enc": torch.zeros(features)}
     if not tied:
         layer = {"W_enc": plain["enc.1.weight"], "b_enc": plain["enc.1.bias"]}
@@ -68,7 +76,10 @@ def test_reference_with_many_targets(tmp_path, norm):
     weights = load(tmp_path)[0]
     assert equal(weights.W_enc, state["enc.1.weight"])
     layer = {"W_enc": weights.W_enc, "b_enc": weights.b_enc}
-    encodes_like(weights, layer | ({"ln_weight": weights.ln_weight, "ln_bias": weights.ln_bias} if norm else {}))
+    encodes_like(
+        weights,
+        layer | ({"ln_weight": weights.ln_weight, "ln_bias": weights.ln_bias} if norm else {}),
+    )
 
 
 def test_reference_layers(tmp_path):
@@ -103,14 +114,36 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, form):
         ({"weights": {}}, "state_dict"),
         ([1, 2], "state_dict"),
         ({"state_dict": {}}, "dec.weight"),
-        ({"state_dict": {n: v for n, v in reference_state().items() if n != "enc.1.bias"}}, "enc.1.bias"),
-        ({"state_dict": {n: v for n, v in reference_state(norm=True).items() if n != "enc.0.bias"}}, "enc.0.bias"),
-        ({"state_dict": reference_state() | {"enc.1.bias": torch.zeros(F + 1)}}, "transcoder_L0.pt"),
+        (
+            {"state_dict": {n: v for n, v in reference_state().items() if n != "enc.1.bias"}},
+            "enc.1.bias",
+        ),
+        (
+            {
+                "state_dict": {
+                    n: v for n, v in reference_state(norm=True).items() if n != "enc.0.bias"
+                }
+            },
+            "enc.0.bias",
+        ),
+        (
+            {"state_dict": reference_state() | {"enc.1.bias": torch.zeros(F + 1)}},
+            "transcoder_L0.pt",
+        ),
         ({"state_dict": reference_state() | {"enc.1.bias": 3.0}}, "transcoder_L0.pt"),
         ({"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state() | {"enc.1.weight": torch.full((F, H), torch.nan)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state(norm=True) | {"enc.0.weight": torch.ones(H + 1)}}, "transcoder_L0.pt"),
-        ({"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F, H).double()}}, "transcoder_L0.pt"),
+        (
+            {"state_dict": reference_state() | {"enc.1.weight": torch.full((F, H), torch.nan)}},
+            "transcoder_L0.pt",
+        ),
+        (
+            {"state_dict": reference_state(norm=True) | {"enc.0.weight": torch.ones(H + 1)}},
+            "transcoder_L0.pt",
+        ),
+        (
+            {"state_dict": reference_state() | {"enc.1.weight": torch.zeros(F, H).double()}},
+            "transcoder_L0.pt",
+        ),
     ],
 )
 def test_reference_files_that_are_not_whole(tmp_path, content, word):

@@ -118,7 +118,9 @@ def test_sparsify(tmp_path, transcode, skip, F):
 def test_names_that_would_spoil_the_message(tmp_path, name):
     sparsify(tmp_path, 0, 30, 8)
     changed(weights_file(tmp_path), **{name: torch.zeros(1)})
-    with pytest.raises(ValueError, match=r'sae\.safetensors: tensor ".*" is not part of this layout') as caught:
+    with pytest.raises(
+        ValueError, match=r'sae\.safetensors: tensor ".*" is not part of this layout'
+    ) as caught:
         load(tmp_path)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     configured(next(tmp_path.rglob("cfg.json")), activation=name)

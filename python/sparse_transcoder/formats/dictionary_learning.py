@@ -42,7 +42,9 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     else:
         W_enc, b_enc = tensors.take("encoder.weight", 2), tensors.take("encoder.bias", 1)
         W_dec = tensors.take("decoder.weight", 2)
-    b_dec = tensors.take({"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec"), 1)
+    b_dec = tensors.take(
+        {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec"), 1
+    )
     if kind == "AutoEncoder":
         W_enc, b_enc, W_dec = _unit_decoder(path, W_enc, b_enc, W_dec)
     elif kind == "AutoEncoderTopK":

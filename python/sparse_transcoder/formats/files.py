@@ -226,7 +226,9 @@ def read_pickled(path: Path, key: str | None = None) -> Tensors:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{member.filename} is compressed, which torch.save never does")
+                    raise ValueError(
+                        f"{member.filename} is compressed, which torch.save never does"
+                    )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     loaded = _guarded(path, "a checkpoint that can be read without running its code", read)

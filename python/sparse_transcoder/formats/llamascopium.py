@@ -35,7 +35,9 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     config = Config(path.with_name("config.json"))
     config.only("sae_type", config.get("sae_type", str, "sae"), ("sae",))
     config.only("use_glu_encoder", config.get("use_glu_encoder", bool, False), (False,))
-    config.only("norm_activation", config.get("norm_activation", str, "dataset-wise"), ("inference",))
+    config.only(
+        "norm_activation", config.get("norm_activation", str, "dataset-wise"), ("inference",)
+    )
     activation = config.get("act_fn", str, "relu").lower()
     config.only("act_fn", activation, ("relu", "jumprelu", "topk"))
     rescaled = config.get("sparsity_include_decoder_norm", bool, True)

@@ -16,7 +16,9 @@ from ..weights import TranscoderWeights
 RELUS = (torch.relu, torch.nn.functional.relu)
 
 
-def on_engine(transcoders: TranscoderSet, *, chunk_size: int = 512, screening: str = "auto") -> TranscoderSet:
+def on_engine(
+    transcoders: TranscoderSet, *, chunk_size: int = 512, screening: str = "auto"
+) -> TranscoderSet:
     """The same TranscoderSet, whose ``encode_sparse`` runs on the engine.
 
     So does ``compute_attribution_components``, which calls it. The set given is left as it is.
