@@ -96,8 +96,9 @@ def test_another_process(tmp_path):
     (tmp_path / "encoder").write_bytes(pickle.dumps((given, hidden)))
     code = """
 import pickle, sys
-encoder, hidden = pickle.load(open(sys.argv[1] + "/encoder", "rb"))
-pickle.dump(encoder.encode_layer(0, hidden), open(sys.argv[1] + "/result", "wb"))
+from pathlib import Path
+encoder, hidden = pickle.loads(Path(sys.argv[1], "encoder").read_bytes())
+Path(sys.argv[1], "result").write_bytes(pickle.dumps(encoder.encode_layer(0, hidden)))
 """
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     result = pickle.loads((tmp_path / "result").read_bytes())

@@ -252,7 +252,7 @@ def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
 
 
 def asked(call):
-    """Bytes asked of torch's allocator during a call, its peak above what was there, and its result."""
+    """Bytes asked of torch's allocator during a call, its peak above the start, and its result."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

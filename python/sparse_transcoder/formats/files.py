@@ -111,6 +111,11 @@ class Config:
         """A nested object, empty where it is not there."""
         return Config(self.path, self.get(name, dict, {}))
 
+    def must_be_off(self, *names: str) -> None:
+        """Refuse switches of variants that we do not support."""
+        for name in names:
+            self.only(name, self.get(name, bool, False), (False,))
+
     def only(self, name: str, value: Any, supported: tuple[Any, ...]) -> Any:
         """Refuse a variant that we do not support, by its name."""
         if not any(value == one and type(value) is type(one) for one in supported):

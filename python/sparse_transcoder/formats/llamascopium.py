@@ -34,7 +34,7 @@ def layer_of(path: Path) -> int | None:
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     config = Config(path.with_name("config.json"))
     config.only("sae_type", config.get("sae_type", str, "sae"), ("sae",))
-    config.only("use_glu_encoder", config.get("use_glu_encoder", bool, False), (False,))
+    config.must_be_off("use_glu_encoder")
     config.only(
         "norm_activation", config.get("norm_activation", str, "dataset-wise"), ("inference",)
     )

@@ -48,14 +48,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     has_threshold, has_skip = ARCHITECTURES[architecture]
     if architecture == "topk":
         k = k or config.k()
-    config.only(
-        "rescale_acts_by_decoder_norm",
-        config.get("rescale_acts_by_decoder_norm", bool, False),
-        (False,),
-    )
-    config.only(
-        "finetuning_scaling_factor", config.get("finetuning_scaling_factor", bool, False), (False,)
-    )
+    config.must_be_off("rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
     normalize = config.values.get("normalize_activations")
     config.only(
         "normalize_activations", "none" if normalize in (None, False) else normalize, ("none",)

@@ -15,7 +15,7 @@ from .layout import Layout, not_declared, one_file
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     config = Config(path.with_name("cfg.json"))
     config.only("activation", config.get("activation", str, "topk"), ("topk",))
-    config.only("signed", config.get("signed", bool, False), (False,))
+    config.must_be_off("signed")
     transcode = config.get("transcode", bool, False)
     tensors = read_safetensors(path)
     W_enc, b_enc = tensors.take("encoder.weight", 2), tensors.take("encoder.bias", 1)
