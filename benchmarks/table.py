@@ -31,9 +31,7 @@ MIB = 1 << 20
 
 
 def markdown(titles, lines):
-    return "\n".join(
-        "| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *lines]
-    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *lines])
 
 
 def median(record, name=OURS):
@@ -51,10 +49,7 @@ def speeds(results):
         if record["brief"]:
             continue
         ours = median(record)
-        ratios = [
-            number(median(record, name) / ours) if name in record["contenders"] else ""
-            for name in BASELINES
-        ]
+        ratios = [number(median(record, name) / ours) if name in record["contenders"] else "" for name in BASELINES]
         lines.append([record["case"], number(ours), *ratios])
     return markdown(["case", "ours, ms", *BASELINES], lines)
 
@@ -68,18 +63,10 @@ def survivors(results):
             continue
         pairs = of["pairs_int8"] + of["pairs_int16"] + of["pairs_float32"]
         let_through = of["survivors"] / of["pairs_int8"] * of["features"]
-        counts = [
-            record["active_per_row"],
-            let_through,
-            of["rescored"] / of["rows"],
-            of["ambiguous"] / of["rows"],
-        ]
+        counts = [record["active_per_row"], let_through, of["rescored"] / of["rows"], of["ambiguous"] / of["rows"]]
         cells = [number(count) for count in counts]
         lines.append([record["case"], cells[0], f"{of['pairs_int8'] / pairs:.0%}", *cells[1:]])
-    return markdown(
-        ["case", "active", "screened in int8", "survive int8", "computed exactly", "ambiguous"],
-        lines,
-    )
+    return markdown(["case", "active", "screened in int8", "survive int8", "computed exactly", "ambiguous"], lines)
 
 
 def screens(results):
@@ -110,9 +97,7 @@ def grid(title, records, row, column, ratio, columns):
     lines = {}
     for record in records:
         lines.setdefault(row(record), {})[column(record)] = ratio(record["ms"])
-    cells = [
-        [name, *(number(of[c]) if c in of else "" for c in columns)] for name, of in lines.items()
-    ]
+    cells = [[name, *(number(of[c]) if c in of else "" for c in columns)] for name, of in lines.items()]
     return markdown([title, *columns], cells)
 
 
@@ -127,14 +112,7 @@ def shares(crossovers):
         return f"{record['survive']:.0%}"
 
     columns = list(dict.fromkeys(map(share, records)))
-    table = grid(
-        "int8 over the dense screen",
-        records,
-        name,
-        share,
-        lambda ms: ms["int8"] / ms["dense"],
-        columns,
-    )
+    table = grid("int8 over the dense screen", records, name, share, lambda ms: ms["int8"] / ms["dense"], columns)
     lines = table.split("\n")
     for i, line in enumerate(lines):
         of = [r for r in records if line.startswith(f"| {name(r)} |")]
@@ -144,10 +122,7 @@ def shares(crossovers):
 
 def equal_at(records):
     """The share at which a straight line between two of the records has both times equal."""
-    points = [
-        (r["survive"], r["ms"]["int8"] / r["ms"]["dense"])
-        for r in sorted(records, key=lambda r: r["survive"])
-    ]
+    points = [(r["survive"], r["ms"]["int8"] / r["ms"]["dense"]) for r in sorted(records, key=lambda r: r["survive"])]
     for (low, before), (high, after) in itertools.pairwise(points):
         if before <= 1 < after:
             return low + (high - low) * (1 - before) / (after - before)
@@ -177,12 +152,7 @@ def rows(crossovers):
 
 def adverse(crossovers):
     lines = [
-        [
-            r["case"],
-            number(r["ms"]["auto"]),
-            number(r["ms"]["off"]),
-            number(r["ms"]["auto"] / r["ms"]["off"]),
-        ]
+        [r["case"], number(r["ms"]["auto"]), number(r["ms"]["off"]), number(r["ms"]["auto"] / r["ms"]["off"])]
         for r in crossovers["adverse"]
     ]
     return markdown(["rows or weights", '"auto", ms', '"off", ms', "auto over off"], lines)
@@ -190,31 +160,19 @@ def adverse(crossovers):
 
 def find(results, **fields):
     """The first case with these fields, or None."""
-    return next(
-        (r for r in results["cases"] if all(r[key] == value for key, value in fields.items())), None
-    )
+    return next((r for r in results["cases"] if all(r[key] == value for key, value in fields.items())), None)
 
 
 def measured(results):
     """README's section: from its title to the next."""
     machine, first = results["machine"], results["cases"][0]
     dense = find(results, kind="dense")["active_per_row"]
-    versions = [
-        f"{name} {machine[name]}"
-        for name in ("torch", "eai-sparsify", "circuit-tracer")
-        if name in machine
-    ]
-    decode = max(
-        (r for r in results["cases"] if r["T"] == 1),
-        key=lambda r: (r["dtype"] == "float32", r["layers"]),
-    )
+    versions = [f"{name} {machine[name]}" for name in ("torch", "eai-sparsify", "circuit-tracer") if name in machine]
+    decode = max((r for r in results["cases"] if r["T"] == 1), key=lambda r: (r["dtype"] == "float32", r["layers"]))
     int8 = max(r.get("int8_gops", 0) for r in results["cases"])
     copies = first["memory"]["screening_bytes"] / (first["F"] * first["H"] * first["layers"])
     long = max(results["cases"], key=lambda r: r["T"])
-    extra = {
-        name: (long["contenders"][name]["extra_bytes"] or 0) / MIB
-        for name in (OURS, "reference fp32")
-    }
+    extra = {name: (long["contenders"][name]["extra_bytes"] or 0) / MIB for name in (OURS, "reference fp32")}
     before = [
         "Times faster than each baseline in the same run: the other's median over ours, results checked for equality first.",
         f"float32 weights and rows, top_k {first['top_k']} (real: 32), {ACTIVE} active features a row (dense: {dense:.0f}),",
@@ -232,12 +190,7 @@ def measured(results):
         f"result, the reference pipeline in chunks {extra['reference fp32']:.0f} MiB. [docs/screening.md](docs/screening.md)",
         "derives why the results are exact and shows where the time goes.",
     ]
-    paragraphs = [
-        fill(before),
-        speeds(results),
-        "![Times faster over the number of rows](docs/speed.svg)",
-        fill(after),
-    ]
+    paragraphs = [fill(before), speeds(results), "![Times faster over the number of rows](docs/speed.svg)", fill(after)]
     return "\n\n".join(["## Measured", *paragraphs, ""])
 
 
@@ -247,26 +200,20 @@ def fill(parts):
 
 def written(results, crossovers):
     """{path: its text with the results' numbers}"""
-    readme = re.sub(
-        r"(?ms)^## Measured\n.*?(?=^## )", lambda _: measured(results), README.read_text()
-    )
+    readme = re.sub(r"(?ms)^## Measured\n.*?(?=^## )", lambda _: measured(results), README.read_text())
     docs = DOCS.read_text()
     tables = [survivors(results), screens(results), phases(results)]
     for made in [*tables, *(table(crossovers) for table in (shares, planes, rows, adverse))]:
         title = re.escape(made.split("\n", 1)[0])
         docs, found = re.subn(rf"(?m)^{title}\n(\|.*\n?)+", lambda _, made=made: made + "\n", docs)
         if found != 1:
-            raise SystemExit(
-                f"{DOCS.name} must have one table that begins with {made.splitlines()[0]}"
-            )
+            raise SystemExit(f"{DOCS.name} must have one table that begins with {made.splitlines()[0]}")
     return {README: readme, DOCS: docs, PLOT: draw(results)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--write", action="store_true", help="into README.md and docs/, with the plot"
-    )
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/, with the plot")
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = json.loads(options.results.read_text())
