@@ -1,14 +1,17 @@
-"""Time each choice that screening.cpp makes against its alternative, and rows and weights made to hurt: one thread, one core.
+"""Time each choice of a screen against its alternative, also on rows and weights made to hurt.
 
     python benchmarks/crossovers.py [--only dense,planes,rows,adverse] [--out FILE]
 
-dense    the int8 screen with what follows it, over the screen that panels with many survivors take, by the share that survives
+dense    the int8 screen with what follows it, over the screen that panels with many survivors take,
+         by the share that survives
 planes   one int8 plane over two, by the rows of a call
 rows     the int8 screen over the float32 product, by the rows of a call
 adverse  screening="auto" over "off"
 
-Every pair of variants takes turns in one process, which encodes the same bits with both. force_screen.cpp, preloaded, makes the
-choice in the library's place; SPARSE_TRANSCODER_CPU the instruction set. Times are bench.py's: medians of alternating rounds.
+All run on one thread and one core. Every pair of variants takes turns in one process, which encodes
+the same bits with both. force_screen.cpp, preloaded, makes the choice in the library's place, and
+SPARSE_TRANSCODER_CPU that of the instruction set. Times are bench.py's: medians of alternating
+rounds.
 """
 
 import argparse
@@ -35,9 +38,13 @@ NEVER = 2.0  # a share that no panel has
 TOP_K = 50
 T, H, F = 256, 2048, 8192
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
-# What is left of the choices on each instruction set: dtype of the weights, screening, and the dense arithmetic.
+# The choices on each instruction set: dtype of the weights, screening, dense arithmetic.
 DENSE = {
-    "avx512vnni": [("float32", "auto", INT16), ("float32", "int8", FLOAT32), ("bfloat16", "auto", FLOAT32)],
+    "avx512vnni": [
+        ("float32", "auto", INT16),
+        ("float32", "int8", FLOAT32),
+        ("bfloat16", "auto", FLOAT32),
+    ],
     "avx2vnni": [("float32", "auto", FLOAT32), ("bfloat16", "auto", FLOAT32)],
     "avx2": [("float32", "auto", FLOAT32), ("bfloat16", "auto", FLOAT32)],
 }
@@ -53,7 +60,7 @@ def encoders(layers, top_k=TOP_K, **options):
 
 
 def times(name, variants):
-    """{variant: ms}, after a check that all give the same bits. variants: name -> (prepare, call)."""
+    """{variant: ms}, after a check that all give the same bits, of {name: (prepare, call)}."""
     results, seconds, calls = {}, {}, {}
     for variant, (prepare, call) in variants.items():
 
@@ -93,7 +100,11 @@ def dense(force, cpu):
             encoder = made_for(THRESHOLD - margin - scores[int((1 - share) * len(scores))].item())
             share = survive(encoder)
             call = functools.partial(encoder.encode_all_layers, {0: x})
-            record = {"cpu": cpu, "weights": dtype, "dense": "int16" if arithmetic == INT16 else "float32"}
+            record = {
+                "cpu": cpu,
+                "weights": dtype,
+                "dense": "int16" if arithmetic == INT16 else "float32",
+            }
             record["survive"] = round(share, 4)
             record["ms"] = times(
                 f"dense {cpu} {dtype} {share}",
@@ -139,7 +150,7 @@ def rows(force, cpu):
 
 
 def adverse_cases():
-    """name -> (rows [T, H], W, b, top_k, threshold); ordinary ones have ACTIVE features a row."""
+    """name -> (rows [T, H], W, b, top_k, threshold); ordinary ones have ACTIVE features per row."""
     (x,), ((W, b),) = make_inputs(Case(T, H, F, kind="gaussian"))
     zero, k = torch.zeros(F), TOP_K
     yield "ordinary", (x, W, b, k, THRESHOLD)
@@ -175,17 +186,35 @@ def adverse(cpu):
         variants = {}
         for screening in ("auto", "off"):
             encoder = SparseTranscoderEncoder(coders([(W, b)]), k, threshold, screening=screening)
-            variants[screening] = (lambda: None, functools.partial(encoder.encode_all_layers, {0: x}))
+            variants[screening] = (
+                lambda: None,
+                functools.partial(encoder.encode_all_layers, {0: x}),
+            )
         yield {"cpu": cpu, "case": name, "ms": times(f"adverse {name}", variants)}
 
 
 def build_forcing(folder):
     """The library that takes choose_screen's place."""
     path = Path(folder) / "force_screen.so"
-    include = [HERE.parent / "csrc", HERE.parent / "csrc" / "include", *cpp_extension.include_paths()]
+    include = [
+        HERE.parent / "csrc",
+        HERE.parent / "csrc" / "include",
+        *cpp_extension.include_paths(),
+    ]
     flags = [f"-I{each}" for each in include] + [f"-I{sysconfig.get_paths()['include']}"]
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", *flags, HERE / "force_screen.cpp", "-o", path], check=True
+        [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            *flags,
+            HERE / "force_screen.cpp",
+            "-o",
+            path,
+        ],
+        check=True,
     )
     return path
 
@@ -216,7 +245,9 @@ PLAN = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--only", default=",".join(PLAN), help="parts, separated by commas; the others keep their records"
+        "--only",
+        default=",".join(PLAN),
+        help="parts, separated by commas; the others keep their records",
     )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "crossovers.json")
     options = parser.parse_args()
@@ -232,7 +263,9 @@ def main():
                     environment["LD_PRELOAD"] = str(library)
                 code = f"import crossovers; crossovers.measure({part!r}, {cpu!r}, {str(library)!r})"
                 command = [sys.executable, "-c", code]
-                with subprocess.Popen(command, env=environment, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
+                with subprocess.Popen(
+                    command, env=environment, cwd=HERE, stdout=subprocess.PIPE, text=True
+                ) as run:
                     for line in run.stdout:
                         print(part, line, end="", flush=True)
                         results[part].append(json.loads(line))

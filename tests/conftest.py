@@ -8,7 +8,9 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1")
+    config.addinivalue_line(
+        "markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1"
+    )
 
 
 def pytest_runtest_setup(item):

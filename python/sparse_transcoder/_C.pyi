@@ -169,6 +169,10 @@ class SparseFeatures:
     """
     def __init__(self, row_begin: torch.Tensor, features: torch.Tensor, activations: torch.Tensor) -> None:
         ...
+    def to_csr(self, features: typing.SupportsInt | typing.SupportsIndex) -> torch.Tensor:
+        """
+        A sparse CSR tensor [N, features].
+        """
     @property
     def activations(self) -> torch.Tensor:
         ...
