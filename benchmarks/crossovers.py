@@ -1,15 +1,17 @@
-"""Time each choice of csrc/cpu/screen.cpp against its alternative, and rows and weights made to hurt: one thread, one core.
+"""Time each choice of a screen against its alternative, also on rows and weights made to hurt.
 
     python benchmarks/crossovers.py [--only dense,planes,rows,adverse] [--out FILE]
 
-dense    the int8 screen with what follows it, over the screen that panels with many survivors take, by the share that survives
+dense    the int8 screen with what follows it, over the screen that panels with many survivors take,
+         by the share that survives
 planes   one int8 plane over two, by the rows of a call
 rows     the int8 screen over the float32 product, by the rows of a call
 adverse  screening="auto" over "off"
 
-Every pair of variants takes turns in one process, which encodes the same bits with both. SPARSE_TRANSCODER_CPU sets the
-instruction set, and SPARSE_TRANSCODER_CROSSOVERS, which an encoder reads when it is built, forces the screen. Times are those of
-bench.py: medians of alternating rounds.
+All run on one thread and one core. Every pair of variants takes turns in one process, which encodes
+the same bits with both. SPARSE_TRANSCODER_CPU chooses the instruction set, and
+SPARSE_TRANSCODER_CROSSOVERS, which an encoder reads when it is built, forces the screen. Times are
+bench.py's: medians of alternating rounds.
 """
 
 import argparse
@@ -28,15 +30,24 @@ from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
 HERE = Path(__file__).resolve().parent
 ALL, NEVER = 1 << 40, 2  # more rows, and a larger share of a panel, than any call has
-INT8 = {"int8_rows": ALL, "two_planes_rows": 0, "max_share_float32": NEVER, "max_share_int16": NEVER}
+INT8 = {
+    "int8_rows": ALL,
+    "two_planes_rows": 0,
+    "max_share_float32": NEVER,
+    "max_share_int16": NEVER,
+}
 TWO_PLANES = {**INT8, "two_planes_rows": ALL}
 DENSE = {"int8_rows": 0}
 TOP_K = 50
 T, H, F = 256, 2048, 8192
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
-# What is left of the choices on each instruction set: dtype of the weights, screening, and the dense arithmetic.
+# The choices on each instruction set: dtype of the weights, screening, dense arithmetic.
 CHOICES = {
-    "avx512vnni": [("float32", "auto", "int16"), ("float32", "int8", "float32"), ("bfloat16", "auto", "float32")],
+    "avx512vnni": [
+        ("float32", "auto", "int16"),
+        ("float32", "int8", "float32"),
+        ("bfloat16", "auto", "float32"),
+    ],
     "avx2vnni": [("float32", "auto", "float32"), ("bfloat16", "auto", "float32")],
     "avx2": [("float32", "auto", "float32"), ("bfloat16", "auto", "float32")],
 }
@@ -49,7 +60,9 @@ def coders(layers, **fields):
 
 def encoders(layers, crossovers, top_k=TOP_K, **options):
     """An encoder whose screens are chosen by these crossovers."""
-    os.environ["SPARSE_TRANSCODER_CROSSOVERS"] = " ".join(f"{name}={value}" for name, value in crossovers.items())
+    os.environ["SPARSE_TRANSCODER_CROSSOVERS"] = " ".join(
+        f"{name}={value}" for name, value in crossovers.items()
+    )
     try:
         return SparseTranscoderEncoder(coders(layers), top_k, THRESHOLD, **options)
     finally:
@@ -70,8 +83,13 @@ def times(name, calls):
 
 def compare(name, layers, variants, hidden, **options):
     """As times, of encoders whose screens are forced. variants: name -> crossovers."""
-    built = {variant: encoders(layers, crossovers, **options) for variant, crossovers in variants.items()}
-    return times(name, {variant: functools.partial(e.encode_all_layers, hidden) for variant, e in built.items()})
+    built = {
+        variant: encoders(layers, crossovers, **options) for variant, crossovers in variants.items()
+    }
+    return times(
+        name,
+        {variant: functools.partial(e.encode_all_layers, hidden) for variant, e in built.items()},
+    )
 
 
 def dense(cpu):
@@ -90,15 +108,24 @@ def dense(cpu):
             return told["survivors"] / told["pairs_int8"]
 
         told = encoders(layers(0.0), DENSE, screening=screening).explain(0, x)
-        assert told[f"pairs_{arithmetic}"] == T * F, f"{cpu}, {dtype} weights: the dense screen is not {arithmetic}"
+        assert told[f"pairs_{arithmetic}"] == T * F, (
+            f"{cpu}, {dtype} weights: the dense screen is not {arithmetic}"
+        )
         # Those survive whose score is over the gate less the margin.
         gate = scores[int(0.95 * len(scores))].item()
         margin = gate - scores[int((1 - survive(THRESHOLD - gate)) * len(scores))].item()
         for share in SHARES:
             bias = THRESHOLD - margin - scores[int((1 - share) * len(scores))].item()
-            record = {"cpu": cpu, "weights": dtype, "dense": arithmetic, "survive": round(survive(bias), 4)}
+            record = {
+                "cpu": cpu,
+                "weights": dtype,
+                "dense": arithmetic,
+                "survive": round(survive(bias), 4),
+            }
             variants = {"int8": INT8, "dense": DENSE}
-            record["ms"] = compare(f"dense {record}", layers(bias), variants, {0: x}, screening=screening)
+            record["ms"] = compare(
+                f"dense {record}", layers(bias), variants, {0: x}, screening=screening
+            )
             yield record
 
 
@@ -107,7 +134,9 @@ def planes(cpu):
         rows, layers = make_inputs(Case(8, H, 16384, layers=4, kind=kind))
         for count in range(1, 9):
             hidden = {i: x[:count] for i, x in enumerate(rows)}
-            ms = compare(f"planes {cpu} {kind} {count}", layers, {"1": INT8, "2": TWO_PLANES}, hidden)
+            ms = compare(
+                f"planes {cpu} {kind} {count}", layers, {"1": INT8, "2": TWO_PLANES}, hidden
+            )
             yield {"cpu": cpu, "kind": kind, "T": count, "ms": ms}
     made.clear()
 
@@ -169,7 +198,9 @@ def measure(part, cpu):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with torch.inference_mode():
-        for record in {"dense": dense, "planes": planes, "rows": rows, "adverse": adverse}[part](cpu):
+        for record in {"dense": dense, "planes": planes, "rows": rows, "adverse": adverse}[part](
+            cpu
+        ):
             print(json.dumps(record), flush=True)
 
 
@@ -184,7 +215,9 @@ PLAN = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--only", default=",".join(PLAN), help="parts, separated by commas; the others keep their records"
+        "--only",
+        default=",".join(PLAN),
+        help="parts, separated by commas; the others keep their records",
     )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "crossovers.json")
     options = parser.parse_args()
@@ -194,8 +227,14 @@ def main():
         results[part] = []
         for cpu in PLAN[part]:
             environment = {**os.environ, "SPARSE_TRANSCODER_CPU": cpu}
-            command = [sys.executable, "-c", f"import crossovers; crossovers.measure({part!r}, {cpu!r})"]
-            with subprocess.Popen(command, env=environment, cwd=HERE, stdout=subprocess.PIPE, text=True) as run:
+            command = [
+                sys.executable,
+                "-c",
+                f"import crossovers; crossovers.measure({part!r}, {cpu!r})",
+            ]
+            with subprocess.Popen(
+                command, env=environment, cwd=HERE, stdout=subprocess.PIPE, text=True
+            ) as run:
                 for line in run.stdout:
                     print(part, line, end="", flush=True)
                     results[part].append(json.loads(line))

@@ -1,19 +1,24 @@
-"""Time the encoder on a CUDA device: measure the card's roofs, check equality, then time it and dense pipelines in turns.
+"""Time the encoder and dense pipelines on a CUDA device, in turns, after a check of equality.
 
-    python benchmarks/gpu.py [--out FILE] [--seconds S] [--only TEXT[,TEXT]] [--device cpu --shrink N]
+    python benchmarks/gpu.py [--out FILE] [--seconds S] [--only TEXT[,TEXT]]
+                             [--device cpu --shrink N]
 
-inputs.py says what `planted` and `gaussian` rows are; weights and rows are bfloat16 unless a case says float32. Weights exceed
-the L2 cache in every case: a call reads many layers, or calls take turns among enough of them. For each contender:
+inputs.py says what `planted` and `gaussian` rows are. Weights and rows are bfloat16 unless a case
+says float32. Weights exceed the L2 cache in every case: a call reads many layers, or calls take
+turns among enough of them. For each contender:
 
-    ms       device time of a call, from events around each of many calls enqueued in a row: where the host is slower than the
-             device, its time. Each contender takes turns with ours, and `ours` beside it is what ours took in those turns.
+    ms       device time of a call, from events around each of many calls enqueued in a row. Where
+             the host is slower than the device it is the host's time. Each contender takes turns
+             with ours, and `ours` beside it is what ours took in those turns.
     host_ms  time until a call returns, nothing pending before it
-    extra    the most that a call holds beyond what is there before it and its result; `memory` says what ours planned
+    extra    the largest memory that a call holds beyond what is there before it and its result;
+             `memory` says what ours planned
 
-A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for what a case cannot avoid:
-the product; and reading rows, and weights as bfloat16, once and writing the result. The file is written after every case. Exit
-status 1 when a case failed or a result differs from the float32 and float64 references. `--device cpu --shrink N` runs the same
-on small shapes, to try the script; its numbers mean nothing.
+A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for
+what a case cannot avoid: the product; and reading rows, and weights as bfloat16, once and writing
+the result. The file is written after every case. The exit status is 1 when a case failed or a
+result differs from the float32 and float64 references. `--device cpu --shrink N` runs the same on
+small shapes, to try the script; its numbers mean nothing.
 """
 
 import argparse
@@ -158,12 +163,18 @@ def measure_roofs(clock, shrink):
     size = max(64, 8192 // shrink)
     a, b = (torch.randn(size, size, device=clock.device).bfloat16() for _ in range(2))
     roofs = {"bf16_tflops": rate(clock, lambda: a @ b, 2 * size**3) / 1e12}
-    source = torch.ones(max(1 << 16, (1 << 31) // shrink**2), dtype=torch.uint8, device=clock.device)
+    source = torch.ones(
+        max(1 << 16, (1 << 31) // shrink**2), dtype=torch.uint8, device=clock.device
+    )
     target = torch.empty_like(source)
-    roofs["copy_gb_per_s"] = rate(clock, lambda: target.copy_(source), 2 * source.nbytes) / 1e9  # read + written
+    roofs["copy_gb_per_s"] = (
+        rate(clock, lambda: target.copy_(source), 2 * source.nbytes) / 1e9
+    )  # read + written
     host = clock.pinned(source.numel() // 4)
     part = target[: host.numel()]
-    roofs["pinned_gb_per_s"] = rate(clock, lambda: part.copy_(host, non_blocking=True), host.nbytes) / 1e9
+    roofs["pinned_gb_per_s"] = (
+        rate(clock, lambda: part.copy_(host, non_blocking=True), host.nbytes) / 1e9
+    )
     return {name: float(f"{value:.4g}") for name, value in roofs.items()}
 
 
@@ -198,16 +209,23 @@ def time_limit(limit):
 
 
 def dense_calls(job, groups, rows, layers, run):
-    """{name: a function that makes the calls}: what a contender needs beyond the inputs exists only while it is used."""
+    """{name: a function that makes the calls}. A contender's own copies live while it is used."""
     case = job.case
 
     def calls(step, dtype=None, wrap=lambda call: call):
         def make():
             x, w = rows, layers
             if dtype is not None and rows[0].dtype != dtype:
-                x, w = [one.to(dtype) for one in rows], [(W.to(dtype), b.to(dtype)) for W, b in layers]
+                x, w = (
+                    [one.to(dtype) for one in rows],
+                    [(W.to(dtype), b.to(dtype)) for W, b in layers],
+                )
             return [
-                wrap(over_layers(step, [x[i] for i in group], [w[i] for i in group], case.top_k, THRESHOLD))
+                wrap(
+                    over_layers(
+                        step, [x[i] for i in group], [w[i] for i in group], case.top_k, THRESHOLD
+                    )
+                )
                 for group in groups
             ]
 
@@ -265,7 +283,10 @@ def time_in_turns(clock, contenders, budget):
     """{name: samples in ms}: every contender's turn in every round, over its calls in order."""
     first = {name: statistics.median(clock.spans(calls)) for name, calls in contenders.items()}
     turn_s = min(TURN_S, budget / ROUNDS / len(contenders))
-    counts = {name: min(200, max(3, math.ceil(1e3 * turn_s / max(first[name], 1e-3)))) for name in contenders}
+    counts = {
+        name: min(200, max(3, math.ceil(1e3 * turn_s / max(first[name], 1e-3))))
+        for name in contenders
+    }
     samples = {name: [] for name in contenders}
     names, until = list(contenders), time.perf_counter() + 2 * budget
     for number in range(ROUNDS):
@@ -275,7 +296,9 @@ def time_in_turns(clock, contenders, budget):
         for name in names:
             calls = contenders[name]
             # The first call of a turn follows another contender's and is not counted.
-            samples[name] += clock.spans([calls[i % len(calls)] for i in range(counts[name] + 1)])[1:]
+            samples[name] += clock.spans([calls[i % len(calls)] for i in range(counts[name] + 1)])[
+                1:
+            ]
     return samples
 
 
@@ -291,8 +314,14 @@ def shrunk(job, shrink):
     if shrink == 1:
         return job
     case = job.case
-    small = {"T": max(1, case.T // shrink), "H": max(32, case.H // shrink), "F": max(256, case.F // shrink)}
-    return dataclasses.replace(job, case=dataclasses.replace(case, **small, layers=min(case.layers, 3)))
+    small = {
+        "T": max(1, case.T // shrink),
+        "H": max(32, case.H // shrink),
+        "F": max(256, case.F // shrink),
+    }
+    return dataclasses.replace(
+        job, case=dataclasses.replace(case, **small, layers=min(case.layers, 3))
+    )
 
 
 def run_job(job, clock, roofs, run):
@@ -334,7 +363,9 @@ def run_job(job, clock, roofs, run):
         # One at a time beside ours: the others' copies of the weights may not fit at once.
         try:
             theirs = make_calls()
-            measured[name] = measure(clock, theirs, run.compile_s if "compiled" in name else PREPARE_S)
+            measured[name] = measure(
+                clock, theirs, run.compile_s if "compiled" in name else PREPARE_S
+            )
             samples = time_in_turns(clock, {OURS: calls, name: theirs}, run.case_s / len(others))
             timed[name] = samples[name]
             measured[name]["ours"] = summary(samples[OURS])  # in turns with this one
@@ -356,7 +387,10 @@ def record_of(job, roofs, encoder, build_s, active, sets, measured, left_out):
     element = 4 if case.dtype == "float32" else 2  # of rows
     weights = case.layers * case.F * case.H * 2
     moved = weights + case.layers * case.T * (case.H * element + 12 * case.top_k + 4)
-    product_s, memory_s = case.flop / roofs["bf16_tflops"] / 1e12, moved / roofs["copy_gb_per_s"] / 1e9
+    product_s, memory_s = (
+        case.flop / roofs["bf16_tflops"] / 1e12,
+        moved / roofs["copy_gb_per_s"] / 1e9,
+    )
     record = {
         "case": job.name,
         **dataclasses.asdict(case),
@@ -390,7 +424,10 @@ def one_line(error):
 
 def print_record(record):
     of = record["contenders"]
-    print(f"{record['case']}: {of[OURS]['ms']['median']:.3f} ms, host {of[OURS]['host_ms']:.3f} ms,", end=" ")
+    print(
+        f"{record['case']}: {of[OURS]['ms']['median']:.3f} ms, host {of[OURS]['host_ms']:.3f} ms,",
+        end=" ",
+    )
     print(f"{record['share_of_roof']:.0%} of the roof,", end=" ")
     if record["streamed"]:
         print(f"{record['share_of_pinned_copy']:.0%} of the pinned copy,", end=" ")
@@ -417,19 +454,33 @@ class Run:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="results file")
-    parser.add_argument("--seconds", type=float, default=240, help="cases that would begin too late are skipped")
-    parser.add_argument("--only", default="", help="cases whose names contain one of these texts, separated by commas")
-    parser.add_argument("--compile-seconds", type=float, default=COMPILE_S, help="for each torch.compile; 0: none")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results" / "gpu.json", help="results file"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="cases that would begin too late are skipped"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases whose names contain one of these texts, separated by commas",
+    )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=COMPILE_S, help="for each torch.compile; 0: none"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a dry run")
     parser.add_argument("--shrink", type=int, default=1, help="divide every size, for a dry run")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --device cpu --shrink 64 tries the script without one")
+        raise SystemExit(
+            "torch sees no CUDA device; --device cpu --shrink 64 tries the script without one"
+        )
     clock = Cuda(device) if device.type == "cuda" else Cpu(device)
     run = Run(options)
-    jobs = [job for job in JOBS if any(part.strip() in job.name for part in options.only.split(","))]
+    jobs = [
+        job for job in JOBS if any(part.strip() in job.name for part in options.only.split(","))
+    ]
     machine = clock.describe() | {"torch": torch.__version__}
     report = {"machine": machine, "cases": [], "failed": {}, "skipped": []}
 
@@ -459,7 +510,8 @@ def main():
     for name in report["skipped"]:
         print(f"{name}: skipped: no time left of {options.seconds:.0f} s")
     print(
-        f"{len(report['cases'])} cases, {len(report['failed'])} failed, {len(report['skipped'])} skipped: {options.out}"
+        f"{len(report['cases'])} cases, {len(report['failed'])} failed, "
+        f"{len(report['skipped'])} skipped: {options.out}"
     )
     raise SystemExit(1 if report["failed"] or not report["cases"] else 0)
 

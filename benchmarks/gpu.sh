@@ -5,7 +5,7 @@
 #
 # Needs nvcc and a python3 with a CUDA torch, cmake, ninja, pybind11, scikit-build-core and pytest; no network, and installs
 # nothing there. What else python3 lacks (nlohmann-json, hypothesis, pyyaml, ...) is taken from the wheels in WHEEL_DIR.
-#   PYTHON, TORCH_CUDA_ARCH_LIST, CUDA_HOME, SPARSE_TRANSCODER_JSON_INCLUDE   override what is found
+#   PYTHON, CUDAARCHS, CUDA_HOME, SPARSE_TRANSCODER_JSON_INCLUDE              override what is found
 #   LIMIT=470                                                                 seconds for everything
 # Exit status 1 when a stage failed; the table at the end names it.
 set -uo pipefail
@@ -88,12 +88,12 @@ for folder in "${CUDA_HOME:-}" "${compiler%/bin/nvcc}" /usr/local/cuda /usr/loca
   [[ -x $folder/bin/nvcc && -f $folder/include/cuda_runtime.h ]] && toolkit=$folder && break
 done
 torch_folder=$(ask 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
-arch=${TORCH_CUDA_ARCH_LIST:-$(ask 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' || echo 9.0)}
-export CUDA_HOME=$toolkit TORCH_CUDA_ARCH_LIST=$arch PATH=${toolkit:+$toolkit/bin:}${python%/*}:$PATH
+arch=${CUDAARCHS:-$(ask 'import torch; print("%d%d" % torch.cuda.get_device_capability())' || echo 90)}
+export CUDA_HOME=$toolkit CUDAARCHS=$arch PATH=${toolkit:+$toolkit/bin:}${python%/*}:$PATH
 export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # The library and its CMake package find torch beside themselves; here it is elsewhere.
 export LD_LIBRARY_PATH=$torch_folder/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-export CMAKE_PREFIX_PATH=$torch_folder/share/cmake${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH} CUDA_PATH=$toolkit
+export CMAKE_PREFIX_PATH=$torch_folder/share/cmake${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH}
 export python wheels site work toolkit torch_folder
 
 # shellcheck disable=SC2329  # called through bash -c below
@@ -104,18 +104,9 @@ build() {
   [[ -x $toolkit/bin/nvcc ]] || { echo "nvcc is not here: set CUDA_HOME"; exit 1; }
   pip=("$python" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --upgrade --target "$site")
   [[ -z $wheels ]] || "${pip[@]}" "$wheels"/*.whl
-  defines=(-Ccmake.define.CUDA_TOOLKIT_ROOT_DIR="$toolkit" -Ccmake.define.CMAKE_CUDA_COMPILER="$toolkit/bin/nvcc")
-  # A torch from a package index brings parts of CUDA that the toolkit may lack.
-  for parts in "$torch_folder"/../nvidia/cu[0-9]*; do
-    [[ -d $parts/include ]] && export CPATH=$parts/include${CPATH:+:$CPATH}
-    nvrtc=$(find "$parts/lib" -name 'libnvrtc.so.*' 2>/dev/null | head -n 1)
-    [[ -n $nvrtc ]] && defines+=(-Ccmake.define.CUDA_nvrtc_LIBRARY="$nvrtc")
-  done
+  defines=(-Ccmake.define.SPARSE_TRANSCODER_CUDA=ON)
   if [[ -n ${SPARSE_TRANSCODER_JSON_INCLUDE:-} ]]; then
     defines+=(-Ccmake.define.SPARSE_TRANSCODER_JSON_INCLUDE="$SPARSE_TRANSCODER_JSON_INCLUDE")
-  elif ! "$python" -c 'import nlohmann_json' 2>/dev/null; then
-    echo "nlohmann-json is not here: put its wheel into WHEEL_DIR, or its folder into SPARSE_TRANSCODER_JSON_INCLUDE"
-    exit 1
   fi
   "${pip[@]}" --no-build-isolation -Cbuild-dir="$work/build" "${defines[@]}" .
   "$python" - <<'PY'
@@ -123,7 +114,7 @@ import pathlib, sys
 
 import sparse_transcoder, torch
 
-library = pathlib.Path(sparse_transcoder.__file__).parent / "lib" / "libsparse_transcoder.so"
+library = pathlib.Path(sparse_transcoder.cmake_prefix_path) / "lib" / "libsparse_transcoder.so"
 if b".nv_fatbin" not in library.read_bytes():
     sys.exit(f"{library} holds no CUDA code")
 print(f"built for torch {torch.__version__}: {library.stat().st_size >> 10} KiB")

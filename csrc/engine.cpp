@@ -29,6 +29,16 @@ void check_options(const Options& options) {
                     "device_weight_bytes must be at least 0, got ", options.device_weight_bytes);
 }
 
+constexpr const char* no_kernels =
+    ": this build of sparse_transcoder has no CUDA kernels; pip's option "
+    "-Ccmake.define.SPARSE_TRANSCODER_CUDA=ON builds them or says what is missing";
+
+// Only a build with CUDA kernels takes a tensor on CUDA.
+void check_kernels(const std::string& what, at::Device device) {
+  TORCH_CHECK_VALUE(!device.is_cuda() || cuda_kernels(), what, " must be on cpu, got ", device,
+                    no_kernels);
+}
+
 // Where a layer is encoded: where its weights are, unless Options::device_weight_bytes brings it to
 // the current CUDA device.
 at::Device device_of(const LayerWeights& declared, const Options& options) {
@@ -36,6 +46,8 @@ at::Device device_of(const LayerWeights& declared, const Options& options) {
   TORCH_CHECK_VALUE(c10::impl::hasDeviceGuardImpl(at::kCUDA) &&
                         c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() > 0,
                     "device_weight_bytes needs a CUDA device, torch sees none");
+  TORCH_CHECK_VALUE(cuda_kernels(), "device_weight_bytes must be -1, got ",
+                    options.device_weight_bytes, no_kernels);
   return c10::impl::VirtualGuardImpl(at::kCUDA).getDevice();
 }
 
@@ -53,6 +65,7 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
                     ": hidden must be [B, T, H] or [T, H], got ", hidden.sizes());
   TORCH_CHECK_VALUE(hidden.size(-1) == layer.hidden_size, who, ": hidden must be [.., ",
                     layer.hidden_size, "], got ", hidden.sizes());
+  check_kernels(who + ": hidden", hidden.device());
   TORCH_CHECK_VALUE(hidden.device() == layer.device, who, ": hidden must be on ", layer.device,
                     layer.device == layer.declared.W_enc.device() ? " like the weights"
                                                                   : " where the layer is encoded",
@@ -123,6 +136,8 @@ Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options)
   state_->options = options;
   std::map<at::Device, std::vector<const Layer*>, CudaFirst> on;
   for (auto& [id, declared] : weights) {
+    if (declared.W_enc.defined())
+      check_kernels(describe(id, declared) + ": W_enc", declared.W_enc.device());
     check_weights(id, declared);
     const at::Device device = device_of(declared, options);
     const auto made = state_->layers.try_emplace(id, id, std::move(declared), device,

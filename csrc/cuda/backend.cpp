@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <sparse_transcoder/engine.h>
 
 #include "cuda/streams.h"
 #include "cuda/weight_copy.h"
@@ -143,6 +144,8 @@ Memory CudaBackend::memory() const {
 }
 
 }  // namespace
+
+bool cuda_kernels() { return cuda::built(); }
 
 std::unique_ptr<Backend> make_cuda_backend(const std::vector<const Layer*>& layers,
                                            const Options& options, at::Device device) {

@@ -1,5 +1,6 @@
 // The steps of the CUDA engine: pointers, sizes, a stream. Torch-free, so that nvcc compiles them
-// beside any torch; where torch has no CUDA, no_cuda.cpp is linked in their place. Every pointer is
+// beside any torch; a build without CUDA kernels links
+// no_cuda.cpp in their place. Every pointer is
 // device memory. Launches are asynchronous; each returns what cudaGetLastError says (0: fine).
 //
 // A chunk of rows goes through prepare; then, panel by panel of features, a product (cuBLAS's, or
@@ -103,6 +104,9 @@ int rescore(const float* x, const float* margin, int64_t rows, const Weights& we
 // Writes top_k slots a row: the k best, then the lowest features that are not among them.
 int finish(const Io* io, const float* margin, int64_t first, int64_t rows, int64_t features,
            int64_t most_active, int64_t top_k, const Lists& lists, void* stream);
+
+// Whether this build has these kernels.
+bool built();
 
 // Of the current device.
 int multiprocessors(int* count);

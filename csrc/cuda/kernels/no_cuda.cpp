@@ -1,4 +1,5 @@
-// Linked where torch has no CUDA: no tensor can be on a device that would need these.
+// Linked into a build without CUDA kernels: the engine refuses CUDA tensors before any of these is
+// called.
 #include "cuda/kernels/kernels.h"
 
 namespace sparse_transcoder::cuda {
@@ -6,6 +7,7 @@ namespace {
 constexpr int no_device = 100;  // cudaErrorNoDevice
 }
 
+bool built() { return false; }
 int set_io(const Io*, int64_t, Io*, void*) { return no_device; }
 int prepare(const Rows&, const Screen&, float*, void*, float*, const Lists&, void*) {
   return no_device;

@@ -62,4 +62,7 @@ class SPARSE_TRANSCODER_API Engine {
   std::unique_ptr<State> state_;
 };
 
+// Whether this build has CUDA kernels. Without them it encodes on the CPU alone.
+SPARSE_TRANSCODER_API bool cuda_kernels();
+
 }  // namespace sparse_transcoder
