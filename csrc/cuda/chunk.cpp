@@ -1,6 +1,6 @@
-// A chunk of a layer's rows on a CUDA lane: prepared, screened panel by panel of features, gated,
-// rescored exactly and written. Everything is enqueued on the lane's stream; nothing waits on the
-// host, and nothing is allocated. Device-generic: no CUDA header.
+// A chunk of a layer's rows on a queue: prepared, screened tile by tile of features, computed
+// exactly where the screen leaves a doubt, and written. Nothing waits on the host, and nothing is
+// allocated. Device-generic: no CUDA header.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -70,7 +70,7 @@ CudaPlan plan_cuda(const std::vector<const Layer*>& layers, const Options& optio
   plan.lanes = options.lanes > 0 ? options.lanes : std::clamp<int64_t>(plan.layers, 2, 4);
   plan.multiprocessors = multiprocessors;
   plan.k = k;
-  plan.capacity = 2 * (k + cuda::segment);
+  plan.capacity = 2 * (k + cuda::list_room);
   plan.sorted = std::bit_ceil(static_cast<uint64_t>(k));
   plan.chunk = options.chunk_size;
   plan.rows = std::clamp<int64_t>(list_bytes / (8 * (2 * plan.capacity + k + plan.sorted)), 1,
@@ -88,25 +88,25 @@ int64_t chunk_rows(const Request& request, const CudaPlan& plan) {
 }
 
 void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights,
-                 const cuda::Io* io, const CudaBuffers& buffers, const CudaPlan& plan,
-                 void* stream) {
+                 const cuda::LayerPointers* pointers, const CudaBuffers& buffers,
+                 const CudaPlan& plan, cuda::Queue& queue) {
   const Layer& layer = *request.layer;
   const int64_t size = layer.hidden_size;
   const bool few = request.rows() <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
   const at::Tensor& screened = layer.copies.bf16.defined() ? layer.copies.bf16 : weights;
-  const cuda::Screen screen = {few ? cuda::few_roundoff(size) : sum_roundoff(size, !bf16),
+  const cuda::ScreenErrors errors = {few ? cuda::few_rows_rounding(size) : sum_roundoff(size, !bf16),
                                layer.copies.bf16_residual, layer.largest_norm};
   const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.gate_at(0),
                                layer.largest_bias};
-  const cuda::Lists lists = {static_cast<uint64_t*>(buffers.open.mutable_data_ptr()),
-                             static_cast<uint64_t*>(buffers.keys.mutable_data_ptr()),
+  const cuda::CandidateLists lists = {static_cast<uint64_t*>(buffers.deferred.mutable_data_ptr()),
+                             static_cast<uint64_t*>(buffers.exact.mutable_data_ptr()),
                              static_cast<uint64_t*>(buffers.sorted.mutable_data_ptr()),
-                             buffers.open_size.mutable_data_ptr<int>(),
-                             buffers.keys_size.mutable_data_ptr<int>(),
-                             buffers.certain.mutable_data_ptr<int>(),
-                             static_cast<uint64_t*>(buffers.least.mutable_data_ptr()),
+                             buffers.deferred_count.mutable_data_ptr<int>(),
+                             buffers.exact_count.mutable_data_ptr<int>(),
+                             buffers.active_count.mutable_data_ptr<int>(),
+                             static_cast<uint64_t*>(buffers.kth_best.mutable_data_ptr()),
                              static_cast<int>(std::clamp<int64_t>(
-                                 std::min(busy_blocks, plan.lists) / count, 1, cuda::most_groups)),
+                                 std::min(busy_blocks, plan.lists) / count, 1, cuda::max_groups)),
                              static_cast<int>(plan.capacity),
                              static_cast<int>(layer.selected)};
   float *x = floats(buffers.hidden), *margin = floats(buffers.margin),
@@ -114,9 +114,9 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
   const at::Tensor left =
       (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
   check_cuda(
-      cuda::prepare({io, kernel_dtype(request.hidden.scalar_type()), first, count, size,
+      cuda::prepare({pointers, kernel_dtype(request.hidden.scalar_type()), first, count, size,
                      floats(layer.input_bias), floats(layer.ln_weight), floats(layer.ln_bias)},
-                    screen, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, stream));
+                    errors, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, queue));
   const bool widen = !few && !bf16 && layer.dtype != Dtype::float32;
   const int64_t panel =
       few     ? std::min(plan.scores / count, layer.features)
@@ -125,9 +125,9 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
   for (int64_t feature = 0; feature < layer.features; feature += panel) {
     const int64_t width = std::min(panel, layer.features - feature);
     if (few) {
-      check_cuda(cuda::multiply_few(x, count, screened.const_data_ptr(),
+      check_cuda(cuda::product_few_rows(x, count, screened.const_data_ptr(),
                                     kernel_dtype(screened.scalar_type()), feature, width, size,
-                                    scores, stream));
+                                    scores, queue));
     } else {
       at::Tensor right = screened.narrow(0, feature, width);
       if (widen) {
@@ -137,12 +137,12 @@ void encode_rows(const Request& request, int64_t first, int64_t count, const at:
       }
       multiply(buffers.scores.narrow(0, 0, count * width).view({count, width}), left, right);
     }
-    check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, stream));
+    check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, queue));
   }
-  check_cuda(cuda::merge(margin, count, exact, lists, stream));
-  check_cuda(cuda::rescore(x, margin, count, exact, lists, stream));
-  check_cuda(cuda::finish(io, margin, first, count, layer.features, layer.most_active, layer.top_k,
-                          lists, stream));
+  check_cuda(cuda::merge(margin, count, exact, lists, queue));
+  check_cuda(cuda::compute_exact(x, margin, count, exact, lists, queue));
+  check_cuda(cuda::finish(pointers, margin, first, count, layer.features, layer.most_active, layer.top_k,
+                          lists, queue));
 }
 
 }  // namespace sparse_transcoder

@@ -10,7 +10,8 @@
 namespace sparse_transcoder {
 namespace {
 
-constexpr size_t most_graphs = 64;     // further shapes run as they are
+constexpr size_t max_graphs = 64;      // further shapes run as they are
+constexpr int max_failures = 3;        // of making a shape's graph
 constexpr int64_t filling_rows = 256;  // from which on a product fills the device
 
 c10::impl::VirtualGuardImpl guard_of(at::Device device) {
@@ -34,7 +35,10 @@ int64_t multiprocessors_of(at::Device device) {
 
 }  // namespace
 
-void check_cuda(int status) { TORCH_CHECK(status == 0, "a CUDA call failed: error ", status); }
+void check_cuda(int status) {
+  TORCH_CHECK(status == 0, "a CUDA call failed: ", cuda::error_name(status), ": ",
+              cuda::error_text(status));
+}
 
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
@@ -52,13 +56,13 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
   margin = take(plan.rows, at::kFloat);
   scores = take(plan.scores, at::kFloat);
   widened = take(plan.widened, at::kFloat);
-  open = take(plan.lists * plan.capacity, at::kLong);
-  keys = take(plan.lists * (plan.k + plan.capacity), at::kLong);
+  deferred = take(plan.lists * plan.capacity, at::kLong);
+  exact = take(plan.lists * (plan.k + plan.capacity), at::kLong);
   sorted = take(plan.rows * plan.sorted, at::kLong);
-  open_size = take(plan.lists, at::kInt);
-  keys_size = take(plan.lists, at::kInt);
-  certain = take(plan.lists, at::kInt);
-  least = take(plan.lists, at::kLong);
+  deferred_count = take(plan.lists, at::kInt);
+  exact_count = take(plan.lists, at::kInt);
+  active_count = take(plan.lists, at::kInt);
+  kth_best = take(plan.lists, at::kLong);
 }
 
 WeightStream::WeightStream(int64_t slot_bytes, at::Device device)
@@ -97,7 +101,7 @@ void WeightStream::release(const std::vector<c10::Stream>& streams) {
 
 CudaLanes::CudaLanes(const CudaPlan& plan, at::Device device)
     : bytes(plan.lanes * CudaBuffers::bytes(plan) +
-            plan.layers * static_cast<int64_t>(sizeof(cuda::Io))),
+            plan.layers * static_cast<int64_t>(sizeof(cuda::LayerPointers))),
       plan_(plan),
       device_(device),
       fork_(device.type()),
@@ -110,7 +114,7 @@ CudaLanes::CudaLanes(const CudaPlan& plan, at::Device device)
       buffers_.emplace_back(plan, device);
     }
     const c10::StreamGuard guard(streams_.front());
-    io_ = at::empty({plan.layers * static_cast<int64_t>(sizeof(cuda::Io))},
+    pointers_ = at::empty({plan.layers * static_cast<int64_t>(sizeof(cuda::LayerPointers))},
                     at::TensorOptions(at::kByte).device(device));
   } catch (const c10::OutOfMemoryError&) {
     TORCH_CHECK_WITH(
@@ -126,11 +130,11 @@ CudaLanes::~CudaLanes() {
     return;
   }
   for (const auto& [shape, graph] : graphs_)
-    if (graph) cuda::destroy_graph(graph);
+    if (graph.executable) cuda::destroy_graph(graph.executable);
 }
 
-const cuda::Io* CudaLanes::io(size_t request) const {
-  return static_cast<const cuda::Io*>(io_.const_data_ptr()) + request;
+cuda::LayerPointers* CudaLanes::pointers(size_t request) const {
+  return static_cast<cuda::LayerPointers*>(pointers_.mutable_data_ptr()) + request;
 }
 
 void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weights,
@@ -139,14 +143,14 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
   fork_.record(caller);
   fork_.block(first);
   const c10::StreamGuard guard(first);
-  std::vector<cuda::Io> io;
+  std::vector<cuda::LayerPointers> values;
   Shape shape;
   bool small = true;
   for (const Request& request : requests) {
     const at::Tensor& h = request.hidden;
     h.record_stream(
         first);  // every lane joins it; the outputs are the caller's stream's, which waits for it
-    io.push_back({h.const_data_ptr(),
+    values.push_back({h.const_data_ptr(),
                   h.size(1),
                   {h.stride(0), h.stride(1), h.stride(2)},
                   request.out.activations.mutable_data_ptr<float>(),
@@ -156,21 +160,25 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
                  {request.layer->id, request.rows(), static_cast<int64_t>(h.scalar_type())});
     small &= request.rows() <= cuda::few_rows && !request.layer->streamed;
   }
-  for (size_t i = 0; i < io.size(); i += cuda::most_io)
-    check_cuda(cuda::set_io(io.data() + i, std::min<int64_t>(io.size() - i, cuda::most_io),
-                            const_cast<cuda::Io*>(this->io(i)), native(first)));
+  cuda::Queue queue = {native(first)};
+  for (size_t i = 0; i < values.size(); i += cuda::max_layer_pointers)
+    check_cuda(cuda::set_layer_pointers(
+        values.data() + i, std::min<int64_t>(values.size() - i, cuda::max_layer_pointers),
+        pointers(i), queue));
   const auto join = [&] {
     done_.front().record(first);
     done_.front().block(caller);
   };
   try {
-    // Without cuBLAS, whose workspaces others share, work can be captured: the second time that it
-    // is seen, when every kernel has been loaded.
-    void* graph = use_graphs && small ? graph_of(shape, requests) : nullptr;
-    if (graph)
-      check_cuda(cuda::launch_graph(graph, native(first)));
-    else
+    // Own kernels alone can be put into a graph, and few rows need no others.
+    const bool may_repeat = use_graphs && small;
+    void* graph = may_repeat ? graph_of(shape, requests) : nullptr;
+    if (graph) {
+      check_cuda(cuda::launch_graph(graph, queue.stream));
+    } else {
       enqueue(requests, weights);
+      if (may_repeat) remember(shape);
+    }
   } catch (...) {
     join();
     throw;
@@ -178,14 +186,21 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
   join();
 }
 
+void CudaLanes::remember(const Shape& shape) {
+  if (graphs_.size() >= max_graphs)
+    std::erase_if(graphs_, [](const auto& known) { return !known.second.executable; });
+  if (graphs_.size() < max_graphs) graphs_.try_emplace(shape);
+}
+
 void* CudaLanes::graph_of(const Shape& shape, const std::vector<Request>& requests) {
-  if (graphs_.size() >= most_graphs && !graphs_.contains(shape)) {
-    std::erase_if(graphs_, [](const auto& known) { return !known.second; });
-    if (graphs_.size() >= most_graphs) return nullptr;
+  const auto known = graphs_.find(shape);
+  if (known == graphs_.end()) return nullptr;
+  Graph& graph = known->second;
+  if (!graph.executable && graph.failures < max_failures) {
+    graph.executable = make_graph(requests);
+    if (!graph.executable) ++graph.failures;
   }
-  const auto [known, fresh] = graphs_.try_emplace(shape, nullptr);
-  if (!fresh && !known->second) known->second = capture(requests);
-  return known->second;
+  return graph.executable;
 }
 
 void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weights) {
@@ -218,8 +233,9 @@ void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weig
       const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
       for (int64_t first = 0; first < rows; first += chunk, lane = (lane + 1) % lanes) {
         const c10::StreamGuard guard(streams[lane]);
-        encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, io(i), buffers_[lane],
-                    plan_, native(streams[lane]));
+        cuda::Queue queue = {native(streams[lane])};
+        encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, pointers(i),
+                    buffers_[lane], plan_, queue);
       }
       if (layer.streamed) weights->release(streams);
     }
@@ -231,26 +247,26 @@ void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weig
   join();
 }
 
-void* CudaLanes::capture(const std::vector<Request>& requests) {
-  std::vector<void*> streams(std::min(streams_.size(), requests.size()));
-  int status = cuda::begin_capture(streams.data(), streams.size());
-  void* graph = nullptr;
+void* CudaLanes::make_graph(const std::vector<Request>& requests) const {
+  void *graph = nullptr, *executable = nullptr;
+  if (cuda::make_graph(&graph) != 0) return nullptr;
+  // One branch per set of buffers.
+  std::vector<cuda::Queue> branches(std::min(buffers_.size(), requests.size()));
+  for (cuda::Queue& branch : branches) branch.graph = graph;
   try {
-    check_cuda(status);
     for (size_t i = 0; i < requests.size(); ++i) {
-      const size_t lane = i % streams.size();
+      const size_t branch = i % branches.size();
       const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
       for (int64_t first = 0; first < rows; first += chunk)
         encode_rows(requests[i], first, std::min(chunk, rows - first), requests[i].layer->W_enc,
-                    io(i), buffers_[lane], plan_, streams[lane]);
+                    pointers(i), buffers_[branch], plan_, branches[branch]);
     }
-  } catch (...) {
-    cuda::end_capture(streams.data(), streams.size(), &graph);
-    if (graph) cuda::destroy_graph(graph);
-    throw;
+  } catch (const c10::Error&) {
+    cuda::finish_graph(graph, &executable);
+    if (executable) cuda::destroy_graph(executable);
+    return nullptr;
   }
-  check_cuda(cuda::end_capture(streams.data(), streams.size(), &graph));
-  return graph;
+  return cuda::finish_graph(graph, &executable) == 0 ? executable : nullptr;
 }
 
 CudaDevice::CudaDevice(const std::vector<const Layer*>& layers, const Options& options,

@@ -43,7 +43,7 @@ struct CudaBuffers {
   static int64_t bytes(const CudaPlan& plan);
 
   at::Tensor hidden, rounded, margin, scores, widened;
-  at::Tensor open, keys, sorted, open_size, keys_size, certain, least;
+  at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best;
 };
 
 // Rows that are worked on at a time: as many as the buffers hold, evenly.
@@ -51,8 +51,8 @@ int64_t chunk_rows(const Request& request, const CudaPlan& plan);
 // Enqueues a chunk on the stream, torch's current one. `weights` is the layer's W_enc on the
 // device.
 void encode_rows(const Request& request, int64_t first, int64_t count, const at::Tensor& weights,
-                 const cuda::Io* io, const CudaBuffers& buffers, const CudaPlan& plan,
-                 void* stream);
+                 const cuda::LayerPointers* pointers, const CudaBuffers& buffers,
+                 const CudaPlan& plan, cuda::Queue& queue);
 // out [n, f] = left [n, h] right [f, h]^T, added up in float32.
 void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right);
 void copy_to(at::Tensor to, const at::Tensor& from);
@@ -96,19 +96,25 @@ class CudaLanes {
 
   // Chunk by chunk, layer after layer, on one stream after the other.
   void enqueue(const std::vector<Request>& requests, WeightStream* weights);
-  // Captured work for requests of this shape; null where they must be enqueued as they are.
+  // A graph for requests of this shape; null where they must be enqueued as they are.
   void* graph_of(const Shape& shape, const std::vector<Request>& requests);
-  void* capture(const std::vector<Request>& requests);
-  const cuda::Io* io(size_t request) const;
+  void* make_graph(const std::vector<Request>& requests) const;
+  // A graph is made for a shape that was enqueued before.
+  void remember(const Shape& shape);
+  cuda::LayerPointers* pointers(size_t request) const;
 
   const CudaPlan plan_;
   const at::Device device_;
   std::vector<c10::Stream> streams_;
   std::vector<CudaBuffers> buffers_;
-  at::Tensor io_;  // [layers] cuda::Io, as bytes
+  at::Tensor pointers_;  // [layers] cuda::LayerPointers, as bytes
   c10::Event fork_, start_;
   std::vector<c10::Event> done_;
-  std::map<Shape, void*> graphs_;  // null: seen once
+  struct Graph {
+    void* executable = nullptr;
+    int failures = 0;
+  };
+  std::map<Shape, Graph> graphs_;
 };
 
 // A device of an engine.

@@ -1,5 +1,5 @@
-// The CUDA path, csrc/cuda_lanes.cpp and csrc/encode_cuda.cpp, on CPU tensors, with kernels whose
-// threads are CPU threads. Products are as far off as their margin allows, or nearly: towards one
+// The CUDA path, csrc/cuda/chunk.cpp and streams.cpp, on CPU tensors, with kernels whose threads
+// are CPU threads. Products are as far off as their margin allows, or nearly: towards one
 // side for even features, the other for odd ones.
 #include <torch/library.h>
 
@@ -79,20 +79,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   CudaPlan plan = plan_cuda({&layer}, options, 3);
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
-  plan.capacity = cuda::segment + room;
+  plan.capacity = cuda::list_room + room;
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
   const Request request = {&layer, hidden, outputs(layer, hidden)};
-  const cuda::Io io = {hidden.const_data_ptr(),
+  const cuda::LayerPointers pointers = {hidden.const_data_ptr(),
                        hidden.size(1),
                        {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
                        request.out.activations.mutable_data_ptr<float>(),
                        request.out.indices.mutable_data_ptr<int64_t>(),
                        request.out.sparsity.mutable_data_ptr<float>()};
+  cuda::Queue at_once;
   const int64_t rows = request.rows(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
-    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan,
-                nullptr);
+    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &pointers, buffers, plan,
+                at_once);
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
