@@ -19,9 +19,10 @@ def kernels(tmp_path_factory):
     if not (ROOT / "csrc/cuda/chunk.cpp").exists():
         pytest.skip("the sources are not beside the tests")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    kernels = ROOT / "csrc/cuda/kernels"
-    files = [ROOT / "tests/cuda_on_cpu/encode.cpp", ROOT / "tests/cuda_on_cpu/streams.cpp"]
-    files += ["-xc++", *(kernels / f"{name}.cu" for name in ("prepare", "product_few_rows", "select")), "-xnone"]
+    files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
+    files += [ROOT / f"csrc/cuda/{name}.cpp" for name in ("backend", "chunk", "streams", "weight_copy")]
+    kernels = [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in ("prepare", "product_few_rows", "select")]
+    files += ["-xc++", *kernels, "-xnone"]
     library = Path(sparse_transcoder.__file__).parent
     folders = [
         ROOT / "tests/cuda_on_cpu",

@@ -18,8 +18,10 @@
 #include <limits>
 #include <numeric>
 
+#include "bounds.h"
 #include "cpu/panel_scan.h"
 #include "cpu/thread_pool.h"
+#include "pool.h"
 
 namespace sparse_transcoder {
 namespace {
@@ -41,7 +43,7 @@ void load_row(const Layer& layer, const at::Tensor& hidden, int64_t row, float* 
   const int64_t size = layer.hidden_size, stride = hidden.stride(2);
   const int64_t offset =
       row / hidden.size(1) * hidden.stride(0) + row % hidden.size(1) * hidden.stride(1);
-  const auto dtype = kernel_dtype(hidden.scalar_type());
+  const auto dtype = dtype_of(hidden.scalar_type());
   const auto* source =
       static_cast<const char*>(hidden.const_data_ptr()) + offset * hidden.element_size();
   const auto widen = cpu::cpu_kernels().widen[static_cast<int>(dtype)];
@@ -71,18 +73,19 @@ void load_row(const Layer& layer, const at::Tensor& hidden, int64_t row, float* 
 // additions (Higham, Accuracy and Stability of Numerical Algorithms, 3.1, with Cauchy-Schwarz). NaN
 // for a row that is not finite; infinite, so that nothing is ruled out, for one so large that the
 // product could overflow.
-float product_margin(const Layer& layer, double squared_norm) {
+float product_margin(const cpu::PreparedLayer& layer, double squared_norm) {
   if (!std::isfinite(squared_norm)) return std::numeric_limits<float>::quiet_NaN();
   const double roundoff = (layer.hidden_size + 8) * 0x1p-24;
   if (roundoff > 0.5) return std::numeric_limits<float>::infinity();
   const double norm =
       std::max<double>(std::sqrt(squared_norm) * (1 + 0x1p-20), std::numeric_limits<float>::min());
-  if (norm * layer.largest_norm > 1e37) return std::numeric_limits<float>::infinity();
+  if (norm * layer.bounds.max_norm > max_screened_product)
+    return std::numeric_limits<float>::infinity();
   return static_cast<float>(roundoff / (1 - roundoff) * norm * (1 + 0x1p-20));
 }
 
 void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
-  const Layer& layer = job.layer();
+  const cpu::PreparedLayer& layer = job.layer();
   const cpu::CpuKernels& kernel = cpu::cpu_kernels();
   const int64_t slot = job.slot + row;
   float* x = hidden_row(w, job, row);
@@ -93,7 +96,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
   RowMargin& margin = w.margin[slot];
   margin = {{product, 0}, {product, 0}};
   w.tally[lane].fallback_rows += std::isinf(product);
-  if (job.choice.sparse == Arithmetic::int8)
+  if (job.choice.sparse == cpu::ScreenType::int8)
     kernel.quantise_row(cpu::Int8Layout(layer.hidden_size), x, job.choice.planes,
                         int8_row(w, job, row), w.rotated + lane * w.plan.int8_inputs);
   if (layer.copies.int16.defined()) {
@@ -114,7 +117,7 @@ void prepare_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) 
 float screen_bound(const Layer& layer, const TopList& list) {
   const double value = std::max(list.least == 0 ? 0 : cpu::key_value(list.least), list.open_least);
   if (value <= 0) return -std::numeric_limits<float>::infinity();
-  return static_cast<float>(value - (value + layer.largest_bias) * 0x1p-20 -
+  return static_cast<float>(value - (value + layer.max_bias) * kth_best_rounding -
                             underflow(layer.hidden_size));
 }
 
@@ -170,35 +173,36 @@ TopList merge_lists(const Workspace& w, const Job& job, int64_t row, int64_t lan
 
 // Writes one row: the winners, then the lowest features that are not among them with activation 0.
 void finish_row(const Workspace& w, const Job& job, int64_t row, int64_t lane) {
-  const Layer& layer = job.layer();
+  const cpu::PreparedLayer& layer = job.layer();
   const Features& out = job.request->out;
+  const int64_t k_out = job.request->k_out;
   const int64_t output_row = job.first_row + row;
-  float* activations = out.activations.mutable_data_ptr<float>() + output_row * layer.top_k;
-  int64_t* indices = out.indices.mutable_data_ptr<int64_t>() + output_row * layer.top_k;
+  float* activations = out.activations.mutable_data_ptr<float>() + output_row * k_out;
+  int64_t* indices = out.indices.mutable_data_ptr<int64_t>() + output_row * k_out;
   float* sparsity = out.sparsity.mutable_data_ptr<float>() + output_row;
 
   if (!is_finite(w.margin[job.slot + row])) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
-    std::fill(activations, activations + layer.top_k, nan);
-    for (int64_t i = 0; i < layer.top_k; ++i) indices[i] = i;
+    std::fill(activations, activations + k_out, nan);
+    for (int64_t i = 0; i < k_out; ++i) indices[i] = i;
     *sparsity = nan;
     return;
   }
-  const TopList all = merge_lists(w, job, row, lane, layer.selected);
+  const TopList all = merge_lists(w, job, row, lane, job.request->k_filled());
   std::sort(all.keys, all.keys + all.size, std::greater<>());
   for (int64_t i = 0; i < all.size; ++i) {
     activations[i] = cpu::key_value(all.keys[i]);
     indices[i] = cpu::key_feature(all.keys[i]);
   }
-  *sparsity = static_cast<float>(static_cast<double>(std::min(all.certain, layer.most_active)) /
+  *sparsity = static_cast<float>(static_cast<double>(std::min(all.certain, layer.max_active)) /
                                  layer.features);
 
-  if (all.size == layer.top_k) return;
+  if (all.size == k_out) return;
   auto* taken = reinterpret_cast<int64_t*>(
       all.keys);  // the keys are written out: their slots sort the winners' indices
   std::copy(indices, indices + all.size, taken);
   std::sort(taken, taken + all.size);
-  for (int64_t slot = all.size, feature = 0, next = 0; slot < layer.top_k; ++feature) {
+  for (int64_t slot = all.size, feature = 0, next = 0; slot < k_out; ++feature) {
     if (next < all.size && taken[next] == feature) {
       ++next;
       continue;
@@ -278,7 +282,7 @@ void run_wave(std::vector<Job>& jobs, const Workspace& w, Lanes& workers) {
   Wave wave(jobs, w, workers);
   wave.prepare();
   wave.by_features([&](int64_t lane, const Unit& unit) {
-    Scan(w, unit, lane, TopSink{w, *unit.job, lane, unit.job->layer().selected}).run();
+    Scan(w, unit, lane, TopSink{w, *unit.job, lane, unit.job->request->k_filled()}).run();
   });
   wave.by_rows(finish_phase,
                [&](int64_t lane, const Job& job, int64_t row) { finish_row(w, job, row, lane); });
@@ -318,13 +322,13 @@ struct WriteSink {
 };
 
 // Rows [first, first + rows) of the request in jobs of nearly one size.
-std::vector<Job> split(const Request& request, int64_t first, int64_t rows, int64_t most_rows,
-                       int64_t least_parts) {
+std::vector<Job> split(const Request& request, const cpu::PreparedLayer& layer, int64_t first,
+                       int64_t rows, int64_t most_rows, int64_t least_parts) {
   const int64_t parts = std::max(least_parts, (rows + most_rows - 1) / most_rows);
   std::vector<Job> jobs;
   for (int64_t i = 0, slot = 0; i < parts; ++i) {
     const int64_t count = (rows - slot) / (parts - i);
-    if (count > 0) jobs.push_back({&request, first + slot, count, slot, {}});
+    if (count > 0) jobs.push_back({&request, &layer, first + slot, count, slot, {}});
     slot += count;
   }
   return jobs;
@@ -343,20 +347,20 @@ void count_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers, int
       for (int64_t lane = 0; lane < w.plan.lanes; ++lane)
         active += list_of(w, job, row, lane).certain;
       row_begin[1 + job.first_row + row] =
-          is_finite(w.margin[job.slot + row]) ? std::min(active, job.layer().most_active) : 1;
+          is_finite(w.margin[job.slot + row]) ? std::min(active, job.layer().max_active) : 1;
     }
 }
 
 // The counts are known: the features and activations are written.
 void write_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers,
                   const SparseFeatures& out) {
-  const Layer& layer = jobs.front().layer();
-  const bool coder = layer.most_active < layer.features;  // top-k: keeps only its k largest
+  const cpu::PreparedLayer& layer = jobs.front().layer();
+  const bool coder = layer.max_active < layer.features;  // top-k: keeps only its k largest
   Wave wave(jobs, w, workers, coder ? 0 : 1);
   wave.prepare();
   wave.by_features([&](int64_t lane, const Unit& unit) {
     if (coder)
-      Scan(w, unit, lane, TopSink{w, *unit.job, lane, layer.most_active}).run();
+      Scan(w, unit, lane, TopSink{w, *unit.job, lane, layer.max_active}).run();
     else
       Scan(w, unit, lane, WriteSink{w, *unit.job, lane, out}).run();
   });
@@ -369,7 +373,7 @@ void write_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers,
       features[0] = 0;
       activations[0] = std::numeric_limits<float>::quiet_NaN();
     } else if (coder) {
-      const TopList best = merge_lists(w, job, row, lane, layer.most_active);
+      const TopList best = merge_lists(w, job, row, lane, layer.max_active);
       std::sort(best.keys, best.keys + best.size,
                 [](uint64_t a, uint64_t b) { return cpu::key_feature(a) < cpu::key_feature(b); });
       for (int64_t i = 0; i < std::min(best.size, begin[1] - begin[0]); ++i) {
@@ -380,26 +384,26 @@ void write_active(std::vector<Job> jobs, const Workspace& w, Lanes& workers,
   });
 }
 
-}  // namespace
-
-Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
+// Rows a call works on at a time, and its buffers.
+Plan plan_workspace(const std::map<int64_t, cpu::PreparedLayer>& layers, const Options& options) {
   Plan plan = {};
   plan.lanes = options.lanes > 0 ? options.lanes : at::get_num_threads();
-  for (const Layer* layer : layers) {
-    plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
+  for (const auto& [id, layer] : layers) {
+    plan.hidden_size = std::max(plan.hidden_size, layer.hidden_size);
     // encode_sparse keeps all that a top-k coder does.
-    const int64_t kept =
-        layer->most_active < layer->features ? layer->most_active : layer->selected;
+    const int64_t kept = layer.kind == ActivationKind::topk
+                             ? layer.max_active
+                             : std::min(k_out(layer, options), layer.max_active);
     plan.top_k = std::max(plan.top_k, kept);
-    plan.capacity = std::max(plan.capacity, cpu::list_capacity(kept, layer->features));
-    plan.panel = std::max(plan.panel, std::min(panel_size, layer->features));
-    if (layer->copies.int8.defined()) {
-      const cpu::Int8Layout layout(layer->hidden_size);
+    plan.capacity = std::max(plan.capacity, cpu::list_capacity(kept, layer.features));
+    plan.panel = std::max(plan.panel, std::min(panel_size, layer.features));
+    if (layer.copies.int8.defined()) {
+      const cpu::Int8Layout layout(layer.hidden_size);
       plan.int8_bytes = std::max(plan.int8_bytes, 2 * layout.row_bytes());
       plan.int8_inputs = std::max(plan.int8_inputs, layout.inputs);
     }
-    if (layer->copies.int16.defined())
-      plan.int16_stride = std::max(plan.int16_stride, cpu::int16_stride(layer->hidden_size));
+    if (layer.copies.int16.defined())
+      plan.int16_stride = std::max(plan.int16_stride, cpu::int16_stride(layer.hidden_size));
   }
   const int64_t row_bytes =
       plan.lanes * plan.capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(cpu::Bounded));
@@ -410,40 +414,95 @@ Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options) {
   return plan;
 }
 
-void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace, Lanes& workers) {
+[[noreturn]] void refuse_sparse(const Layer& layer, int64_t row_count) {
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
+                   ": out of memory: the result needs ", 8 * (row_count + 1),
+                   " bytes and 12 for each active feature; fewer rows at a time need less, got ",
+                   row_count);
+}
+
+class CpuBackend : public Backend {
+ public:
+  CpuBackend(const std::vector<const Layer*>& layers, const Options& options) {
+    for (const Layer* layer : layers)
+      layers_.emplace(layer->id, cpu::prepare_layer(*layer, options.screening));
+    const Plan plan = plan_workspace(layers_, options);
+    workspaces_ =
+        std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
+    workers_ = std::make_unique<Lanes>(plan.lanes - 1);
+  }
+
+  void encode(const std::vector<Request>& requests) const override {
+    run(requests, *workspaces_->borrow());
+  }
+
+  SparseFeatures encode_sparse(const Request& request) const override;
+  Explanation explain(const Request& request) const override;
+
+  Memory memory() const override {
+    Memory memory = {};
+    for (const auto& [id, layer] : layers_) {
+      if (!layer.W_enc.is_alias_of(layer.declared.W_enc))
+        memory.weight_bytes += layer.W_enc.nbytes();
+      memory.gate_bytes += layer.bounds.bytes(layer);
+      memory.screening_bytes += layer.copies.bytes();
+    }
+    memory.workspace_bytes = workspaces_->bytes();
+    return memory;
+  }
+
+ private:
+  void run(std::vector<Request> requests, const Workspace& workspace) const;
+  SparseFeatures write_sparse(const Request& request, const Workspace& workspace) const;
+
+  std::map<int64_t, cpu::PreparedLayer> layers_;
+  std::unique_ptr<Pool<Workspace>> workspaces_;
+  std::unique_ptr<Lanes> workers_;
+};
+
+void CpuBackend::run(std::vector<Request> requests, const Workspace& workspace) const {
+  // Largest first, so that no worker is left alone with a large layer at the end.
+  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
+    const auto size = [](const Layer& layer) { return layer.features * layer.hidden_size; };
+    return size(*a.layer) > size(*b.layer);
+  });
   std::vector<Job> wave;
   const int64_t slots = workspace.plan.rows;
   int64_t used = 0;
   for (const Request& request : requests) {
-    const int64_t rows = request.rows();
+    const int64_t rows = request.row_count();
     const int64_t chunks = (rows + workspace.plan.job_rows - 1) / workspace.plan.job_rows;
     for (int64_t chunk = 0, first = 0; chunk < chunks; ++chunk) {
       const int64_t count = (rows - first) / (chunks - chunk);
       if (used + count > slots) {
-        run_wave(wave, workspace, workers);
+        run_wave(wave, workspace, *workers_);
         wave.clear();
         used = 0;
       }
-      wave.push_back({&request, first, count, used, {}});
+      wave.push_back({&request, &layers_.at(request.layer->id), first, count, used, {}});
       used += count;
       first += count;
     }
   }
-  if (!wave.empty()) run_wave(wave, workspace, workers);
+  if (!wave.empty()) run_wave(wave, workspace, *workers_);
 }
 
-void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers,
-                 Explanation& explanation) {
+Explanation CpuBackend::explain(const Request& request) const {
+  const auto borrowed = workspaces_->borrow();
+  Workspace& workspace = *borrowed;
   std::fill(workspace.tally, workspace.tally + workspace.plan.lanes, Tally{});
   workspace.timed = true;
-  encode_cpu({request}, workspace, workers);
+  run({request}, workspace);
   workspace.timed = false;
+  Explanation explanation = {};
+  explanation.rows = request.row_count();
+  explanation.features = request.layer->features;
   for (int64_t lane = 0; lane < workspace.plan.lanes; ++lane) {
     const Tally& tally = workspace.tally[lane];
     explanation.fallback_rows += tally.fallback_rows;
-    explanation.pairs_float32 += tally.pairs[static_cast<int>(Arithmetic::float32)];
-    explanation.pairs_int16 += tally.pairs[static_cast<int>(Arithmetic::int16)];
-    explanation.pairs_int8 += tally.pairs[static_cast<int>(Arithmetic::int8)];
+    explanation.pairs_float32 += tally.pairs[static_cast<int>(cpu::ScreenType::float32)];
+    explanation.pairs_int16 += tally.pairs[static_cast<int>(cpu::ScreenType::int16)];
+    explanation.pairs_int8 += tally.pairs[static_cast<int>(cpu::ScreenType::int8)];
     explanation.survivors += tally.survivors;
     explanation.ambiguous += tally.ambiguous;
     explanation.rescored += tally.rescored;
@@ -453,27 +512,46 @@ void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers,
     explanation.rescore_ms += tally.ms[rescore_phase];
     explanation.finish_ms += tally.ms[finish_phase];
   }
+  return explanation;
 }
 
 // Two passes: count, then write, so that nothing is held but the result.
-SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace,
-                                 Lanes& workers) {
-  const int64_t rows = request.rows(), slots = workspace.plan.rows,
+SparseFeatures CpuBackend::write_sparse(const Request& request, const Workspace& workspace) const {
+  const cpu::PreparedLayer& layer = layers_.at(request.layer->id);
+  const int64_t rows = request.row_count(), slots = workspace.plan.rows,
                 job_rows = workspace.plan.job_rows;
   const at::TensorOptions options = request.hidden.options().requires_grad(false);
   SparseFeatures out = {at::zeros({rows + 1}, options.dtype(at::kLong)), {}, {}};
   int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
   for (int64_t first = 0; first < rows; first += slots)
-    count_active(split(request, first, std::min(slots, rows - first), job_rows, 1), workspace,
-                 workers, row_begin);
+    count_active(split(request, layer, first, std::min(slots, rows - first), job_rows, 1),
+                 workspace, *workers_, row_begin);
   std::partial_sum(row_begin, row_begin + rows + 1, row_begin);
   out.features = at::empty({row_begin[rows]}, options.dtype(at::kLong));
   out.activations = at::empty({row_begin[rows]}, options.dtype(at::kFloat));
   for (int64_t first = 0; first < rows; first += slots)
-    write_active(
-        split(request, first, std::min(slots, rows - first), job_rows, 2 * workspace.plan.lanes),
-        workspace, workers, out);
+    write_active(split(request, layer, first, std::min(slots, rows - first), job_rows,
+                       2 * workspace.plan.lanes),
+                 workspace, *workers_, out);
   return out;
+}
+
+SparseFeatures CpuBackend::encode_sparse(const Request& request) const {
+  const auto workspace = workspaces_->borrow();
+  try {
+    return write_sparse(request, *workspace);
+  } catch (const c10::Error&) {  // of at::empty
+    refuse_sparse(*request.layer, request.row_count());
+  } catch (const std::bad_alloc&) {
+    refuse_sparse(*request.layer, request.row_count());
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(const std::vector<const Layer*>& layers,
+                                          const Options& options) {
+  return std::make_unique<CpuBackend>(layers, options);
 }
 
 }  // namespace sparse_transcoder

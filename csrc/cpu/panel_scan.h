@@ -17,16 +17,20 @@
 #include <utility>
 
 #include "backend.h"
+#include "bounds.h"
+#include "cpu/screen.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder {
 
 // Rows [first_row, first_row + rows) of one request, in slots [slot, slot + rows).
 struct Job {
   const Request* request;
+  const cpu::PreparedLayer* prepared;
   int64_t first_row, rows, slot;
-  Choice choice;
+  cpu::ScreenChoice choice;
 
-  const Layer& layer() const { return *request->layer; }
+  const cpu::PreparedLayer& layer() const { return *prepared; }
 };
 
 // Features [first, last) of a job; `first` is at a panel's begin.
@@ -80,7 +84,7 @@ struct SurvivorList {
 // Computes a layer's activations exactly.
 class Exact {
  public:
-  explicit Exact(const Layer& layer)
+  explicit Exact(const cpu::PreparedLayer& layer)
       : dot_(cpu::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
         weights_(static_cast<const char*>(layer.W_enc.const_data_ptr())),
         bias_(layer.bias.const_data_ptr<float>()),
@@ -128,7 +132,7 @@ class Scan {
         sink_(sink),
         kernel_(cpu::cpu_kernels()),
         layout_(layer_.hidden_size),
-        gate_(layer_.gate_at(0)),
+        gate_(layer_.bounds.from(layer_, 0)),
         margin_(w.margin + job_.slot),
         scale_(w.int16_scale + job_.slot),
         exact_(layer_),
@@ -146,7 +150,7 @@ class Scan {
     if (layer_.copies.int16.defined()) {
       int16_ = layer_.copies.int16.template const_data_ptr<int16_t>();
       int16_scale_ = layer_.copies.int16_scale.template const_data_ptr<float>();
-      int16_residual_ = layer_.copies.int16_residual.template const_data_ptr<float>();
+      int16_residual_ = layer_.copies.int16_error.template const_data_ptr<float>();
     }
   }
 
@@ -154,12 +158,13 @@ class Scan {
     // A panel with many survivors goes through the dense screen, with the next ones; then int8 is
     // tried again.
     constexpr int64_t retry = 15;
-    const Choice choice = job_.choice;
-    const int64_t wide = choice.sparse == Arithmetic::float32 ? w_.plan.panel : cpu::panel_features;
+    const cpu::ScreenChoice choice = job_.choice;
+    const int64_t wide =
+        choice.sparse == cpu::ScreenType::float32 ? w_.plan.panel : cpu::panel_features;
     int64_t dense_panels = 0;
     for (int64_t first = unit_.first; first < unit_.last; first += wide) {
       const int64_t count = std::min(wide, unit_.last - first);
-      if (choice.sparse == Arithmetic::int8 && dense_panels == 0) {
+      if (choice.sparse == cpu::ScreenType::int8 && dense_panels == 0) {
         if (!screen_int8(first, count)) dense_panels = retry;
       } else {
         screen_densely(first, count);
@@ -198,7 +203,7 @@ class Scan {
       screen_densely(first, count);
       return false;
     }
-    tally_.pairs[static_cast<int>(Arithmetic::int8)] += rows * count;
+    tally_.pairs[static_cast<int>(cpu::ScreenType::int8)] += rows * count;
     tally_.survivors += spare_.size;
     advance(first, count);
     return true;
@@ -318,7 +323,7 @@ class Scan {
   // from before.
   void screen_densely(int64_t first, int64_t count) {
     tally_.pairs[static_cast<int>(job_.choice.dense)] += job_.rows * count;
-    if (job_.choice.dense == Arithmetic::int16)
+    if (job_.choice.dense == cpu::ScreenType::int16)
       screen_int16(first, count);
     else
       screen_float32(first, count);
@@ -378,8 +383,8 @@ class Scan {
         const float slack =
             margin.per_norm * gate_.norm[feature] + margin.per_residual * residual[position];
         const double value = double{scores[position]} + gate_.bias[feature];
-        const double rounding = (std::abs(value) + slack + layer_.largest_bias) * 0x1p-20 +
-                                underflow(layer_.hidden_size);
+        const double rounding =
+            (std::abs(value) + slack + layer_.max_bias) * 0x1p-20 + underflow(layer_.hidden_size);
         if (sink_.defer(row, {static_cast<float>(value - slack - rounding),
                               static_cast<float>(value + slack + rounding),
                               static_cast<uint32_t>(feature)}))
@@ -397,7 +402,7 @@ class Scan {
   const Workspace& w_;
   const Unit& unit_;
   const Job& job_;
-  const Layer& layer_;
+  const cpu::PreparedLayer& layer_;
   Sink sink_;
   const cpu::CpuKernels& kernel_;
   const cpu::Int8Layout layout_;

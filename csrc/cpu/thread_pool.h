@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <cfenv>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -11,22 +10,9 @@
 #include <thread>
 #include <vector>
 
+#include "floating_point.h"
+
 namespace sparse_transcoder {
-
-// The default floating-point environment, for a scope: flushed subnormals or another rounding on
-// the caller's thread would give bits that the workers' do not.
-class DefaultFloatingPoint {
- public:
-  DefaultFloatingPoint() {
-    std::fegetenv(&callers_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatingPoint() { std::fesetenv(&callers_); }
-  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
-
- private:
-  std::fenv_t callers_;
-};
 
 class Lanes {
  public:

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "check.h"
+#include "pool.h"
 
 using sparse_transcoder::Plan;
 using sparse_transcoder::Pool;

@@ -49,8 +49,9 @@ struct Machine {
       bool left = false;
       for (auto& [id, stream] : streams) {
         left |= !stream.steps.empty();
-        if (!stream.steps.empty() && !(stream.steps.front().wait &&
-                                      stream.steps.front().wait->done < stream.steps.front().version))
+        if (!stream.steps.empty() &&
+            !(stream.steps.front().wait &&
+              stream.steps.front().wait->done < stream.steps.front().version))
           ready.push_back(&stream);
       }
       if (ready.empty()) {

@@ -34,17 +34,21 @@ int multiprocessors(int* count) {
              : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
+int allocate_pinned(void** memory, int64_t bytes) {
+  const int status = cudaHostAlloc(memory, size_t(bytes), cudaHostAllocDefault);
+  if (status != cudaSuccess) cudaGetLastError();  // not left for another caller to find
+  return status;
+}
+void free_pinned(void* memory) { cudaFreeHost(memory); }
+
 const char* error_name(int status) { return cudaGetErrorName(cudaError_t(status)); }
 const char* error_text(int status) { return cudaGetErrorString(cudaError_t(status)); }
 
-int make_graph(void** graph) {
-  return cudaGraphCreate(reinterpret_cast<cudaGraph_t*>(graph), 0);
-}
+int make_graph(void** graph) { return cudaGraphCreate(reinterpret_cast<cudaGraph_t*>(graph), 0); }
 
 int finish_graph(void* graph, void** executable) {
   cudaGraphExec_t ready = nullptr;
-  const int status =
-      cudaGraphInstantiateWithFlags(&ready, static_cast<cudaGraph_t>(graph), 0);
+  const int status = cudaGraphInstantiateWithFlags(&ready, static_cast<cudaGraph_t>(graph), 0);
   *executable = status == cudaSuccess ? ready : nullptr;
   cudaGraphDestroy(static_cast<cudaGraph_t>(graph));
   return status;

@@ -119,6 +119,10 @@ int finish(const LayerPointers* layer, const float* margin, int64_t first, int64
 
 // Of the current device.
 int multiprocessors(int* count);
+// Host memory that the device reads directly.
+int allocate_pinned(void** memory, int64_t bytes);
+void free_pinned(void* memory);
+
 // The name of a status and what it means.
 const char* error_name(int status);
 const char* error_text(int status);

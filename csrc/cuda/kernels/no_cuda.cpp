@@ -31,6 +31,8 @@ int finish(const LayerPointers*, const float*, int64_t, int64_t, int64_t, int64_
   return no_device;
 }
 int multiprocessors(int*) { return no_device; }
+int allocate_pinned(void**, int64_t) { return no_device; }
+void free_pinned(void*) {}
 const char* error_name(int) { return "cudaErrorNoDevice"; }
 const char* error_text(int) { return "this build has no CUDA"; }
 int make_graph(void**) { return no_device; }

@@ -1,7 +1,7 @@
 // Rows made ready for a screen, with their margins.
-#include <cfloat>
 #include <cmath>
 
+#include "bounds.h"
 #include "cuda/kernels/element.cuh"
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/launch.cuh"
@@ -77,13 +77,14 @@ __device__ void layer_norm(float* x, int size, const float* ln_weight, const flo
 __device__ float margin_of(double squares, double error_squares, int size,
                            const ScreenErrors& errors) {
   const double error = sqrt(error_squares),
-               norm = fmax(sqrt(squares) + error, double(FLT_MIN) * sqrt(double(size)));
+               norm = fmax(sqrt(squares) + error, min_norm_per_root * sqrt(double(size)));
   const double margin =
       error + norm * (errors.residual + errors.rounding * (1 + double(errors.residual)));
   if (!isfinite(squares)) return NAN;
-  if (!(errors.rounding < 0.5f && norm * (double(errors.max_norm) + FLT_MIN) < 1e37))
+  if (!(errors.rounding < 0.5f &&
+        norm * (double(errors.max_norm) + min_norm_per_root) < max_screened_product))
     return INFINITY;
-  return float(margin * (1 + 0x1p-20) + 0x1p-149);
+  return float(margin * round_up + 0x1p-149);
 }
 
 __device__ void empty_lists(const CandidateLists& lists) {

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int warp_features = 4;  // that share what a warp reads of x
 
-constexpr int part = 4;           // inputs per lane that are multiplied at a time
+constexpr int part = 4;  // inputs per lane that are multiplied at a time
 
 // A lane's next `width` weights of one feature, as they are stored: read in one access that leaves
 // the caches to x, and widened only when they are used.

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "bounds.h"
 #include "cuda/kernels/element.cuh"
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/launch.cuh"
@@ -16,10 +17,10 @@
 namespace sparse_transcoder::cuda {
 namespace {
 
-constexpr int held = 8;                      // items that a thread keeps in registers
-constexpr int max_ranked = 2 * threads;      // keys that are sorted by counting
-constexpr int max_in_shared = 4 * threads;   // keys that a block sorts in shared memory
-constexpr int lane_scores = 8;               // that a lane compares at a time
+constexpr int held = 8;                     // items that a thread keeps in registers
+constexpr int max_ranked = 2 * threads;     // keys that are sorted by counting
+constexpr int max_in_shared = 4 * threads;  // keys that a block sorts in shared memory
+constexpr int lane_scores = 8;              // that a lane compares at a time
 constexpr int warp_scores = 32 * lane_scores;
 static_assert(list_room >= warp_scores);
 
@@ -42,7 +43,9 @@ struct Bracket {
   double underflow;
 
   __device__ Bracket(float margin, const Weights& weights)
-      : margin(margin), bounds(weights.bounds), underflow((weights.size + 128) * 0x1p-124) {}
+      : margin(margin),
+        bounds(weights.bounds),
+        underflow(sparse_transcoder::underflow(weights.size)) {}
 
   __device__ double width(uint64_t deferred) const {
     const int64_t feature = feature_of(deferred);
@@ -60,8 +63,7 @@ struct Bracket {
   }
   // Whether the feature's key may reach kth_best. Written so that NaN may.
   __device__ bool reaches(uint64_t deferred, uint64_t kth_best) const {
-    return !(float(middle(deferred) + width(deferred)) <
-             __uint_as_float(unsigned(kth_best >> 32)));
+    return !(float(middle(deferred) + width(deferred)) < __uint_as_float(unsigned(kth_best >> 32)));
   }
 };
 
@@ -335,7 +337,7 @@ __device__ void compute_deferred(const uint64_t* deferred, int count, int warp, 
 __device__ float score_bound(uint64_t kth_best, const Weights& weights) {
   if (kth_best == 0) return -INFINITY;
   const double value = __uint_as_float(unsigned(kth_best >> 32));
-  return float(value - (value + weights.max_bias) * 0x1p-20 - (weights.size + 128) * 0x1p-124);
+  return float(value - (value + weights.max_bias) * kth_best_rounding - underflow(weights.size));
 }
 
 // Where a lane's j-th number of warp_scores lies: four numbers follow each other, which aligned
@@ -361,8 +363,7 @@ __device__ LaneNumbers load(const float* __restrict__ from, int count, bool alig
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < lane_scores; ++j)
-      numbers.at[j] = place(j) < count ? from[place(j)] : 0;
+    for (int j = 0; j < lane_scores; ++j) numbers.at[j] = place(j) < count ? from[place(j)] : 0;
   }
   return numbers;
 }
@@ -498,8 +499,8 @@ struct ScoredRow {
 // One block per row and group of the tile's features.
 template <typename Weight>
 __global__ void __launch_bounds__(threads, 4)
-    select_kernel(const float* __restrict__ scores, const float* x, const float* margins,
-                  int first, int count, const __grid_constant__ Weights weights,
+    select_kernel(const float* __restrict__ scores, const float* x, const float* margins, int first,
+                  int count, const __grid_constant__ Weights weights,
                   const __grid_constant__ CandidateLists lists) {
   const int row = blockIdx.x, group = blockIdx.y, warp = threadIdx.x / 32;
   const int64_t list = int64_t{row} * lists.groups + group;
@@ -699,9 +700,8 @@ __device__ int k_largest(int count, int k, const Values& values, uint64_t* best,
 
 // One block per row.
 __global__ void __launch_bounds__(threads)
-    finish_kernel(const LayerPointers* layer, const float* margins, int64_t first,
-                  int64_t features, int64_t max_active, int64_t top_k, int64_t sorted_stride,
-                  CandidateLists lists) {
+    finish_kernel(const LayerPointers* layer, const float* margins, int64_t first, int64_t features,
+                  int64_t max_active, int64_t top_k, int64_t sorted_stride, CandidateLists lists) {
   __shared__ uint64_t shared[max_in_shared], scratch[max_ranked];
   const int64_t row = blockIdx.x, list = row * lists.groups;
   const int deferred_count = lists.deferred_count[list], exact_count = lists.exact_count[list];
@@ -779,8 +779,8 @@ int merge(const float* margin, int64_t rows, const Weights& weights, const Candi
 int compute_exact(const float* x, const float* margin, int64_t rows, const Weights& weights,
                   const CandidateLists& lists, Queue& queue) {
   return for_dtype(weights.dtype, [&](auto type) {
-    return launch(compute_exact_kernel<decltype(type)>,
-                  dim3(unsigned(rows), blocks_per_row(rows)), queue, x, margin, weights, lists);
+    return launch(compute_exact_kernel<decltype(type)>, dim3(unsigned(rows), blocks_per_row(rows)),
+                  queue, x, margin, weights, lists);
   });
 }
 
