@@ -4,6 +4,10 @@ All give the same bits, which are those of the float64 oracle. The instruction s
 per process, so that each encodes the cases of this file in a process of its own.
 """
 
+import functools
+import functools
+import functools
+import functools
 import math
 import os
 import subprocess
@@ -32,6 +36,98 @@ CPUS = (
     "avx512vnni",
 )  # one that the machine lacks falls back to the best it has
 RESULTS = ("activations", "indices", "sparsity")
+
+
+def python(code, cpu):
+    """Runs code in a process of its own, with this instruction set."""
+    environment = {
+        **os.environ,
+        "SPARSE_TRANSCODER_CPU": cpu,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+@functools.cache
+def refusal(cpu):
+    """Why this machine cannot run an instruction set; empty where it can."""
+    done = python("import sparse_transcoder; sparse_transcoder.cpu_instruction_set()", cpu)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 or lines[-1].startswith(
+        "ValueError: SPARSE_TRANSCODER_CPU must be"
+    ), done.stderr
+    return lines[-1] if done.returncode else ""
+
+
+def python(code, cpu):
+    """Runs code in a process of its own, with this instruction set."""
+    environment = {
+        **os.environ,
+        "SPARSE_TRANSCODER_CPU": cpu,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+@functools.cache
+def refusal(cpu):
+    """Why this machine cannot run an instruction set; empty where it can."""
+    done = python("import sparse_transcoder; sparse_transcoder.cpu_instruction_set()", cpu)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 or lines[-1].startswith(
+        "ValueError: SPARSE_TRANSCODER_CPU must be"
+    ), done.stderr
+    return lines[-1] if done.returncode else ""
+
+
+def python(code, cpu):
+    """Runs code in a process of its own, with this instruction set."""
+    environment = {
+        **os.environ,
+        "SPARSE_TRANSCODER_CPU": cpu,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+@functools.cache
+def refusal(cpu):
+    """Why this machine cannot run an instruction set; empty where it can."""
+    done = python("import sparse_transcoder; sparse_transcoder.cpu_instruction_set()", cpu)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 or lines[-1].startswith(
+        "ValueError: SPARSE_TRANSCODER_CPU must be"
+    ), done.stderr
+    return lines[-1] if done.returncode else ""
+
+
+def python(code, cpu):
+    """Runs code in a process of its own, with this instruction set."""
+    environment = {
+        **os.environ,
+        "SPARSE_TRANSCODER_CPU": cpu,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+@functools.cache
+def refusal(cpu):
+    """Why this machine cannot run an instruction set; empty where it can."""
+    done = python("import sparse_transcoder; sparse_transcoder.cpu_instruction_set()", cpu)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 or lines[-1].startswith(
+        "ValueError: SPARSE_TRANSCODER_CPU must be"
+    ), done.stderr
+    return lines[-1] if done.returncode else ""
 
 
 # Rows
@@ -428,7 +524,7 @@ def check_sparse(result, hidden, layer, tau):
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(recorded, name):
     layer, hidden, top_k, tau = CASES[name]
-    for cpu in CPUS:
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
         for screening in SCREENINGS:
             got, first = recorded(cpu)[name, screening], recorded("portable")[name, "off"]
             if got is not first and same_bits(
@@ -471,6 +567,10 @@ def test_explained(recorded, cpu, screening):
         result = recorded(cpu)[name, screening]
         told, memory = result["explained"], result["memory"]
         features, rows = layer["W_enc"].shape[0], hidden.shape[0]
+        assert told["instruction_set"] == cpu, name
+        assert told["instruction_set"] == cpu, name
+        assert told["instruction_set"] == cpu, name
+        assert told["instruction_set"] == cpu, name
         assert (told["rows"], told["features"]) == (rows, features), name
         assert (
             told["pairs_int8"] + told["pairs_int16"] + told["pairs_float32"] == rows * features
@@ -522,6 +622,198 @@ def test_no_copy_is_made_for_nothing(recorded, cpu):
     for screening in ("auto", "int8"):
         result = recorded(cpu)["patchy, few rows", screening]
         assert result["memory"]["screening_bytes"] > 0 and result["explained"]["pairs_int8"] > 0
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 "])
+def test_an_unknown_instruction_set(name):
+    for code in (
+        "import sparse_transcoder as s; s.cpu_instruction_set()",
+        "import test_screening as t; t.encoder(t.make_layer(130, 24), 10, 0.5)",
+    ):
+        done = python(code, name)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith(
+            "ValueError: SPARSE_TRANSCODER_CPU must be"
+        ), done.stderr
+        assert error.endswith(f"got {name}") and "portable" in error
+
+
+def test_the_instruction_set_that_is_named_is_used():
+    """And an empty name is none."""
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
+        assert (
+            python(
+                "import sparse_transcoder as s; print(s.cpu_instruction_set())", cpu
+            ).stdout.strip()
+            == cpu
+        )
+    assert (
+        python("import sparse_transcoder as s; print(s.cpu_instruction_set())", "").stdout.strip()
+        == cpu
+    ), "the best"
+
+
+@pytest.mark.parametrize("setting", ["int8_rows", "int8_rows=x", "rows=3", "max_share_int16=0.1x"])
+def test_unknown_crossovers(monkeypatch, setting):
+    monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+    with pytest.raises(ValueError, match="SPARSE_TRANSCODER_CROSSOVERS must hold name=value"):
+        encoder(make_layer(130, 24), 10, 0.5)
+
+
+def test_crossovers_force_a_screen(monkeypatch):
+    layer = make_layer(130, 24)
+    hidden = normal(50, 24)
+    for setting, used in (
+        ("int8_rows=50 max_share_float32=2", "pairs_int8"),
+        ("int8_rows=49", "pairs_float32"),
+    ):
+        monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+        told = encoder(layer, 10, 0.5, screening="int8").explain(0, hidden)
+        assert told[used] == 50 * 130, (setting, told)
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 "])
+def test_an_unknown_instruction_set(name):
+    for code in (
+        "import sparse_transcoder as s; s.cpu_instruction_set()",
+        "import test_screening as t; t.encoder(t.make_layer(130, 24), 10, 0.5)",
+    ):
+        done = python(code, name)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith(
+            "ValueError: SPARSE_TRANSCODER_CPU must be"
+        ), done.stderr
+        assert error.endswith(f"got {name}") and "portable" in error
+
+
+def test_the_instruction_set_that_is_named_is_used():
+    """And an empty name is none."""
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
+        assert (
+            python(
+                "import sparse_transcoder as s; print(s.cpu_instruction_set())", cpu
+            ).stdout.strip()
+            == cpu
+        )
+    assert (
+        python("import sparse_transcoder as s; print(s.cpu_instruction_set())", "").stdout.strip()
+        == cpu
+    ), "the best"
+
+
+@pytest.mark.parametrize("setting", ["int8_rows", "int8_rows=x", "rows=3", "max_share_int16=0.1x"])
+def test_unknown_crossovers(monkeypatch, setting):
+    monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+    with pytest.raises(ValueError, match="SPARSE_TRANSCODER_CROSSOVERS must hold name=value"):
+        encoder(make_layer(130, 24), 10, 0.5)
+
+
+def test_crossovers_force_a_screen(monkeypatch):
+    layer = make_layer(130, 24)
+    hidden = normal(50, 24)
+    for setting, used in (
+        ("int8_rows=50 max_share_float32=2", "pairs_int8"),
+        ("int8_rows=49", "pairs_float32"),
+    ):
+        monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+        told = encoder(layer, 10, 0.5, screening="int8").explain(0, hidden)
+        assert told[used] == 50 * 130, (setting, told)
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 "])
+def test_an_unknown_instruction_set(name):
+    for code in (
+        "import sparse_transcoder as s; s.cpu_instruction_set()",
+        "import test_screening as t; t.encoder(t.make_layer(130, 24), 10, 0.5)",
+    ):
+        done = python(code, name)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith(
+            "ValueError: SPARSE_TRANSCODER_CPU must be"
+        ), done.stderr
+        assert error.endswith(f"got {name}") and "portable" in error
+
+
+def test_the_instruction_set_that_is_named_is_used():
+    """And an empty name is none."""
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
+        assert (
+            python(
+                "import sparse_transcoder as s; print(s.cpu_instruction_set())", cpu
+            ).stdout.strip()
+            == cpu
+        )
+    assert (
+        python("import sparse_transcoder as s; print(s.cpu_instruction_set())", "").stdout.strip()
+        == cpu
+    ), "the best"
+
+
+@pytest.mark.parametrize("setting", ["int8_rows", "int8_rows=x", "rows=3", "max_share_int16=0.1x"])
+def test_unknown_crossovers(monkeypatch, setting):
+    monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+    with pytest.raises(ValueError, match="SPARSE_TRANSCODER_CROSSOVERS must hold name=value"):
+        encoder(make_layer(130, 24), 10, 0.5)
+
+
+def test_crossovers_force_a_screen(monkeypatch):
+    layer = make_layer(130, 24)
+    hidden = normal(50, 24)
+    for setting, used in (
+        ("int8_rows=50 max_share_float32=2", "pairs_int8"),
+        ("int8_rows=49", "pairs_float32"),
+    ):
+        monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+        told = encoder(layer, 10, 0.5, screening="int8").explain(0, hidden)
+        assert told[used] == 50 * 130, (setting, told)
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2 "])
+def test_an_unknown_instruction_set(name):
+    for code in (
+        "import sparse_transcoder as s; s.cpu_instruction_set()",
+        "import test_screening as t; t.encoder(t.make_layer(130, 24), 10, 0.5)",
+    ):
+        done = python(code, name)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith(
+            "ValueError: SPARSE_TRANSCODER_CPU must be"
+        ), done.stderr
+        assert error.endswith(f"got {name}") and "portable" in error
+
+
+def test_the_instruction_set_that_is_named_is_used():
+    """And an empty name is none."""
+    for cpu in filter(lambda cpu: not refusal(cpu), CPUS):
+        assert (
+            python(
+                "import sparse_transcoder as s; print(s.cpu_instruction_set())", cpu
+            ).stdout.strip()
+            == cpu
+        )
+    assert (
+        python("import sparse_transcoder as s; print(s.cpu_instruction_set())", "").stdout.strip()
+        == cpu
+    ), "the best"
+
+
+@pytest.mark.parametrize("setting", ["int8_rows", "int8_rows=x", "rows=3", "max_share_int16=0.1x"])
+def test_unknown_crossovers(monkeypatch, setting):
+    monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+    with pytest.raises(ValueError, match="SPARSE_TRANSCODER_CROSSOVERS must hold name=value"):
+        encoder(make_layer(130, 24), 10, 0.5)
+
+
+def test_crossovers_force_a_screen(monkeypatch):
+    layer = make_layer(130, 24)
+    hidden = normal(50, 24)
+    for setting, used in (
+        ("int8_rows=50 max_share_float32=2", "pairs_int8"),
+        ("int8_rows=49", "pairs_float32"),
+    ):
+        monkeypatch.setenv("SPARSE_TRANSCODER_CROSSOVERS", setting)
+        told = encoder(layer, 10, 0.5, screening="int8").explain(0, hidden)
+        assert told[used] == 50 * 130, (setting, told)
 
 
 def test_explain_of_no_rows_and_of_wrong_arguments():

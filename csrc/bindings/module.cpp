@@ -103,6 +103,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_safetensors", &read_safetensors, py::arg("path"), release_gil(),
         "The tensors of a safetensors file, memory-mapped: nothing but the header is read here.");
 
+  m.def("cpu_instruction_set", &cpu_instruction_set,
+        "The instruction set that encodes on the CPU: the best of this machine, or the one that the "
+        "environment variable SPARSE_TRANSCODER_CPU names.");
+
+  m.def("cpu_instruction_set", &cpu_instruction_set,
+        "The instruction set that encodes on the CPU: the best of this machine, or the one that the "
+        "environment variable SPARSE_TRANSCODER_CPU names.");
+
+  m.def("cpu_instruction_set", &cpu_instruction_set,
+        "The instruction set that encodes on the CPU: the best of this machine, or the one that the "
+        "environment variable SPARSE_TRANSCODER_CPU names.");
+
+  m.def("cpu_instruction_set", &cpu_instruction_set,
+        "The instruction set that encodes on the CPU: the best of this machine, or the one that the "
+        "environment variable SPARSE_TRANSCODER_CPU names.");
+
   py::enum_<Screening>(m, "Screening", "Which approximate arithmetic finds the candidates.")
       .value("auto", Screening::automatic)
       .value("off", Screening::off)
@@ -111,6 +127,10 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Explanation>(m, "Explanation",
                           "What a call did; see sparse_transcoder.SparseTranscoderEncoder.explain.")
+      .def_readonly("instruction_set", &Explanation::instruction_set)
+      .def_readonly("instruction_set", &Explanation::instruction_set)
+      .def_readonly("instruction_set", &Explanation::instruction_set)
+      .def_readonly("instruction_set", &Explanation::instruction_set)
       .def_readonly("rows", &Explanation::rows)
       .def_readonly("features", &Explanation::features)
       .def_readonly("fallback_rows", &Explanation::fallback_rows)

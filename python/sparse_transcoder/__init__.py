@@ -17,6 +17,10 @@ if _minor not in _builds:
 __path__.append(str(_builds[_minor]))
 
 from . import _C, reference
+from ._C import cpu_instruction_set
+from ._C import cpu_instruction_set
+from ._C import cpu_instruction_set
+from ._C import cpu_instruction_set
 from .capture import Captured, capture
 from .encoder import SparseTranscoderEncoder, encode_single_layer
 from .formats import load_transcoders, save_transcoders
@@ -30,6 +34,10 @@ __all__ = [
     "TranscoderWeights",
     "capture",
     "cmake_prefix_path",
+    "cpu_instruction_set",
+    "cpu_instruction_set",
+    "cpu_instruction_set",
+    "cpu_instruction_set",
     "cuda_kernels",
     "encode_single_layer",
     "graph_json",

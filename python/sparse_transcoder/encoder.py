@@ -433,7 +433,7 @@ class SparseTranscoderEncoder:
         parts = torch.split(written, hidden_size, dim=-1)
         return {layer + i: part for i, part in enumerate(parts)}
 
-    def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float]:
+    def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float | str]:
         """How :meth:`encode_layer` finds the features of these rows, on the CPU.
 
         The result itself is dropped. Arguments and errors are those of :meth:`encode_layer`; hidden
