@@ -1,24 +1,20 @@
-"""Time the encoder and dense pipelines on a CUDA device, in turns, after a check of equality.
+"""Time the encoder on a CUDA device: measure the card's roofs, check equality, then time it and dense pipelines in turns.
 
-    python benchmarks/gpu.py [--out FILE] [--seconds S] [--only TEXT[,TEXT]]
-                             [--device cpu --shrink N]
+    python benchmarks/gpu.py [--out FILE] [--seconds S] [--only TEXT[,TEXT]] [--device cpu --shrink N]
 
-inputs.py says what `planted` and `gaussian` rows are. Weights and rows are bfloat16 unless a case
-says float32. Weights exceed the L2 cache in every case: a call reads many layers, or calls take
-turns among enough of them. For each contender:
+inputs.py says what `planted` and `gaussian` rows are; weights and rows are bfloat16 unless a case says float32. Weights exceed
+the L2 cache in every case: a call reads many layers, or calls take turns among enough of them. For each contender:
 
-    ms       device time of a call, from events around each of many calls enqueued in a row. Where
-             the host is slower than the device it is the host's time. Each contender takes turns
-             with ours, and `ours` beside it is what ours took in those turns.
+    ms       device time of a call, from events around each of many calls enqueued in a row: where the host is slower than the
+             device, its time. Each contender takes turns with ours, and `ours` beside it is what ours took in those turns.
     host_ms  time until a call returns, nothing pending before it
-    extra    the largest memory that a call holds beyond what is there before it and its result;
-             `memory` says what ours planned
+    extra    the most that a call holds beyond what is there before it and its result; `memory` says what ours planned
+    kernels  of ours: microseconds and launches per call of each kernel, as torch's profiler sees them in calls of their own
 
-A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for
-what a case cannot avoid: the product; and reading rows, and weights as bfloat16, once and writing
-the result. The file is written after every case. The exit status is 1 when a case failed or a
-result differs from the float32 and float64 references. `--device cpu --shrink N` runs the same on
-small shapes, to try the script; its numbers mean nothing.
+A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for what a case cannot avoid:
+the product; and reading rows, and weights as bfloat16, once and writing the result. The file is written after every case. Exit
+status 1 when a case failed or a result differs from the float32 and float64 references. `--device cpu --shrink N` runs the same
+on small shapes, to try the script; its numbers mean nothing.
 """
 
 import argparse
@@ -28,6 +24,7 @@ import datetime
 import itertools
 import json
 import math
+import re
 import signal
 import statistics
 import time
@@ -39,12 +36,14 @@ from baselines import flashinfer_step, linear_topk, over_layers, product, refere
 from bench import HERE, OURS, check_all, check_same, tensor_bytes
 from inputs import THRESHOLD, Case, made, make_inputs
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
+from torch.profiler import ProfilerActivity, profile
 
 MATMUL = torch.backends.cuda.matmul
 COLD_BYTES = 1 << 30  # of weights that calls take turns in
 TURN_S = 0.02
 ROUNDS = 5
-CASE_S = 6  # about how long a case is timed
+CASE_S = 4  # about how long a case is timed
+BRIEF_S = 0.8  # and a brief one
 COMPILE_S = 40  # for one contender
 RESERVE_S = 15  # with less time than this no case is begun
 PREPARE_S = 60
@@ -56,18 +55,22 @@ class Job:
     case: Case
     compiled: bool = False  # also the compiled reference
     streamed: bool = False  # weights on the host
+    chunk_size: int | None = None
 
     @property
     def name(self):
-        return self.case.name + (" streamed" if self.streamed else "")
+        chunk = f" chunk {self.chunk_size}" if self.chunk_size else ""
+        return self.case.name + (" streamed" if self.streamed else "") + chunk
 
 
 def bf16(*shape, **options):
     return Case(*shape, dtype="bfloat16", **options)
 
 
-JOBS = [  # those that share weights stand together; the first are the ones that matter most
+JOBS = [  # those that share weights stand together, the first matter most; a brief case has the bare product beside it
     *(Job(bf16(T, 5120, 40960), compiled=T in (1, 256)) for T in (1, 256, 2048, 8)),
+    *(Job(bf16(T, 5120, 40960, brief=True)) for T in (2, 4, 16, 64)),
+    *(Job(bf16(2048, 5120, 40960, brief=True), chunk_size=chunk) for chunk in (512, 1024, 2048)),
     *(Job(bf16(T, 5120, 40960, kind="gaussian")) for T in (1, 256)),
     *(Job(Case(T, 5120, 40960)) for T in (1, 256)),
     *(Job(bf16(T, 5120, 40960, layers=4), streamed=True) for T in (1, 256)),
@@ -107,6 +110,21 @@ class Cuda:
         peak = torch.cuda.memory_stats(self.device)["requested_bytes.all.peak"]
         return max(0, peak - before - tensor_bytes(result))
 
+    def kernels(self, calls):
+        """{kernel: [microseconds, launches] per call}, the longest first."""
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+            for call in calls:
+                call()
+            self.sync()
+        times = {}
+        for event in seen.key_averages():
+            name = kernel_name(event.key)
+            total, count = times.get(name, (0, 0))
+            if event.device_time_total > 0:
+                times[name] = (total + event.device_time_total, count + event.count)
+        longest = sorted(times, key=lambda name: -times[name][0])
+        return {name: [round(value / len(calls), 2) for value in times[name]] for name in longest}
+
     def free(self):
         torch.cuda.empty_cache()
 
@@ -134,6 +152,9 @@ class Cpu(Cuda):
     def extra(self, call):
         call()
 
+    def kernels(self, calls):
+        return {}
+
     def free(self):
         pass
 
@@ -142,6 +163,12 @@ class Cpu(Cuda):
 
     def describe(self):
         return {"card": "none, a dry run on the CPU", "cuda": None}
+
+
+def kernel_name(signature):
+    """A kernel's name and template arguments, without namespaces and parameters."""
+    plain = re.sub(r"^void |\(anonymous namespace\)::|\b\w+::", "", signature)
+    return plain.split("(")[0][:80]
 
 
 def seconds(call):
@@ -209,7 +236,7 @@ def time_limit(limit):
 
 
 def dense_calls(job, groups, rows, layers, run):
-    """{name: a function that makes the calls}. A contender's own copies live while it is used."""
+    """{name: a function that makes the calls}: what a contender needs beyond the inputs exists only while it is used."""
     case = job.case
 
     def calls(step, dtype=None, wrap=lambda call: call):
@@ -238,6 +265,8 @@ def dense_calls(job, groups, rows, layers, run):
         "reference tf32": calls(reference_pipeline, torch.float32, with_tf32),
         "reference fp32": calls(reference_pipeline, torch.float32),
     }
+    if case.brief:
+        return {"product bf16": made_calls["product bf16"]}
     step = flashinfer_step()
     if step is not None:
         made_calls["linear+flashinfer bf16"] = calls(step, torch.bfloat16)
@@ -335,7 +364,8 @@ def run_job(job, clock, roofs, run):
     rows, layers = make_inputs(every, clock.device.type)
     make = {i: TranscoderWeights(W, b, layer=i) for i, (W, b) in enumerate(layers)}
     start = time.perf_counter()
-    encoder = SparseTranscoderEncoder(make, case.top_k, THRESHOLD)
+    chunk = {"chunk_size": job.chunk_size} if job.chunk_size else {}
+    encoder = SparseTranscoderEncoder(make, case.top_k, THRESHOLD, **chunk)
     clock.sync()
     build_s = time.perf_counter() - start
     result = encode_every(encoder, rows)
@@ -358,7 +388,8 @@ def run_job(job, clock, roofs, run):
     del again, result
     measured[OURS] = measure(clock, calls, PREPARE_S)
     others = {} if job.streamed else dense_calls(job, groups, rows, layers, run)
-    timed[OURS] = time_in_turns(clock, {OURS: calls}, run.case_s / 4)[OURS]
+    case_s = min(run.case_s, BRIEF_S) if case.brief else run.case_s
+    timed[OURS] = time_in_turns(clock, {OURS: calls}, case_s / 4)[OURS]
     for name, make_calls in others.items():
         # One at a time beside ours: the others' copies of the weights may not fit at once.
         try:
@@ -366,7 +397,7 @@ def run_job(job, clock, roofs, run):
             measured[name] = measure(
                 clock, theirs, run.compile_s if "compiled" in name else PREPARE_S
             )
-            samples = time_in_turns(clock, {OURS: calls, name: theirs}, run.case_s / len(others))
+            samples = time_in_turns(clock, {OURS: calls, name: theirs}, case_s / len(others))
             timed[name] = samples[name]
             measured[name]["ours"] = summary(samples[OURS])  # in turns with this one
         except Exception as error:
@@ -378,6 +409,7 @@ def run_job(job, clock, roofs, run):
         torch._dynamo.reset()
     for name, samples in timed.items():
         measured[name] |= summary(samples)
+    measured[OURS]["kernels"] = clock.kernels(calls)
     return record_of(job, roofs, encoder, build_s, active, len(groups), measured, left_out)
 
 
@@ -395,6 +427,7 @@ def record_of(job, roofs, encoder, build_s, active, sets, measured, left_out):
         "case": job.name,
         **dataclasses.asdict(case),
         "streamed": job.streamed,
+        "chunk_size": encoder.chunk_size,
         "threshold": THRESHOLD,
         "weight_sets": sets,
         "active_per_row": round(active, 1),
@@ -437,7 +470,10 @@ def print_record(record):
             print(f"; {name} {one['ms']['median'] / one['ours']['ms']['median']:.2f}", end="")
     for name, reason in record["left_out"].items():
         print(f"; no {name}: {reason}", end="")
-    print(flush=True)
+    print()
+    for name, (microseconds, launches) in of[OURS]["kernels"].items():
+        print(f"    {microseconds:9.1f} us x {launches:5.1f}  {name}")
+    print(end="", flush=True)
 
 
 class Run:
@@ -510,8 +546,7 @@ def main():
     for name in report["skipped"]:
         print(f"{name}: skipped: no time left of {options.seconds:.0f} s")
     print(
-        f"{len(report['cases'])} cases, {len(report['failed'])} failed, "
-        f"{len(report['skipped'])} skipped: {options.out}"
+        f"{len(report['cases'])} cases, {len(report['failed'])} failed, {len(report['skipped'])} skipped: {options.out}"
     )
     raise SystemExit(1 if report["failed"] or not report["cases"] else 0)
 

@@ -37,7 +37,7 @@ def dry_run(out, *options):
 def test_gpu_benchmark_runs_its_cases(tmp_path):
     done, report = dry_run(tmp_path / "gpu.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert report["failed"] == {} and report["skipped"] == [] and len(report["cases"]) >= 19
+    assert report["failed"] == {} and report["skipped"] == [] and len(report["cases"]) >= 26
     assert report["machine"].keys() >= {
         "card",
         "torch",
@@ -48,10 +48,8 @@ def test_gpu_benchmark_runs_its_cases(tmp_path):
     }
     for record in report["cases"]:
         assert record["left_out"] == {}
-        assert (
-            record["streamed"]
-            or {"reference bf16", "reference fp32"} <= record["contenders"].keys()
-        )
+        wanted = {"product bf16"} if record["brief"] else {"reference bf16", "reference fp32"}
+        assert record["streamed"] or wanted <= record["contenders"].keys()
         assert all(
             one["ms"]["median"] > 0 and one["host_ms"] > 0 for one in record["contenders"].values()
         )

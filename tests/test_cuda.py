@@ -159,6 +159,7 @@ def synchronising_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("count", [1, 12])
@@ -184,6 +185,7 @@ def test_encode_returns_while_the_device_is_busy(tokens, count, streamed, use_co
 # Streams
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 @pytest.mark.parametrize("streamed", [False, True])
@@ -218,6 +220,7 @@ def test_work_is_ordered_by_the_callers_stream(tokens, use_compile, streamed):
         )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
@@ -263,6 +266,7 @@ def asked(call):
     return total, after["requested_bytes.all.peak"] - before["requested_bytes.all.current"], result
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("count, streamed", [(1, False), (4, False), (4, True)])
 def test_a_call_allocates_its_results_alone(count, streamed, use_compile):
@@ -405,6 +409,7 @@ def test_replays_give_the_bits_of_plain_calls():
         check_all(got, hidden, layers)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 def test_a_replay_is_one_launch(use_compile):
     layers = alike(6)
@@ -565,6 +570,7 @@ def large_case(large):
     return list(zip(cases, map(on_cpu, wanted), strict=True)), encoder.memory()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layers_that_fit", [0, 1, 3, 6])
 @pytest.mark.parametrize("use_compile", [True, False])
 def test_weights_stream_from_the_host(large, large_case, layers_that_fit, use_compile):
@@ -705,6 +711,7 @@ def limited():
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "where, options, named",
     [

@@ -1,12 +1,11 @@
 """The CUDA path against the float64 oracle, on any machine: its threads run as CPU threads."""
 
 import math
-import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import sparse_transcoder
 import torch
 from oracle import check, make_layer, normal, same_bits
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
@@ -20,44 +19,27 @@ def kernels(tmp_path_factory):
     if not (ROOT / "csrc/cuda/chunk.cpp").exists():
         pytest.skip("the sources are not beside the tests")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    launches = re.compile(
-        r"kernel<<<(.*?), threads, 0, static_cast<cudaStream_t>\(stream\)>>>\((.*?)\);", re.DOTALL
-    )
-    parts = ["backend.cpp", "chunk.cpp", "streams.cpp", "weight_copy.cpp"]
     files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
-    files += [ROOT / "csrc/cuda" / name for name in parts]
-    for name, count in (("prepare", 2), ("select", 4)):
-        source = (ROOT / f"csrc/cuda/kernels/{name}.cu").read_text()
-        source, found = launches.subn(r"launch(\1, threads, stream, [=] { kernel(\2); });", source)
-        assert found == count
-        files.append(folder / f"{name}.cpp")
-        files[-1].write_text(source)
-    library = Path(sparse_transcoder.cmake_prefix_path)
-    folders = [
-        ROOT / "tests/cuda_on_cpu",
-        ROOT / "csrc",
-        ROOT / "csrc/include",
-        TORCH / "include",
-    ]
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-ffp-contract=off",
-        "-pthread",
-        "-Wl,-Bsymbolic",
-    ]
-    libraries = [
-        library / "lib/libsparse_transcoder.so",
-        TORCH / "lib/libtorch_cpu.so",
-        TORCH / "lib/libc10.so",
-    ]
+    wing = ("backend", "chunk", "streams", "weight_copy")
+    files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
+    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer")]
+    steps = ("prepare", "product_few_rows", "select")
+    files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
+    places = ("tests/cuda_on_cpu", "csrc", "csrc/include")
+    folders = [*(ROOT / place for place in places), TORCH / "include"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", *(f"-I{path}" for path in folders)]
+
+    def compiled(file):
+        made = folder / f"{file.parent.name}_{file.stem}.o"
+        subprocess.run(["g++", *flags, "-xc++", "-c", file, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, files))
+    libraries = [TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so"]
     made = folder / "cuda_on_cpu.so"
-    subprocess.run(
-        ["g++", *flags, *(f"-I{path}" for path in folders), *files, *libraries, "-o", made],
-        check=True,
-    )
+    command = ["g++", "-shared", "-pthread", "-Wl,-Bsymbolic", *objects, *libraries, "-o", made]
+    subprocess.run(command, check=True)
     torch.ops.load_library(made)
     return torch.ops.cuda_on_cpu
 
