@@ -4,9 +4,12 @@
 #   benchmarks/gpu.sh [OUT_DIR [WHEEL_DIR]]      (OUT_DIR: out/gpu unless given; gets gpu.json and gpu.log)
 #
 # Needs nvcc and a python3 with a CUDA torch, cmake, ninja, pybind11, scikit-build-core and pytest; no network, and installs
-# nothing there. What else python3 lacks (nlohmann-json, hypothesis, pyyaml, ...) is taken from the wheels in WHEEL_DIR.
+# nothing there. What else python3 lacks (nlohmann-json, hypothesis, pyyaml, ...) is taken from the wheels in WHEEL_DIR. With
+# pytest-xdist the tests run in WORKERS processes, except those that measure the device and need it alone.
 #   PYTHON, CUDAARCHS, CUDA_HOME, SPARSE_TRANSCODER_JSON_INCLUDE              override what is found
 #   LIMIT=470                                                                 seconds for everything
+#   WORKERS=8                                                                 processes that test at once
+#   REST=30                                                                   seconds for tests that need no GPU
 # Exit status 1 when a stage failed; the table at the end names it.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -149,6 +152,10 @@ for pass in 1 2; do
 done
 export ST_REQUIRE_CUDA=1
 test_run=("$python" -m pytest -p no:cacheprovider -rf)
+parallel_run=()
+if ask 'import xdist'; then
+  parallel_run=(env OMP_NUM_THREADS=2 "${test_run[@]}" -n "${WORKERS:-8}" --dist worksteal)
+fi
 
 # The sanitizers begin: they are slow, and run beside the tests. Ours are the kernels of the namespace sparse_transcoder.
 
@@ -173,11 +180,16 @@ for tool in memcheck racecheck; do
   sanitizing[$tool]="$limit $SECONDS"
 done
 
-begun=$SECONDS
-built "GPU tests" "$(least 200 $(($(left) - 150)))" "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
-rest=$(least $((200 - SECONDS + begun)) $(($(left) - 230)))
+if ((${#parallel_run[@]})); then
+  built "GPU tests" "$(least 120 $(($(left) - 150)))" "${parallel_run[@]}" --maxfail=60 --durations=10 -m "gpu and not alone" "${files[@]}"
+  built "GPU tests, alone" "$(least 60 $(($(left) - 120)))" "${test_run[@]}" --durations=5 -m "gpu and alone" "${files[@]}"
+else
+  parallel_run=("${test_run[@]}")
+  built "GPU tests" "$(least 200 $(($(left) - 150)))" "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
+fi
+rest=$(least "${REST:-30}" $(($(left) - 90)))
 optional=1
-built "other tests" "$rest" "${test_run[@]}" --maxfail=20 -m "not gpu" "${files[@]}"
+built "other tests" "$rest" "${parallel_run[@]}" --maxfail=20 -m "not gpu" "${files[@]}"
 optional=0
 
 # The sanitizers end.

@@ -129,7 +129,7 @@ def grid(title, records, row, column, ratio, columns):
 
 
 def shares(crossovers):
-    """int8 over the dense screen, by the share of pairs that survives int8; and where they are equal."""
+    """int8 over the dense screen, by the share of pairs that survives, and where they are equal."""
     records = crossovers["dense"]
 
     def name(record):

@@ -26,7 +26,12 @@ struct Request {
 };
 
 // Ranks per row that the options ask for.
-int64_t k_out(const Layer& layer, const Options& options);
+inline int64_t k_out(const Layer& layer, const Options& options) {
+  if (options.top_k != Options::layer_k) return std::min(options.top_k, layer.features);
+  TORCH_CHECK_VALUE(layer.declared.k, layer.name(),
+                    ": top_k=None takes k from the checkpoint, which declares none");
+  return std::min(*layer.declared.k, layer.features);
+}
 
 // The layers of an engine on one device. Methods may be called from many threads at once.
 class Backend {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -31,6 +32,20 @@ SPARSE_TRANSCODER_ON_BOTH constexpr double underflow(int64_t hidden_size) {
 // Half the width, beside underflow, of what brackets a gate. Every float32 operation near the gate
 // works on numbers of at most |gate| + |bias|, and there are fewer than eight ("Gates").
 constexpr double gate_rounding = 8 * unit_roundoff;
+
+// Bound on |float32 product - exact| per unit of ||x|| ||w||, whatever the order of its H additions
+// and fused or not; infinite where H is too large for one ("float32"). The terms beyond H pay for
+// the norms' own roundings.
+constexpr double product_rounding(int64_t hidden_size) {
+  const double terms = static_cast<double>(hidden_size + 8) * unit_roundoff;
+  return terms > 0.5 ? HUGE_VAL : terms / (1 - terms);
+}
+
+// Bound on the rounding of an int16 score per unit of ||s q|| ||t p||: every part is converted and
+// added, and two scales are multiplied ("int16").
+constexpr double int16_score_rounding(int64_t part_count) {
+  return static_cast<double>(8 + 2 * part_count) * unit_roundoff;
+}
 
 // How far below the k-th best activation a score with its margin may be rounded, in units of that
 // activation plus the largest bias ("The running k-th best").

@@ -121,13 +121,6 @@ struct Engine::State {
   const Backend& backend(const Layer& layer) const { return *backends.at(layer.device); }
 };
 
-int64_t k_out(const Layer& layer, const Options& options) {
-  if (options.top_k != Options::layer_k) return std::min(options.top_k, layer.features);
-  TORCH_CHECK_VALUE(layer.declared.k, layer.name(),
-                    ": top_k=None takes k from the checkpoint, which declares none");
-  return std::min(*layer.declared.k, layer.features);
-}
-
 Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options)
     : state_(std::make_unique<State>()) {
   const DefaultFloatingPoint environment;
@@ -245,6 +238,7 @@ Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
   check_hidden(layer, hidden);
   if (hidden.numel() == 0) {
     Explanation nothing = {};
+    nothing.instruction_set = cpu_instruction_set();
     nothing.features = layer.features;
     return nothing;
   }

@@ -8,7 +8,12 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1")
+    config.addinivalue_line(
+        "markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1"
+    )
+    config.addinivalue_line(
+        "markers", "alone: measures the device's time or memory; no other process may use it"
+    )
 
 
 def pytest_runtest_setup(item):

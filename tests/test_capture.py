@@ -1,4 +1,4 @@
-"""Hidden states from Hugging Face models: right place, right positions, the same bits for any batch and padding."""
+"""Hidden states of Hugging Face models: the right place and positions, whatever the padding."""
 
 import pytest
 import torch
@@ -8,7 +8,12 @@ transformers = pytest.importorskip("transformers")
 
 VOCAB, H, LAYERS = 97, 32, 3
 SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-WIDE = SHAPE | {"hidden_size": H, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+WIDE = SHAPE | {
+    "hidden_size": H,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}
 GROUPED = WIDE | {"num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -21,15 +26,21 @@ def gemma2():
 
 
 def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE, n_embd=H, n_layer=LAYERS, n_head=4))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**SHAPE, n_embd=H, n_layer=LAYERS, n_head=4)
+    )
 
 
 def gpt_neox():
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=False))
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=False)
+    )
 
 
 def gpt_neox_parallel():
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=True))
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=True)
+    )
 
 
 MODELS = [llama, gemma2, gpt2, gpt_neox]
@@ -42,7 +53,7 @@ NORMS = {
 
 
 def made(family):
-    """A small model with all weights away from their starting values, so that no place equals another by chance."""
+    """A small model whose weights are not those it starts with, so that no two places agree."""
     torch.manual_seed(0)
     model = family().eval()
     with torch.no_grad():
@@ -62,7 +73,10 @@ def prompts(*lengths, seed=1):
 
 def padded(rows, side):
     width = max(map(len, rows)) + 2
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    ids, mask = (
+        torch.zeros(len(rows), width, dtype=torch.int64),
+        torch.zeros(len(rows), width, dtype=torch.int64),
+    )
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, place], mask[i, place] = row, 1
@@ -73,15 +87,28 @@ def padded(rows, side):
 def test_residual_stream_adds_up(family):
     model = made(family)
     ids = torch.stack(prompts(7, 7))
-    names = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "mlp.hook_in", "mlp.hook_out")
+    names = (
+        "hook_resid_pre",
+        "hook_resid_mid",
+        "hook_resid_post",
+        "hook_mlp_out",
+        "mlp.hook_in",
+        "mlp.hook_out",
+    )
     at = {hook: capture(model, ids, range(LAYERS), hook).hidden for hook in names}
     for layer in range(LAYERS):
         block = blocks(model)[layer]
         assert at["mlp.hook_in"][layer].shape == (14, H)
-        assert torch.equal(at["hook_resid_mid"][layer] + at["hook_mlp_out"][layer], at["hook_resid_post"][layer])
+        assert torch.equal(
+            at["hook_resid_mid"][layer] + at["hook_mlp_out"][layer], at["hook_resid_post"][layer]
+        )
         with torch.no_grad():
-            torch.testing.assert_close(NORMS[family](block)(at["hook_resid_mid"][layer]), at["mlp.hook_in"][layer])
-            torch.testing.assert_close(block.mlp(at["mlp.hook_in"][layer]), at["mlp.hook_out"][layer])
+            torch.testing.assert_close(
+                NORMS[family](block)(at["hook_resid_mid"][layer]), at["mlp.hook_in"][layer]
+            )
+            torch.testing.assert_close(
+                block.mlp(at["mlp.hook_in"][layer]), at["mlp.hook_out"][layer]
+            )
         if layer:
             assert torch.equal(at["hook_resid_post"][layer - 1], at["hook_resid_pre"][layer])
     assert torch.equal(at["hook_mlp_out"][1], at["mlp.hook_out"][1]) == (family is not gemma2)
@@ -113,7 +140,9 @@ def test_rms_norm_is_read_before_its_weight(family, gain):
     normalized = capture(model, ids, [1], "ln2.hook_normalized").hidden[1]
     mlp_in = capture(model, ids, [1], "mlp.hook_in").hidden[1]
     torch.testing.assert_close(normalized.pow(2).mean(-1), torch.ones(5), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(normalized * gain(NORMS[family](blocks(model)[1]).weight.detach()), mlp_in)
+    torch.testing.assert_close(
+        normalized * gain(NORMS[family](blocks(model)[1]).weight.detach()), mlp_in
+    )
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -135,7 +164,9 @@ def test_batch_at_once_is_close(family, side):
     model = made(family)
     inputs = padded(prompts(5, 1, 11, 5), side)
     exact, at_once = capture(model, inputs, [0, 2]), capture(model, inputs, [0, 2], exact=False)
-    assert torch.equal(exact.batch_idx, at_once.batch_idx) and torch.equal(exact.ctx_idx, at_once.ctx_idx)
+    assert torch.equal(exact.batch_idx, at_once.batch_idx) and torch.equal(
+        exact.ctx_idx, at_once.ctx_idx
+    )
     for layer in (0, 2):
         torch.testing.assert_close(exact.hidden[layer], at_once.hidden[layer], rtol=1e-4, atol=1e-4)
 
@@ -144,7 +175,9 @@ def test_batch_at_once_is_close(family, side):
 def test_masked_rows_and_holes(exact):
     model = made(llama)
     first, second = prompts(6, 4)
-    ids = torch.stack([first, torch.full((6,), 5), torch.cat([second[:2], torch.tensor([9, 9]), second[2:]])])
+    ids = torch.stack(
+        [first, torch.full((6,), 5), torch.cat([second[:2], torch.tensor([9, 9]), second[2:]])]
+    )
     mask = torch.tensor([[1] * 6, [0] * 6, [1, 1, 0, 0, 1, 1]])
     captured = capture(model, {"input_ids": ids, "attention_mask": mask}, [2], exact=exact)
     assert captured.batch_idx.tolist() == [0] * 6 + [2] * 4
@@ -199,7 +232,8 @@ def test_place_that_a_parallel_layer_lacks():
     assert capture(model, ids, [1]).hidden[1].shape == (5, H)
     for hook in ("hook_resid_mid", "ln2.hook_normalized"):
         with pytest.raises(
-            ValueError, match=f"layer 1: {hook} needs a norm between attention and MLP, got GPTNeoXLayer"
+            ValueError,
+            match=f"layer 1: {hook} needs a norm between attention and MLP, got GPTNeoXLayer",
         ):
             capture(model, ids, [1], hook)
 
@@ -210,9 +244,17 @@ IDS = torch.tensor([[3, 4]])
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"hook": "attn.hook_in"}, ValueError, r"layer 0: hook must be one of mlp.hook_in, .*, got 'attn.hook_in'"),
+        (
+            {"hook": "attn.hook_in"},
+            ValueError,
+            r"layer 0: hook must be one of mlp.hook_in, .*, got 'attn.hook_in'",
+        ),
         ({"hook": "blocks.1.mlp.hook_in"}, ValueError, "layer 0: hook must be one of"),
-        ({"hook": {1: "mlp.hook_in"}}, ValueError, r"layer 0: hook must name a place for each layer, got \[1\]"),
+        (
+            {"hook": {1: "mlp.hook_in"}},
+            ValueError,
+            r"layer 0: hook must name a place for each layer, got \[1\]",
+        ),
         ({"hook": 3}, TypeError, "layer 0: hook must be a string, got int"),
         ({"layers": [3]}, ValueError, "layer 3: LlamaForCausalLM has layers 0 to 2"),
         ({"layers": [-1]}, ValueError, "layer -1: LlamaForCausalLM has layers 0 to 2"),
@@ -224,14 +266,38 @@ IDS = torch.tensor([[3, 4]])
             "attention_mask must be a torch.Tensor",
         ),
         ({"inputs": {"ids": IDS}}, ValueError, "inputs must hold input_ids, got ids"),
-        ({"inputs": {"input_ids": IDS, "position_ids": IDS}}, ValueError, "alone, got also position_ids"),
+        (
+            {"inputs": {"input_ids": IDS, "position_ids": IDS}},
+            ValueError,
+            "alone, got also position_ids",
+        ),
         ({"inputs": IDS.float()}, TypeError, "input_ids must be integers, got torch.float32"),
-        ({"inputs": IDS[None]}, ValueError, r"input_ids must be \[B, T\] or \[T\], got \[1, 1, 2\]"),
-        ({"inputs": {"input_ids": IDS, "attention_mask": IDS[0]}}, ValueError, r"attention_mask must be \[1, 2\]"),
-        ({"inputs": {"input_ids": IDS, "attention_mask": IDS}}, ValueError, "attention_mask must be 0 and 1"),
-        ({"inputs": {"input_ids": IDS, "attention_mask": 0 * IDS}}, ValueError, "at least one token"),
+        (
+            {"inputs": IDS[None]},
+            ValueError,
+            r"input_ids must be \[B, T\] or \[T\], got \[1, 1, 2\]",
+        ),
+        (
+            {"inputs": {"input_ids": IDS, "attention_mask": IDS[0]}},
+            ValueError,
+            r"attention_mask must be \[1, 2\]",
+        ),
+        (
+            {"inputs": {"input_ids": IDS, "attention_mask": IDS}},
+            ValueError,
+            "attention_mask must be 0 and 1",
+        ),
+        (
+            {"inputs": {"input_ids": IDS, "attention_mask": 0 * IDS}},
+            ValueError,
+            "at least one token",
+        ),
         ({"inputs": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "at least one token"),
-        ({"model": torch.nn.Linear(2, 2)}, ValueError, "model must be a Hugging Face causal model .*, got Linear"),
+        (
+            {"model": torch.nn.Linear(2, 2)},
+            ValueError,
+            "model must be a Hugging Face causal model .*, got Linear",
+        ),
     ],
 )
 def test_errors(change, kind, message):
@@ -245,7 +311,9 @@ def encoder_for(hooks, **options):
     torch.manual_seed(3)
     return SparseTranscoderEncoder(
         {
-            layer: TranscoderWeights(torch.randn(256, H), torch.randn(256), layer=layer, hook_in=hook)
+            layer: TranscoderWeights(
+                torch.randn(256, H), torch.randn(256), layer=layer, hook_in=hook
+            )
             for layer, hook in hooks.items()
         },
         **({"top_k": 7, "activation_threshold": 0.1} | options),
@@ -265,7 +333,9 @@ def test_encode_model(side):
     for layer, hook in ((0, "mlp.hook_in"), (2, "hook_resid_mid")):
         result = encoded[layer]
         assert result["layer"] == layer
-        assert result["activations"].shape == (22, 7) and result["batch_idx"].shape == result["ctx_idx"].shape == (22,)
+        assert result["activations"].shape == (22, 7) and result["batch_idx"].shape == result[
+            "ctx_idx"
+        ].shape == (22,)
         for i, row in enumerate(rows):
             alone = encoder.encode_model(model, row, layers=[layer])[layer]
             direct = encoder.encode_layer(layer, capture(model, row, [layer], hook).hidden[layer])
@@ -290,7 +360,10 @@ def test_encode_model_batch_at_once_is_close():
     model = made(llama)
     inputs = padded(prompts(5, 11), "left")
     encoder = encoder_for({1: "mlp.hook_in"})
-    exact, at_once = encoder.encode_model(model, inputs)[1], encoder.encode_model(model, inputs, exact=False)[1]
+    exact, at_once = (
+        encoder.encode_model(model, inputs)[1],
+        encoder.encode_model(model, inputs, exact=False)[1],
+    )
     torch.testing.assert_close(exact["activations"], at_once["activations"], rtol=1e-4, atol=1e-4)
     assert torch.equal(exact["ctx_idx"], at_once["ctx_idx"])
 
@@ -300,12 +373,15 @@ def test_hook_given_and_recorded():
     encoder = encoder_for({0: "blocks.0.mlp.hook_in", 1: ""})
     assert list(encoder.encode_model(model, IDS, hook="mlp.hook_in")) == [0, 1]
     with pytest.raises(
-        ValueError, match=r"layer 0: hook must be blocks.0.mlp.hook_in as the weights record, got hook_resid_mid"
+        ValueError,
+        match=r"layer 0: hook must be blocks.0.mlp.hook_in as the weights record, got hook",
     ):
         encoder.encode_model(model, IDS, hook="hook_resid_mid")
     with pytest.raises(ValueError, match="layer 1: hook must be given, the weights record none"):
         encoder.encode_model(model, IDS)
-    with pytest.raises(KeyError, match="layer 2: there is no transcoder for it, only for layers 0, 1"):
+    with pytest.raises(
+        KeyError, match="layer 2: there is no transcoder for it, only for layers 0, 1"
+    ):
         encoder.encode_model(model, IDS, layers=[2])
     with pytest.raises(ValueError, match="layers must name at least one"):
         encoder.encode_model(model, IDS, layers=[])

@@ -11,13 +11,22 @@
 
 namespace sparse_transcoder::cpu {
 
-// Undefined tensors: no such copy.
+// The int16 copy as kernels read it; null where there is none.
+struct Int16Rows {
+  const int16_t* rows = nullptr;
+  const float* scale = nullptr;
+  const float* error = nullptr;
+  int64_t stride = 0;
+};
+
+// A copy that is not made is an undefined tensor.
 struct WeightCopies {
-  at::Tensor int8;         // [panels, panel_bytes] uint8
+  at::Tensor int8;         // [panels, panel_bytes] uint8, see Int8Layout
   at::Tensor int16;        // [F, int16_stride] int16
   at::Tensor int16_scale;  // [F] float32
-  at::Tensor int16_error;  // [F] float32, >= ||w - copy|| and the rounding of a score
+  at::Tensor int16_error;  // [F] float32, at least ||w - copy|| and the rounding of a score
 
+  Int16Rows int16_rows() const;
   int64_t bytes() const;
 };
 

@@ -6,6 +6,9 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <sparse_transcoder/engine.h>
 
+#include <optional>
+
+#include "bounds.h"
 #include "cuda/streams.h"
 #include "cuda/weight_copy.h"
 #include "pool.h"
@@ -35,18 +38,22 @@ class CudaBackend : public Backend {
     return {request, &layers_.at(request.layer->id)};
   }
 
+  // Encodes rows [1, rows, H] of one layer with room for k features each.
+  Features encode_some(CudaStreams& streams, const cuda::PreparedLayer& layer,
+                       const at::Tensor& some, int64_t k) const;
+
   const Options options_;
   const at::Device device_;
-  int64_t multiprocessors_;
+  int64_t multiprocessors_, max_k_ = 1;
   std::map<int64_t, cuda::PreparedLayer> layers_;
   std::unique_ptr<WeightStream> weights_;  // null where every layer's weights are on the device
-  std::unique_ptr<Pool<CudaLanes>> pool_;
+  std::unique_ptr<Pool<CudaStreams>> pool_;
 };
 
 CudaBackend::CudaBackend(const std::vector<const Layer*>& layers, const Options& options,
                          at::Device device)
     : options_(options), device_(device), multiprocessors_(multiprocessors_of(device)) {
-  int64_t left = options.device_weight_bytes, max_k = 1, slot_bytes = 0;
+  int64_t left = options.device_weight_bytes, staging_bytes = 0;
   std::vector<const cuda::PreparedLayer*> all;
   for (const Layer* layer : layers) {
     const int64_t bytes = cuda::resident_bytes(*layer, options);
@@ -54,13 +61,13 @@ CudaBackend::CudaBackend(const std::vector<const Layer*>& layers, const Options&
     if (layer->declared.W_enc.is_cpu() && !streamed) left -= bytes;
     const auto made = layers_.emplace(layer->id, cuda::prepare_layer(*layer, options, streamed));
     all.push_back(&made.first->second);
-    max_k = std::max(max_k, std::min(k_out(*layer, options), layer->max_active));
-    if (streamed) slot_bytes = std::max<int64_t>(slot_bytes, all.back()->W_enc.nbytes());
+    max_k_ = std::max(max_k_, std::min(k_out(*layer, options), layer->max_active));
+    if (streamed) staging_bytes = std::max<int64_t>(staging_bytes, all.back()->W_enc.nbytes());
   }
-  const CudaPlan plan = plan_cuda(all, options, max_k, multiprocessors_);
-  if (slot_bytes > 0) weights_ = std::make_unique<WeightStream>(slot_bytes, device);
-  pool_ = std::make_unique<Pool<CudaLanes>>(
-      [plan, device] { return std::make_unique<CudaLanes>(plan, device); });
+  const CudaPlan plan = plan_cuda(all, options, max_k_, multiprocessors_);
+  if (staging_bytes > 0) weights_ = std::make_unique<WeightStream>(staging_bytes, device);
+  pool_ = std::make_unique<Pool<CudaStreams>>(
+      [plan, device] { return std::make_unique<CudaStreams>(plan, device); });
 }
 
 void CudaBackend::refuse_capture() const {
@@ -85,36 +92,44 @@ void CudaBackend::encode(const std::vector<Request>& requests) const {
   pool_->borrow()->encode(mine, weights_.get(), options_.use_graphs);
 }
 
+Features CudaBackend::encode_some(CudaStreams& streams, const cuda::PreparedLayer& layer,
+                                  const at::Tensor& some, int64_t k) const {
+  const auto ranks = some.options().dtype(at::kFloat);
+  const Features out = {at::empty({some.size(1), k}, ranks),
+                        at::empty({some.size(1), k}, ranks.dtype(at::kLong)),
+                        at::empty({some.size(1)}, ranks)};
+  streams.encode({{{&layer, some, k, out}, &layer}}, weights_.get(), false);
+  return out;
+}
+
 // Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
 SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
   refuse_capture();
   const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
-  const at::Tensor& hidden = request.hidden;
-  const int64_t rows = request.row_count();
-  Options one_lane = options_;
-  one_lane.lanes = 1;
-  // Encodes some rows with room for k features each.
-  const auto encode = [&](const at::Tensor& some, int64_t k) {
-    CudaLanes lanes(plan_cuda({&layer}, one_lane, k, multiprocessors_), device_);
-    const auto ranks = some.options().dtype(at::kFloat);
-    const Features out = {at::empty({some.size(1), k}, ranks),
-                          at::empty({some.size(1), k}, ranks.dtype(at::kLong)),
-                          at::empty({some.size(1)}, ranks)};
-    lanes.encode({{{&layer, some, k, out}, &layer}}, weights_.get(), false);
-    return out;
+  const int64_t rows = request.row_count(), features = layer.features;
+  const at::Tensor hidden = request.hidden.reshape({1, rows, layer.hidden_size});
+  const auto streams = pool_->borrow();
+  const at::Tensor fractions =
+      encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0).to(at::kCPU);
+  // Room for the largest count of rows, rounded up past the float32 rounding of the fraction.
+  const auto room = [&](const at::Tensor& some) {
+    const double fraction = some.max().item<double>();
+    return std::min(static_cast<int64_t>(fraction * features * round_up) + 1, layer.max_active);
   };
-  const at::Tensor flat = hidden.reshape({1, rows, hidden.size(2)});
-  const int64_t features = layer.features;
+  // Larger lists than those of the top-k path exist only as long as this call.
+  const int64_t max_room = room(fractions);
+  std::optional<CudaStreams> larger;
+  if (max_room > max_k_) {
+    Options one_stream = options_;
+    one_stream.lanes = 1;
+    larger.emplace(plan_cuda({&layer}, one_stream, max_room, multiprocessors_), *streams);
+  }
+  CudaStreams& writers = larger ? *larger : *streams;
   std::vector<at::Tensor> counts, indices, activations;
-  // Count, then write: with room for the largest count of a chunk, rounded up past the float32
-  // rounding of the fraction.
-  const at::Tensor fractions = encode(flat, 1).sparsity.nan_to_num(0);
   for (int64_t first = 0; first < rows; first += options_.chunk_size) {
     const int64_t count = std::min(options_.chunk_size, rows - first);
-    const at::Tensor some = flat.narrow(1, first, count);
-    const double fraction = fractions.narrow(0, first, count).max().item<double>();
-    const auto k = static_cast<int64_t>(fraction * features * (1 + 0x1p-20)) + 1;
-    const Features top = encode(some, std::min(k, layer.max_active));
+    const Features top = encode_some(writers, layer, hidden.narrow(1, first, count),
+                                     room(fractions.narrow(0, first, count)));
     const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
                      kept = top.activations > 0;
     kept.narrow(1, 0, 1).logical_or_(broken);
@@ -123,7 +138,7 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
     indices.push_back(ascending.masked_select(ascending < features));
     activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
   }
-  return {at::cat({at::zeros({1}, flat.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
+  return {at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
           at::cat(indices), at::cat(activations)};
 }
 

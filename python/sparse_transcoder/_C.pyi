@@ -121,6 +121,9 @@ class Explanation:
     def finish_ms(self) -> float:
         ...
     @property
+    def instruction_set(self) -> str:
+        ...
+    @property
     def pairs_float32(self) -> int:
         ...
     @property
@@ -169,6 +172,10 @@ class SparseFeatures:
     """
     def __init__(self, row_begin: torch.Tensor, features: torch.Tensor, activations: torch.Tensor) -> None:
         ...
+    def to_csr(self, features: typing.SupportsInt | typing.SupportsIndex) -> torch.Tensor:
+        """
+        A sparse CSR tensor [N, features].
+        """
     @property
     def activations(self) -> torch.Tensor:
         ...
@@ -231,6 +238,10 @@ class Engine:
     @property
     def layers(self) -> list[int]:
         ...
+def cpu_instruction_set() -> str:
+    """
+    The instruction set that encodes on the CPU: the best of this machine, or the one that the environment variable SPARSE_TRANSCODER_CPU names.
+    """
 def cuda_kernels() -> bool:
     """
     Whether this build has CUDA kernels.

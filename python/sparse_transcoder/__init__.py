@@ -1,4 +1,4 @@
-"""Exact, streaming transcoder encoder: hidden states to sparse features, without the dense [tokens, features] matrix."""
+"""Exact, streaming transcoder encoder: hidden states to sparse features, without a dense matrix."""
 
 from importlib.metadata import version as _version
 from pathlib import Path
@@ -17,9 +17,10 @@ if _minor not in _builds:
 __path__.append(str(_builds[_minor]))
 
 from . import _C, reference
+from ._C import cpu_instruction_set
 from .capture import Captured, capture
 from .encoder import SparseTranscoderEncoder, encode_single_layer
-from .formats import load_transcoders
+from .formats import load_transcoders, save_transcoders
 from .graph import graph_json
 from .weights import TranscoderWeights
 
@@ -30,15 +31,18 @@ __all__ = [
     "TranscoderWeights",
     "capture",
     "cmake_prefix_path",
+    "cpu_instruction_set",
     "cuda_kernels",
     "encode_single_layer",
     "graph_json",
     "load_transcoders",
     "reference",
+    "save_transcoders",
 ]
 
 cmake_prefix_path = str(Path(_C.__file__).resolve().parent)
-"""Folder for CMAKE_PREFIX_PATH, so that ``find_package(sparse_transcoder CONFIG)`` finds the C++ library."""
+"""Folder for CMAKE_PREFIX_PATH, in which ``find_package(sparse_transcoder CONFIG)`` finds the C++
+library."""
 
 cuda_kernels: bool = _C.cuda_kernels()
 """Whether this build encodes on CUDA, too; without kernels it encodes on the CPU alone."""

@@ -25,14 +25,15 @@ HOOKS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured:
-    """Hidden states at the real positions of a batch; N of them, prompt after prompt. Padding does not appear."""
+    """Hidden states at the N real positions of a batch, prompt after prompt, without padding."""
 
     hidden: dict[int, torch.Tensor]
     """{layer: [N, H]}, in the model's dtype, on the layer's device."""
     batch_idx: torch.Tensor
-    """[N] int64, the row of ``input_ids`` that a position came from."""
+    """[N] int64: the row of ``input_ids`` that each position came from."""
     ctx_idx: torch.Tensor
-    """[N] int64, the position among the row's real tokens, from 0: the same for left and right padding."""
+    """[N] int64: the index of each position among the row's real tokens, from 0. It is the same for
+    left and right padding."""
 
 
 class _Done(Exception):
@@ -49,30 +50,39 @@ def capture(
 ) -> Captured:
     """Hidden states of ``layers`` at the real positions of a batch of prompts.
 
-    The forward pass stops after the deepest place asked for; no logits are computed, nothing is recorded for gradients, the model
-    keeps its mode, and its hooks are gone afterwards. One capture on a model at a time.
+    The forward pass stops after the deepest place asked for. No logits are computed and nothing is
+    recorded for gradients. The model keeps its mode, and its hooks are gone afterwards. A model
+    serves one capture at a time.
 
-    Hooks, with an optional prefix ``blocks.{layer}.``:
+    The hooks carry TransformerLens's names (https://github.com/TransformerLensOrg/TransformerLens)
+    and may have the prefix ``blocks.{layer}.``:
 
     - ``mlp.hook_in``, ``mlp.hook_out``: the MLP's input and output.
-    - ``hook_mlp_out``: what the MLP adds to the residual stream: its output, normalized where the model has a norm for it.
-    - ``ln2.hook_normalized``: the output of the norm before the MLP; of an RMSNorm, before its weight is applied.
-    - ``hook_resid_pre``, ``hook_resid_mid``, ``hook_resid_post``: the residual stream before the layer, between attention and
-      MLP, and after the layer.
+    - ``hook_mlp_out``: what the MLP adds to the residual stream. That is its output, normalized
+      where the model has a norm for it.
+    - ``ln2.hook_normalized``: the output of the norm before the MLP. Of an RMSNorm it is read
+      before the norm's weight is applied.
+    - ``hook_resid_pre``, ``hook_resid_mid``, ``hook_resid_post``: the residual stream before the
+      layer, between attention and MLP, and after the layer.
 
     Args:
-        model: Llama-, Gemma-, GPT-2- or GPT-NeoX-like: decoder layers in ``layers`` or ``h``, each with an ``mlp``.
-        inputs: token ids [B, T] or [T], or a tokenizer's result with ``input_ids`` and ``attention_mask`` (1 real, 0 padding).
+        model: a model like Llama, Gemma, GPT-2 or GPT-NeoX: decoder layers in ``layers`` or ``h``,
+            each with an ``mlp``.
+        inputs: token ids [B, T] or [T], or a tokenizer's result with ``input_ids`` and
+            ``attention_mask`` (1 is real, 0 is padding).
         layers: the layers to keep.
-        hook: the place for all layers, or {layer: place}; None is ``mlp.hook_in``.
-        exact: run each prompt by itself, without its padding: the result is the same bit for bit whatever the batch and the
-            padding. False runs the batch at once: faster for many short prompts, equal up to the model's rounding.
+        hook: the place for all layers, or {layer: place}. None is ``mlp.hook_in``.
+        exact: run each prompt by itself, without its padding. The result is then the same bit for
+            bit whatever the batch and the padding. False runs the batch at once, which is faster
+            for many short prompts and equal up to the model's rounding.
 
     Raises:
-        ValueError: an unknown architecture, hook or layer, or inputs of a wrong shape. TypeError: a wrong type.
+        ValueError: the architecture, a hook or a layer is unknown, or inputs have a wrong shape.
+        TypeError: an argument has a wrong type.
 
     Example:
-        >>> captured = capture(model, tokenizer(prompts, return_tensors="pt", padding=True), layers=[5, 12])
+        >>> tokens = tokenizer(prompts, return_tensors="pt", padding=True)
+        >>> captured = capture(model, tokens, layers=[5, 12])
         >>> encoder.encode_layer(12, captured.hidden[12])["indices"]  # [N, top_k]
     """
     ids, mask = _tokens(inputs)
@@ -82,8 +92,10 @@ def capture(
         raise ValueError("layers must name at least one layer, got none")
     for layer in wanted:
         if not 0 <= layer < len(blocks):
-            raise ValueError(f"layer {layer}: {type(model).__name__} has layers 0 to {len(blocks) - 1}")
-    places = {layer: _place(model, blocks[layer], layer, _hook_of(hook, layer)) for layer in wanted}
+            raise ValueError(
+                f"layer {layer}: {type(model).__name__} has layers 0 to {len(blocks) - 1}"
+            )
+    places = {layer: _place(model, blocks[layer], layer, hook_of(hook, layer)) for layer in wanted}
 
     device = base.get_input_embeddings().weight.device
     batch_idx, ctx_idx = _positions(mask, device)
@@ -102,7 +114,9 @@ def capture(
             done += count
     else:
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        states_of = _run(base, places, input_ids=ids, attention_mask=mask.long(), position_ids=position)
+        states_of = _run(
+            base, places, input_ids=ids, attention_mask=mask.long(), position_ids=position
+        )
         hidden = {layer: states[mask.to(states.device)] for layer, states in states_of.items()}
     return Captured({layer: hidden[layer] for layer in wanted}, batch_idx, ctx_idx)
 
@@ -113,10 +127,14 @@ def _tokens(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     ids = inputs
     if isinstance(inputs, Mapping):
         if "input_ids" not in inputs:
-            raise ValueError(f"inputs must hold input_ids, got {', '.join(map(str, inputs)) or 'nothing'}")
+            names = ", ".join(map(str, inputs)) or "nothing"
+            raise ValueError(f"inputs must hold input_ids, got {names}")
         unknown = [str(key) for key in inputs if key not in ("input_ids", "attention_mask")]
         if unknown:
-            raise ValueError(f"inputs must hold input_ids and attention_mask alone, got also {', '.join(unknown)}")
+            more = ", ".join(unknown)
+            raise ValueError(
+                f"inputs must hold input_ids and attention_mask alone, got also {more}"
+            )
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     for name, tensor in (("input_ids", ids), ("attention_mask", mask)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
@@ -128,7 +146,9 @@ def _tokens(inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if mask is None:
         mask = torch.ones_like(ids)
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask must be 0 and 1, got other values")
     if not bool(mask.any()):
@@ -150,21 +170,27 @@ def _decoder(model: Any) -> tuple[Any, nn.ModuleList]:
     base = getattr(base, "language_model", base)
     for name in ("layers", "h"):
         blocks = getattr(base, name, None)
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and hasattr(base, "get_input_embeddings"):
+        if (
+            isinstance(blocks, nn.ModuleList)
+            and len(blocks)
+            and hasattr(base, "get_input_embeddings")
+        ):
             return base, blocks
     raise ValueError(
-        f"model must be a Hugging Face causal model with decoder layers in model.layers, transformer.h or gpt_neox.layers, "
-        f"got {type(model).__name__}"
+        "model must be a Hugging Face causal model with decoder layers in model.layers, "
+        f"transformer.h or gpt_neox.layers, got {type(model).__name__}"
     )
 
 
-def _hook_of(hook: str | Mapping[int, str] | None, layer: int) -> str:
+def hook_of(hook: str | Mapping[int, str] | None, layer: int) -> str:
     """The hook of a layer, without the prefix ``blocks.{layer}.``."""
     name = hook
     if isinstance(hook, Mapping):
         name = hook.get(layer)
         if name is None:
-            raise ValueError(f"layer {layer}: hook must name a place for each layer, got {sorted(hook)}")
+            raise ValueError(
+                f"layer {layer}: hook must name a place for each layer, got {sorted(hook)}"
+            )
     if name is None:
         return "mlp.hook_in"
     if not isinstance(name, str):
@@ -173,12 +199,13 @@ def _hook_of(hook: str | Mapping[int, str] | None, layer: int) -> str:
     if prefixed and int(prefixed[1]) == layer:
         name = prefixed[2]
     if name not in HOOKS:
-        raise ValueError(f"layer {layer}: hook must be one of {', '.join(HOOKS)}, got {name!r}")
+        known = ", ".join(HOOKS)
+        raise ValueError(f"layer {layer}: hook must be one of {known}, got {name!r}")
     return name
 
 
 _Place = tuple[nn.Module, bool, Callable[[torch.Tensor], torch.Tensor] | None]
-"""A module, whether its input (True) or output is read, and what is done to it."""
+"""A module, whether its input (True) or its output is read, and what is done to that."""
 
 
 def _place(model: Any, block: nn.Module, layer: int, hook: str) -> _Place:
@@ -188,7 +215,8 @@ def _place(model: Any, block: nn.Module, layer: int, hook: str) -> _Place:
         return block, False, None
     mlp = getattr(block, "mlp", None)
     if not isinstance(mlp, nn.Module):
-        raise ValueError(f"layer {layer}: {hook} needs a layer with an mlp, got {type(block).__name__}")
+        name = type(block).__name__
+        raise ValueError(f"layer {layer}: {hook} needs a layer with an mlp, got {name}")
     if hook == "mlp.hook_in":
         return mlp, True, None
     if hook == "mlp.hook_out":
@@ -200,25 +228,30 @@ def _place(model: Any, block: nn.Module, layer: int, hook: str) -> _Place:
         return mlp, False, None
     norm = _norm_before_mlp(block)
     if norm is None:
-        raise ValueError(f"layer {layer}: {hook} needs a norm between attention and MLP, got {type(block).__name__}")
+        name = type(block).__name__
+        raise ValueError(
+            f"layer {layer}: {hook} needs a norm between attention and MLP, got {name}"
+        )
     if hook == "hook_resid_mid":
         return norm, True, None
     if isinstance(norm, nn.LayerNorm):
         return norm, False, None
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if "RMSNorm" not in type(norm).__name__ or eps is None:
-        raise ValueError(f"layer {layer}: {hook} needs a LayerNorm or RMSNorm with eps, got {type(norm).__name__}")
+        name = type(norm).__name__
+        raise ValueError(f"layer {layer}: {hook} needs a LayerNorm or RMSNorm with eps, got {name}")
     return norm, True, lambda hidden: _rms_normalized(hidden, eps)
 
 
 def _norm_before_mlp(block: nn.Module) -> nn.Module | None:
-    """The norm whose input is the residual stream between attention and MLP; None where there is no such place."""
-    if getattr(block, "use_parallel_residual", False):  # its MLP reads beside the attention, not after it
-        return None
+    """The norm whose input is the residual stream between attention and MLP, if there is one."""
+    if getattr(block, "use_parallel_residual", False):
+        return None  # The MLP reads beside the attention, not after it.
     names = ["pre_feedforward_layernorm", "ln_2"]
-    if not hasattr(block, "post_feedforward_layernorm"):  # else post_attention_layernorm norms the attention's output
-        names.append("post_attention_layernorm")
-    return next((norm for name in names if isinstance(norm := getattr(block, name, None), nn.Module)), None)
+    if not hasattr(block, "post_feedforward_layernorm"):
+        names.append("post_attention_layernorm")  # Else this one norms the attention's output.
+    norms = (getattr(block, name, None) for name in names)
+    return next((norm for norm in norms if isinstance(norm, nn.Module)), None)
 
 
 def _rms_normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
@@ -227,7 +260,9 @@ def _rms_normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _run(base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor) -> dict[int, torch.Tensor]:
+def _run(
+    base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor
+) -> dict[int, torch.Tensor]:
     """One forward pass as far as the last place: {layer: [B, T, H]}."""
     seen: dict[int, torch.Tensor] = {}
 
@@ -240,7 +275,8 @@ def _run(base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor) -> dic
     def reader(layer: int, module: nn.Module, of_input: bool, change: Any) -> Any:
         if of_input:
             return module.register_forward_pre_hook(
-                lambda _, args, kwargs: keep(layer, args or kwargs["hidden_states"], change), with_kwargs=True
+                lambda _, args, kwargs: keep(layer, args or kwargs["hidden_states"], change),
+                with_kwargs=True,
             )
         return module.register_forward_hook(lambda _, args, output: keep(layer, output, change))
 
@@ -255,4 +291,5 @@ def _run(base: Any, places: Mapping[int, _Place], **inputs: torch.Tensor) -> dic
         for handle in handles:
             handle.remove()
     missing = next(layer for layer in places if layer not in seen)
-    raise ValueError(f"layer {missing}: the model's forward pass did not reach its {type(places[missing][0]).__name__}")
+    name = type(places[missing][0]).__name__
+    raise ValueError(f"layer {missing}: the model's forward pass did not reach its {name}")

@@ -6,6 +6,31 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+FEATURE_TYPE = "cross layer transcoder"
+"""The viewer's name for a transcoder's feature, also of a transcoder that writes to one layer."""
+
+
+def node_id(layer: int, feature: int, ctx_idx: int, batch_idx: int | None = None) -> str:
+    """The id of a feature's node; with ``batch_idx`` where features of several prompts meet."""
+    batch = "" if batch_idx is None else f"{batch_idx}_"
+    return f"{layer}_{batch}{feature}_{ctx_idx}"
+
+
+def attribution_feature(
+    layer: int, feature: int, ctx_idx: int, batch_idx: int, activation: float, *, many_prompts: bool
+) -> dict[str, Any]:
+    """One entry of :meth:`SparseTranscoderEncoder.extract_attribution_features`."""
+    return {
+        "node_id": node_id(layer, feature, ctx_idx, batch_idx if many_prompts else None),
+        "feature": feature,
+        "layer": str(layer),
+        "batch_idx": batch_idx,
+        "ctx_idx": ctx_idx,
+        "feature_type": FEATURE_TYPE,
+        "influence": activation,
+        "activation": activation,
+    }
+
 
 def graph_json(
     features: Iterable[Mapping[str, Any]],
@@ -22,49 +47,61 @@ def graph_json(
     node_threshold: float | None = None,
     batch_idx: int | None = None,
 ) -> dict[str, Any]:
-    """A graph of one prompt as a dict for ``json.dump``, schema_version 1.
+    """The graph of one prompt as a dict for ``json.dump``, with schema_version 1.
 
-    A feature's node has the id ``{layer}_{feature}_{ctx_idx}``; its ``feature`` is the Cantor pair of layer and feature, which
-    needs up to 64 bits; its ``influence`` is the share of the influence that it and all stronger features hold: the viewer shows
-    a node when that is at most its pruning threshold.
+    The schema is that of circuit-tracer (https://github.com/safety-research/circuit-tracer) and
+    Neuronpedia. A feature's node has the id ``{layer}_{feature}_{ctx_idx}``. Its ``feature`` is the
+    Cantor pair of layer and feature, which needs up to 64 bits. Its ``influence`` is the share of
+    the influence that this feature and all stronger features hold: the viewer shows a node when
+    that share is at most its pruning threshold.
 
     Args:
-        features: from :meth:`SparseTranscoderEncoder.extract_attribution_features`, or dicts with ``layer``, ``feature``,
-            ``ctx_idx``, ``activation``, and optionally ``influence`` (else the activation) and ``batch_idx`` (else 0).
-        tokens: the prompt's tokens as text, T of them.
-        slug: name of the graph. scan: name of the model or transcoders, by which the viewer finds feature descriptions.
-        links: (source node_id, target node_id, weight).
-        token_ids: the tokens' ids: adds an embedding node ``E_{id}_{ctx_idx}`` for each token.
-        logits: (token id, token, probability), the target first: adds a node ``{n_layers + 1}_{id}_{T - 1}`` for each.
-        n_layers: layers of the model; None is up to the last layer of a feature.
+        features: a result of :meth:`SparseTranscoderEncoder.extract_attribution_features`, or dicts
+            with ``layer``, ``feature``, ``ctx_idx``, ``activation``, and optionally ``influence``
+            (else the activation counts) and ``batch_idx`` (else 0).
+        tokens: the prompt's T tokens as text.
+        slug: the name of the graph.
+        scan: the name of the model or transcoders, by which the viewer finds descriptions.
+        links: (source node_id, target node_id, weight) of each edge.
+        token_ids: the ids of the tokens. Each adds an embedding node ``E_{id}_{ctx_idx}``.
+        logits: (token id, token, probability) of each predicted token, the target first. Each adds
+            a node ``{n_layers + 1}_{id}_{T - 1}``.
+        n_layers: the number of the model's layers. None counts up to the last layer of a feature.
         labels: {(layer, feature): text} for ``clerp``.
-        prompt: the text; None joins the tokens.
+        prompt: the text. None joins the tokens.
         node_threshold: the pruning that the viewer starts with, 0 to 1.
         batch_idx: the prompt to take, where the features come from several.
 
     Raises:
-        ValueError: features of several prompts without ``batch_idx``, a position beyond the tokens, a number that is not finite,
-            a node twice, or a link to a node that is not there. KeyError: a feature lacks a key.
+        ValueError: features come from several prompts and ``batch_idx`` is None, a position is
+            beyond the tokens, a number is not finite, a node appears twice, or a link names a node
+            that is not there.
+        KeyError: a feature lacks a key.
 
     Example:
-        >>> json.dump(graph_json(encoder.extract_attribution_features(hidden), tokens, slug="cats", scan="gemma-2-2b"), file)
+        >>> found = encoder.extract_attribution_features(hidden)
+        >>> json.dump(graph_json(found, tokens, slug="cats", scan="gemma-2-2b"), file)
     """
     chosen = list(features)
     prompts = sorted({int(f.get("batch_idx", 0)) for f in chosen})
     if batch_idx is not None:
         chosen = [f for f in chosen if int(f.get("batch_idx", 0)) == batch_idx]
     elif len(prompts) > 1:
-        raise ValueError(f"batch_idx must choose one prompt, features come from {', '.join(map(str, prompts))}")
+        names = ", ".join(map(str, prompts))
+        raise ValueError(f"batch_idx must choose one prompt, features come from {names}")
     if node_threshold is not None and not 0 <= node_threshold <= 1:
         raise ValueError(f"node_threshold must be 0 to 1, got {node_threshold}")
     if token_ids is not None and len(token_ids) != len(tokens):
         raise ValueError(f"token_ids must be {len(tokens)} as tokens, got {len(token_ids)}")
 
     nodes = [
-        _feature_node(f, share, len(tokens), labels or {}) for f, share in zip(chosen, _shares(chosen), strict=True)
+        _feature_node(f, share, len(tokens), labels or {})
+        for f, share in zip(chosen, _shares(chosen), strict=True)
     ]
     nodes += [
-        _node(f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding")
+        _node(
+            f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding"
+        )
         for position, token in enumerate(token_ids or ())
     ]
     last = max((int(f["layer"]) for f in chosen), default=-1)
@@ -77,7 +114,14 @@ def graph_json(
             raise ValueError("logits must follow at least one token, got none")
         probability = _finite("a logit's probability", probability)
         nodes.append(
-            _node(f"{count + 1}_{token}_{end}", f"L_{token}-{end}", token, str(count + 1), end, "logit")
+            _node(
+                f"{count + 1}_{token}_{end}",
+                f"L_{token}-{end}",
+                token,
+                str(count + 1),
+                end,
+                "logit",
+            )
             | {
                 "token_prob": probability,
                 "is_target_logit": rank == 0,
@@ -92,10 +136,12 @@ def graph_json(
         known.add(node["node_id"])
     edges = []
     for source, target, weight in links:
-        for node_id in (source, target):
-            if node_id not in known:
-                raise ValueError(f"a link must join nodes of the graph, got {node_id}")
-        edges.append({"source": source, "target": target, "weight": _finite("a link's weight", weight)})
+        for end_id in (source, target):
+            if end_id not in known:
+                raise ValueError(f"a link must join nodes of the graph, got {end_id}")
+        edges.append(
+            {"source": source, "target": target, "weight": _finite("a link's weight", weight)}
+        )
 
     metadata: dict[str, Any] = {
         "slug": slug,
@@ -109,20 +155,26 @@ def graph_json(
         metadata["node_threshold"] = float(node_threshold)
     return {
         "metadata": metadata,
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
         "nodes": nodes,
         "links": edges,
     }
 
 
 def cantor_pair(layer: int, feature: int) -> int:
-    """One integer for two that are not negative."""
+    """One integer for two integers that are not negative."""
     diagonal = layer + feature
     return diagonal * (diagonal + 1) // 2 + feature
 
 
 def cantor_unpair(pair: int) -> tuple[int, int]:
-    """The layer and feature of :func:`cantor_pair`."""
+    """The layer and the feature that :func:`cantor_pair` made one integer of."""
     diagonal = (math.isqrt(8 * pair + 1) - 1) // 2
     feature = pair - diagonal * (diagonal + 1) // 2
     return diagonal - feature, feature
@@ -135,22 +187,27 @@ def _feature_node(
     if layer < 0 or feature < 0:
         raise ValueError(f"layer and feature must not be negative, got {layer} and {feature}")
     if not 0 <= position < n_tokens:
-        raise ValueError(f"ctx_idx of feature {layer}_{feature} must be 0 to {n_tokens - 1} as tokens, got {position}")
+        raise ValueError(
+            f"ctx_idx of feature {layer}_{feature} must be 0 to {n_tokens - 1} as tokens, "
+            f"got {position}"
+        )
     pair = cantor_pair(layer, feature)
     if pair >= 2**63:
         raise ValueError(f"feature {layer}_{feature} does not fit 64 bits as a Cantor pair")
-    return _node(
-        f"{layer}_{feature}_{position}", f"{layer}_{feature}-0", pair, str(layer), position, "cross layer transcoder"
-    ) | {
+    js_id = f"{layer}_{feature}-0"
+    node = _node(node_id(layer, feature, position), js_id, pair, str(layer), position, FEATURE_TYPE)
+    return node | {
         "clerp": labels.get((layer, feature), ""),
         "influence": share,
         "activation": _finite("activation", entry["activation"]),
     }
 
 
-def _node(node_id: str, js_id: str, feature: int, layer: str, position: int, kind: str) -> dict[str, Any]:
+def _node(
+    identity: str, js_id: str, feature: int, layer: str, position: int, kind: str
+) -> dict[str, Any]:
     return {
-        "node_id": node_id,
+        "node_id": identity,
         "jsNodeId": js_id,
         "feature": int(feature),
         "layer": layer,
@@ -167,14 +224,14 @@ def _node(node_id: str, js_id: str, feature: int, layer: str, position: int, kin
 
 
 def _shares(features: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For each feature the share of all influence that it and the stronger ones hold."""
+    """For each feature, the share of all influence that it and the stronger features hold."""
     strengths = [abs(_finite("influence", f.get("influence", f["activation"]))) for f in features]
     total = math.fsum(strengths)
     shares = [0.0] * len(strengths)
     running = 0.0
-    for place in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
-        running += strengths[place]
-        shares[place] = min(running / total, 1.0) if total else 1.0
+    for position in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
+        running += strengths[position]
+        shares[position] = min(running / total, 1.0) if total else 1.0
     return shares
 
 

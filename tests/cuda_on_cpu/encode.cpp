@@ -85,20 +85,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   CudaPlan plan = plan_cuda({&layer}, options, k_out(layer, options), 3);
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
-  plan.capacity = cuda::segment + room;
+  plan.capacity = cuda::list_room + room;
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
   const CudaRequest request = {make_request(layer, hidden, options), &layer};
-  const cuda::Io io = {hidden.const_data_ptr(),
-                       hidden.size(1),
-                       {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
-                       request.out.activations.mutable_data_ptr<float>(),
-                       request.out.indices.mutable_data_ptr<int64_t>(),
-                       request.out.sparsity.mutable_data_ptr<float>()};
+  const cuda::LayerPointers pointers = {hidden.const_data_ptr(),
+                                        hidden.size(1),
+                                        {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
+                                        request.out.activations.mutable_data_ptr<float>(),
+                                        request.out.indices.mutable_data_ptr<int64_t>(),
+                                        request.out.sparsity.mutable_data_ptr<float>()};
+  cuda::Queue at_once;
   const int64_t rows = request.row_count(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
-    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan,
-                nullptr);
+    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &pointers, buffers, plan,
+                at_once);
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
@@ -216,9 +217,4 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
         return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
                                                use_graphs, seed, failing);
       });
-}
-
-// Recording a CPU tensor on a stream keeps no allocator from anything.
-TORCH_LIBRARY_IMPL(aten, CPU, library) {
-  library.impl("record_stream", [](at::Tensor&, at::Stream) {});
 }

@@ -16,8 +16,14 @@
 #include <sparse_transcoder/weights.h>
 
 #include <memory>
+#include <string_view>
 
 namespace sparse_transcoder {
+
+// The instruction set that encodes on the CPU: the best of this machine, or the one that the
+// environment variable SPARSE_TRANSCODER_CPU names. Throws c10::ValueError, with the names that this
+// machine can run, where it names another.
+SPARSE_TRANSCODER_API std::string_view cpu_instruction_set();
 
 class SPARSE_TRANSCODER_API Engine {
  public:

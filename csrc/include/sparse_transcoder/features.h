@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string_view>
 
 namespace sparse_transcoder {
 
@@ -36,6 +37,7 @@ struct Memory {
 // What a call did, summed over its chunks: how many (row, feature) pairs each stage let through,
 // and its time, summed over workers.
 struct Explanation {
+  std::string_view instruction_set;  // see cpu_instruction_set
   int64_t rows, features;
   int64_t fallback_rows;  // too large to screen: every feature of theirs is computed
   int64_t pairs_int8, pairs_int16, pairs_float32;  // screened in each arithmetic
