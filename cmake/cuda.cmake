@@ -12,7 +12,7 @@ endif()
 string(REGEX MATCH "^[0-9]+" cuda_major "${torch_cuda}")
 
 if(NOT EXISTS "${CMAKE_CUDA_COMPILER}")
-  unset(CMAKE_CUDA_COMPILER CACHE)  # an earlier run of this build folder found none, or one that is gone
+  unset(CMAKE_CUDA_COMPILER CACHE)  # An earlier run found none, or one that is gone by now.
 endif()
 set(nvcc "${CMAKE_CUDA_COMPILER}")
 if(torch_cuda AND SPARSE_TRANSCODER_CUDA AND NOT nvcc)
