@@ -1,20 +1,25 @@
-"""Time the encoder on a CUDA device: measure the card's roofs, check equality, then time it and dense pipelines in turns.
+"""Time the encoder on a CUDA device beside dense pipelines, after checking that results are equal.
 
-    python benchmarks/gpu.py [--out FILE] [--seconds S] [--only TEXT[,TEXT]] [--device cpu --shrink N]
+    python benchmarks/gpu.py [--out FILE] [--seconds S] [--only TEXT[,TEXT]]
+    python benchmarks/gpu.py --device cpu --shrink 64   # tries the script; the numbers mean nothing
 
-inputs.py says what `planted` and `gaussian` rows are; weights and rows are bfloat16 unless a case says float32. Weights exceed
-the L2 cache in every case: a call reads many layers, or calls take turns among enough of them. For each contender:
+inputs.py says what `planted` and `gaussian` rows are. Weights and rows are bfloat16 unless a case
+says float32. Weights exceed the L2 cache in every case: a call reads many layers, or calls take
+turns among enough of them. For each contender:
 
-    ms       device time of a call, from events around each of many calls enqueued in a row: where the host is slower than the
-             device, its time. Each contender takes turns with ours, and `ours` beside it is what ours took in those turns.
+    ms       device time of a call, from events around each of many calls enqueued in a row. Where
+             the host is slower than the device it is the host's. Each contender takes turns with
+             ours, and `ours` beside it is what ours took in those turns.
     host_ms  time until a call returns, nothing pending before it
-    extra    the most that a call holds beyond what is there before it and its result; `memory` says what ours planned
-    kernels  of ours: microseconds and launches per call of each kernel, as torch's profiler sees them in calls of their own
+    extra    the most that a call holds beyond what is there before it and its result; `memory`
+             says what ours planned
+    kernels  of ours: microseconds and launches per call of each kernel, as torch's profiler sees
+             them in calls of their own
 
-A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for what a case cannot avoid:
-the product; and reading rows, and weights as bfloat16, once and writing the result. The file is written after every case. Exit
-status 1 when a case failed or a result differs from the float32 and float64 references. `--device cpu --shrink N` runs the same
-on small shapes, to try the script; its numbers mean nothing.
+A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for
+what a case cannot avoid: the product; and reading rows, and weights as bfloat16, once and writing
+the result. The file is written after every case. Exit status 1 when a case failed or a result
+differs from the float32 and float64 references.
 """
 
 import argparse
@@ -67,7 +72,9 @@ def bf16(*shape, **options):
     return Case(*shape, dtype="bfloat16", **options)
 
 
-JOBS = [  # those that share weights stand together, the first matter most; a brief case has the bare product beside it
+# Those that share weights stand together, and the first matter most. A brief case has the bare
+# product beside it.
+JOBS = [
     *(Job(bf16(T, 5120, 40960), compiled=T in (1, 256)) for T in (1, 256, 2048, 8)),
     *(Job(bf16(T, 5120, 40960, brief=True)) for T in (2, 4, 16, 64)),
     *(Job(bf16(2048, 5120, 40960, brief=True), chunk_size=chunk) for chunk in (512, 1024, 2048)),
@@ -236,7 +243,10 @@ def time_limit(limit):
 
 
 def dense_calls(job, groups, rows, layers, run):
-    """{name: a function that makes the calls}: what a contender needs beyond the inputs exists only while it is used."""
+    """{name: a function that makes the calls}.
+
+    What a contender needs beyond the inputs exists only while it is used.
+    """
     case = job.case
 
     def calls(step, dtype=None, wrap=lambda call: call):
@@ -546,7 +556,8 @@ def main():
     for name in report["skipped"]:
         print(f"{name}: skipped: no time left of {options.seconds:.0f} s")
     print(
-        f"{len(report['cases'])} cases, {len(report['failed'])} failed, {len(report['skipped'])} skipped: {options.out}"
+        f"{len(report['cases'])} cases, {len(report['failed'])} failed, "
+        f"{len(report['skipped'])} skipped: {options.out}"
     )
     raise SystemExit(1 if report["failed"] or not report["cases"] else 0)
 
