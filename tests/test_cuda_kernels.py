@@ -31,6 +31,7 @@ def kernels(tmp_path_factory):
         TORCH / "include",
     ]
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-Wl,-Bsymbolic"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a device stops at such an access too
     libraries = [library / "lib/libsparse_transcoder.so", TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so"]
     made = folder / "cuda_on_cpu.so"
     subprocess.run(["g++", *flags, *(f"-I{path}" for path in folders), *files, *libraries, "-o", made], check=True)
@@ -63,6 +64,8 @@ def check_bits(got, hidden, layer, top_k, tau):
         (2, 64, 2500, 50, 1.0, "jumprelu", torch.bfloat16, {}),
         (5, 40, 300, 31, 0.0, "topk", torch.float16, {"chunk": 3}),
         (8, 65, 200, 32, 0.5, "relu", torch.float32, {"screening": False}),
+        # The second tile is a multiple of four features and does not begin at one.
+        (3, 40, 302, 20, 0.5, "relu", torch.float32, {"scores": 510}),
         # Screened in bfloat16, from a copy where there must be one.
         (9, 33, 300, 20, 1.0, "relu", torch.float32, {}),
         (12, 64, 700, 33, 0.5, "jumprelu", torch.bfloat16, {"chunk": 5, "scores": 1000}),
