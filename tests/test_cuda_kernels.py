@@ -29,9 +29,13 @@ def kernels(tmp_path_factory):
     folders = [*(ROOT / place for place in places), TORCH / "include"]
     flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", *(f"-I{path}" for path in folders)]
 
+    # A device stops at a vector access that is not aligned, and so does this.
+    aligned = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+
     def compiled(file):
         made = folder / f"{file.parent.name}_{file.stem}.o"
-        subprocess.run(["g++", *flags, "-xc++", "-c", file, "-o", made], check=True)
+        options = [*flags, *(aligned if file.suffix == ".cu" else [])]
+        subprocess.run(["g++", *options, "-xc++", "-c", file, "-o", made], check=True)
         return made
 
     with ThreadPoolExecutor(2) as pool:
@@ -81,6 +85,8 @@ def check_bits(got, hidden, layer, top_k, tau):
         (2, 64, 2500, 50, 1.0, "jumprelu", torch.bfloat16, {}),
         (5, 40, 300, 31, 0.0, "topk", torch.float16, {"chunk": 3}),
         (8, 65, 200, 32, 0.5, "relu", torch.float32, {"screening": False}),
+        # The second tile is a multiple of four features and does not begin at one.
+        (3, 40, 302, 20, 0.5, "relu", torch.float32, {"scores": 510}),
         # Screened in bfloat16, from a copy where there must be one.
         (9, 33, 300, 20, 1.0, "relu", torch.float32, {}),
         (12, 64, 700, 33, 0.5, "jumprelu", torch.bfloat16, {"chunk": 5, "scores": 1000}),
