@@ -119,7 +119,11 @@ def failing():
         ({0: full(W_dec=normal(H, F) * 1e30 * 1e30)}, ValueError, "layer 0: W_dec is not finite"),
         ({0: full(input_bias=normal(H))}, ValueError, "layer 0: .* input bias; .* convert"),
         ({0: full(ln_weight=normal(H), ln_bias=normal(H))}, ValueError, "layer 0: .* LayerNorm"),
-        ({0: full(W_dec=normal(2 * H, F))}, ValueError, "layer 0: .* writes to many layers"),
+        (
+            {0: full(W_dec=normal(2 * H, F), write_layers=2)},
+            ValueError,
+            "layer 0: .* writes to many layers",
+        ),
         ({0: full(hook_in='say "mlp"')}, ValueError, "feature_input_hook must be printable text"),
         ({0: full(hook_out="mlp\n")}, ValueError, "feature_output_hook must be printable text"),
         (failing(), KeyboardInterrupt, None),
