@@ -74,7 +74,7 @@ def check_sparse(found, hidden, layer, tau):
 
 
 def check_decoded(got, dense, layer, hidden, dtype=torch.float32):
-    """got [N, d_out or n * H] is W_dec @ dense + b_dec + W_skip @ x, within 1e-5 of its partial sums."""
+    """got [N, d_out] is W_dec @ dense + b_dec + W_skip @ x, within 1e-5 of its partial sums."""
     acts, W_dec = wide(dense), wide(layer["W_dec"])
     want, size = acts @ W_dec.T, acts.abs() @ W_dec.abs().T
     if layer.get("b_dec") is not None:
