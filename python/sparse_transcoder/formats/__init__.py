@@ -28,8 +28,9 @@ def load_transcoders(
 ) -> dict[int, TranscoderWeights]:
     """Load the transcoders in a folder: {layer: weights}.
 
-    It reads the layouts of circuit-tracer (sets and cross-layer transcoders), Gemma Scope 1 and 2,
-    sparsify, SAELens, dictionary_learning, llamascopium and the reference project. The activation, thresholds,
+    It reads the layouts of circuit-tracer (sets and cross-layer transcoders), Gemma Scope 1 and 2
+    (cross-layer transcoders too), sparsify, SAELens, dictionary_learning, Llama Scope in its three
+    forms, Qwen-Scope, Goodfire, qresearch and the reference project. The activation, thresholds,
     input bias, LayerNorm, skip connection and hook names are those that the checkpoint declares. A
     variant that cannot be computed exactly is refused by name.
 

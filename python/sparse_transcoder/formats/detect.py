@@ -17,11 +17,17 @@ from .. import _arguments as check
 from ..weights import TranscoderWeights
 from . import (
     clt,
+    deepseek_r1,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
+    gemma_scope_2_clt,
+    goodfire,
+    llama_scope,
+    llama_scope_r1,
     llamascopium,
     native,
+    qwen_scope,
     reference,
     sae_lens,
     sparsify,
@@ -36,10 +42,16 @@ LAYOUTS: tuple[Layout, ...] = (
     clt.LAYOUT,
     gemma_scope.LAYOUT,
     gemma_scope_2.LAYOUT,
+    gemma_scope_2_clt.LAYOUT,
     sparsify.LAYOUT,
+    llama_scope.LAYOUT,
+    llama_scope_r1.LAYOUT,
     llamascopium.LAYOUT,
     sae_lens.LAYOUT,
     dictionary_learning.LAYOUT,
+    qwen_scope.LAYOUT,
+    goodfire.LAYOUT,
+    deepseek_r1.LAYOUT,
 )
 
 
