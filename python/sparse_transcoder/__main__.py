@@ -14,6 +14,7 @@ import torch
 
 from .formats.detect import Checkpoint, find
 from .formats.files import dtype_name
+from .formats.hub import local_folder
 from .formats.native import fold_input_bias, save_transcoders
 from .weights import TranscoderWeights
 
@@ -71,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "info":
-            checkpoint = find(Path(options.folder), options.layer, options.variant)
+            checkpoint = find(local_folder(options.folder), options.layer, options.variant)
             _info(checkpoint, options.k)
         else:
-            checkpoint = find(Path(options.source), options.layer, options.variant)
+            checkpoint = find(local_folder(options.source), options.layer, options.variant)
             _convert(checkpoint, options.target, DTYPES.get(options.dtype), options.k)
         if checkpoint.warning:
             print(checkpoint.warning, file=sys.stderr)

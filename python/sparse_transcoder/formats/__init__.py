@@ -12,6 +12,7 @@ import torch
 from .. import _arguments as check
 from ..weights import TranscoderWeights
 from .detect import find
+from .hub import local_folder
 from .native import save_transcoders
 
 __all__ = ["load_transcoders", "save_transcoders"]
@@ -38,7 +39,10 @@ def load_transcoders(
     W_enc as [H, F] have it copied once to [F, H]. No file is unpickled unsafely.
 
     Args:
-        transcoder_dir: the folder of a set, or of one checkpoint.
+        transcoder_dir: the folder of a set, or of one checkpoint; or a name of the Hugging Face
+            hub, ``"org/name"`` or ``"hf://org/name[/folder][@revision]"``, whose files are
+            downloaded, or taken from its cache without a connection (the extra ``hub``). All
+            weights in the folder are fetched: of a large repository name the folder.
         layers: the layers to load. None loads all that are there.
         device: where the tensors go. None is CUDA where there is one, else the CPU.
         layer: which layer a single checkpoint is that does not say it itself. A layer that nobody
@@ -48,7 +52,9 @@ def load_transcoders(
             path of the wanted ones, e.g. ``"width_16k/average_l0_71"`` or ``"layers.*.mlp"``.
 
     Raises:
-        FileNotFoundError: the folder, or the file of a layer asked for, is not there.
+        FileNotFoundError: the folder, or the file of a layer asked for, is not there; or the hub
+            has no such repository, or cannot be reached.
+        ImportError: a hub name is given and huggingface_hub is not installed.
         ValueError: a file is malformed or of a variant that is not supported, and the message names
             it and the reason; the layer or k is not known, or ``k`` is not that of the checkpoint;
             a layer has several coders; or the device is not there.
@@ -75,7 +81,7 @@ def load_transcoders(
         k = check.positive("k", k)
     if layer is not None:
         layer = check.at_least(0, "layer", layer)
-    checkpoint = find(Path(transcoder_dir), layer, variant)
+    checkpoint = find(local_folder(os.fspath(transcoder_dir)), layer, variant)
     loaded = dict(checkpoint.load(wanted, device, k))
     if checkpoint.warning:
         warnings.warn(checkpoint.warning, stacklevel=2)
