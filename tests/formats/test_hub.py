@@ -74,9 +74,10 @@ def test_names_and_addresses(tmp_path):
         "hf://org/name/layer_4/width_16k/@main",
         f"hf://org/name@{SHA}",
         "hf://org/name@v1",
+        "hf://org/name?revision=v1",
     )
     sums = {i: float(w.W_enc.double().sum()) for i, w in ((3, a), (4, b), (9, old))}
-    layers = ([3, 4], [3, 4], [4], [4], [3, 4], [9])
+    layers = ([3, 4], [3, 4], [4], [4], [3, 4], [9], [9])
     for name, found, want in zip(names, outcomes(tmp_path, *names), layers, strict=True):
         assert isinstance(found, dict) and list(found) == [str(i) for i in want], (name, found)
         for layer, (source, total) in found.items():

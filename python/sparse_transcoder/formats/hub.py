@@ -1,4 +1,7 @@
-"""Checkpoints on the Hugging Face hub: org/name, or hf://org/name[/folder][@revision]."""
+"""Checkpoints on the Hugging Face hub: org/name, or hf://org/name[/folder][@revision].
+
+circuit-tracer writes ?revision= for @, which is read too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from pathlib import Path
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-ADDRESS = re.compile(rf"hf://({NAME.pattern})((?:/[^@/]+)*)/?(?:@([^@]+))?")
+ADDRESS = re.compile(rf"hf://({NAME.pattern})((?:/[^@?/]+)*)/?(?:(?:@|\?revision=)([^@?]+))?")
 READ = ("*.safetensors", "*.npz", "*.pt", "*.pth", "*.json", "*.yaml")
 
 

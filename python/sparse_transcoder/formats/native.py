@@ -40,7 +40,9 @@ def has_layers(folder: Path, names: frozenset[str]) -> bool:
     if any(re.fullmatch(r"layer_\d{1,9}\.safetensors", name) for name in names):
         return True
     text = config_text(folder / "config.yaml") if "config.yaml" in names else ""
-    return bool(re.search(r"^(transcoders|model_kind: *transcoder_set *$)", text, re.MULTILINE))
+    return bool(
+        re.search(r"^(transcoders *:|model_kind *: *transcoder_set *$)", text, re.MULTILINE)
+    )
 
 
 def is_set(folder: Path, names: frozenset[str]) -> bool:
