@@ -88,6 +88,7 @@ class TestLlamaScope(EveryLayout, WithConfig):
         (llama_scope, {"dataset_average_activation_norm": {"in": 0, "out": 1}}, ["above 0"]),
         (llama_scope, {"d_sae": 31}, ["d_sae must be 30 like the tensors', got 31"]),
         (llama_scope, {"d_model": 16}, ["d_model must be 8 like the tensors', got 16"]),
+        (llama_scope, {"expansion_factor": 8}, ["expansion_factor must be 3.75"]),
     )
 
 
@@ -136,6 +137,13 @@ def test_as_the_publisher_computes_it(tmp_path, norms, F):
     pre = 4 / norms[0] * x.double() @ tensors["encoder.weight"].T.double()
     pre += tensors["encoder.bias"].double()
     torch.testing.assert_close(got.double(), pre * (acts > 0), rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_are_not_known_are_named(tmp_path):
+    llama_scope(tmp_path, 3, 30, 8)
+    configured(next(tmp_path.rglob("hyperparams.json")), tp_size=1, rotation="random")
+    with pytest.warns(UserWarning, match=r"hyperparams.json has .* ignored: rotation \(layer 3\)"):
+        load(tmp_path)
 
 
 def test_the_weights_are_missing(tmp_path):

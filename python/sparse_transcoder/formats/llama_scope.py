@@ -19,9 +19,17 @@ from pathlib import Path
 import torch
 
 from ..weights import TranscoderWeights
+from . import llamascopium
 from .files import Config, Loading, Tensors, layer_in, read_safetensors, short_hook
 from .layout import Layout
-from .llamascopium import gate
+
+KNOWN = llamascopium.KNOWN | frozenset(
+    "apply_decoder_bias_to_pre_encoder d_sae dataset_average_activation_norm ddp_size "
+    "decoder_exactly_fixed_norm exp_name init_decoder_norm init_encoder_norm "
+    "init_encoder_with_decoder_transpose initial_k jump_relu_threshold k_warmup_steps "
+    "l1_coefficient l1_coefficient_warmup_steps lp seed tp_size use_batch_norm_mse "
+    "use_ghost_grads".split()
+)
 
 
 def recognises(folder: Path, names: frozenset[str]) -> list[Path]:
@@ -53,7 +61,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     if activation != "relu" and W_dec is not None and W_dec.ndim == 2:
         rescaled = config.get("sparsity_include_decoder_norm", bool, True)
         levels = torch.full(W_enc.shape[:1], level * (s_out if rescaled else s_in)).double()
-        threshold = gate(levels, W_dec.T if rescaled else None)
+        threshold = llamascopium.gate(levels, W_dec.T if rescaled else None)
     return scaled(layer, path, loading, config, tensors, W_enc, (s_in, s_out), threshold)
 
 
@@ -103,7 +111,9 @@ def scaled(
     b_dec = tensors.take_if_there("decoder.bias", 1)
     tensors.finish()
     s_in, s_out = scale
-    config.sizes(d_model=W_enc.shape[1], d_sae=W_enc.shape[0])
+    features, hidden = W_enc.shape
+    config.sizes(d_model=hidden, d_sae=features, expansion_factor=features / max(hidden, 1))
+    loading.tell_unknown(layer, config, KNOWN)
     return loading.weights(
         layer,
         path,
