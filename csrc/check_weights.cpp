@@ -49,18 +49,22 @@ void check_weights(int64_t id, const LayerWeights& declared) {
   };
   check(W, "W_enc", {F, H});
   check(declared.b_enc, "b_enc", {F});
-  // A decoder that writes to n layers has their rows one after the other.
-  const int64_t written =
-      declared.W_dec.defined() && declared.W_dec.dim() == 2 ? declared.W_dec.size(0) : H;
-  TORCH_CHECK_VALUE(written > 0 && written % H == 0, who,
-                    ": W_dec must be [H, F] or [n * H, F] with H ", H, ", got ",
+  const int64_t layers = declared.write_layers;
+  TORCH_CHECK_VALUE(layers >= 1 && layers <= 1'000'000, who,
+                    ": write_layers must be at least 1 and at most 1000000, got ", layers);
+  TORCH_CHECK_VALUE(layers == 1 || declared.W_dec.defined(), who,
+                    ": W_dec is needed with write_layers ", layers, ", got none");
+  // A decoder that writes to one layer may write to a place of another width.
+  const bool wide = layers == 1 && declared.W_dec.defined() && declared.W_dec.dim() == 2;
+  const int64_t width = wide ? declared.W_dec.size(0) : H;
+  TORCH_CHECK_VALUE(width > 0, who, ": W_dec must be [d_out, F] and not empty, got ",
                     declared.W_dec.sizes());
-  check(declared.W_dec, "W_dec", {written, F});
-  // Its bias is that of all their rows, or of the layer itself alone.
-  check(declared.b_dec, "b_dec",
-        {declared.b_dec.defined() && declared.b_dec.sizes() == at::IntArrayRef(H) ? H : written});
+  check(declared.W_dec, "W_dec", {layers * width, F});
+  // The bias is that of all layers written to, or of this layer alone.
+  const bool own = declared.b_dec.defined() && declared.b_dec.sizes() == at::IntArrayRef(width);
+  check(declared.b_dec, "b_dec", {own ? width : layers * width});
   check(declared.threshold, "threshold", {F});
-  check(declared.W_skip, "W_skip", {H, H});
+  check(declared.W_skip, "W_skip", {width, H});
   check(declared.input_bias, "input_bias", {H});
   check(declared.ln_weight, "ln_weight", {H});
   check(declared.ln_bias, "ln_bias", {H});

@@ -17,7 +17,7 @@ at::Tensor decode_rows(const Layer& layer, const SparseFeatures& features, const
   TORCH_CHECK_VALUE(!weights.W_skip.defined() || x.defined(), who,
                     ": the skip connection needs the hidden states, got none");
   const int64_t rows = features.row_begin.size(0) - 1, written = weights.W_dec.size(0);
-  const at::Tensor columns = weights.W_dec.detach().t();  // [F, n * H]
+  const at::Tensor columns = weights.W_dec.detach().t();  // [F, written]
   at::Tensor y = at::zeros({rows, written}, columns.options().dtype(at::kFloat));
   const at::Tensor begins = features.row_begin.cpu();
   const int64_t* begin = begins.const_data_ptr<int64_t>();
@@ -42,7 +42,7 @@ at::Tensor decode_rows(const Layer& layer, const SparseFeatures& features, const
   if (weights.b_dec.defined())
     y.narrow(1, 0, weights.b_dec.size(0)).add_(weights.b_dec.detach().to(at::kFloat));
   if (weights.W_skip.defined())
-    y.narrow(1, 0, layer.hidden_size)
+    y.narrow(1, 0, weights.W_skip.size(0))
         .add_(at::matmul(x.to(at::kDouble), weights.W_skip.detach().to(at::kDouble).t())
                   .to(at::kFloat));
   return y;

@@ -132,6 +132,16 @@ def test_arguments():
         ("transcoder_dir", none),
         ("layers", None),
         ("device", None),
+        ("layer", None),
+        ("k", None),
+        ("variant", None),
+    ]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    parameters = inspect.signature(sparse_transcoder.load_transcoders).parameters
+    assert [name for name, p in parameters.items() if p.kind is keyword_only] == [
+        "layer",
+        "k",
+        "variant",
     ]
     assert arguments(sparse_transcoder.save_transcoders) == [
         ("transcoders", none),
@@ -150,6 +160,7 @@ def test_arguments():
         "threshold",
         "k",
         "W_skip",
+        "write_layers",
         "input_bias",
         "ln_weight",
         "ln_bias",

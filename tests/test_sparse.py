@@ -74,7 +74,7 @@ def check_sparse(found, hidden, layer, tau):
 
 
 def check_decoded(got, dense, layer, hidden, dtype=torch.float32):
-    """got [N, n * H] is W_dec @ dense + b_dec + W_skip @ x, within 1e-5 of its partial sums."""
+    """got [N, d_out] is W_dec @ dense + b_dec + W_skip @ x, within 1e-5 of its partial sums."""
     acts, W_dec = wide(dense), wide(layer["W_dec"])
     want, size = acts @ W_dec.T, acts.abs() @ W_dec.abs().T
     if layer.get("b_dec") is not None:
@@ -83,8 +83,8 @@ def check_decoded(got, dense, layer, hidden, dtype=torch.float32):
         size[:, : len(bias)] += bias.abs()
     if layer.get("W_skip") is not None:
         x = wide(hidden).reshape(-1, hidden.shape[-1])
-        want[:, : x.shape[1]] += x @ wide(layer["W_skip"]).T
-        size[:, : x.shape[1]] += x.abs() @ wide(layer["W_skip"]).abs().T
+        want[:, : len(layer["W_skip"])] += x @ wide(layer["W_skip"]).T
+        size[:, : len(layer["W_skip"])] += x.abs() @ wide(layer["W_skip"]).abs().T
     assert got.dtype == torch.float32 and got.shape == want.shape
     sound = ~dense.isnan().any(1)
     assert ((got.cpu().double() - want).abs() <= 1e-5 * size + 1e-30)[sound].all()
@@ -249,7 +249,7 @@ def test_decode_of_a_cross_layer_transcoder(device, bias):
         b_dec=normal(bias, seed=11),
         W_skip=normal(H, H, seed=12),
     )
-    weights = TranscoderWeights(**on(layer, device), layer=4)
+    weights = TranscoderWeights(**on(layer, device), layer=4, write_layers=3)
     encoder = SparseTranscoderEncoder({4: weights}, 20, 0.5)
     hidden = normal(2, 6, H, seed=13).to(device)
     sparse = encoder.encode_sparse(4, hidden)
@@ -257,6 +257,45 @@ def test_decode_of_a_cross_layer_transcoder(device, bias):
         got = encoder.decode(4, features, hidden)
         assert {layer: part.shape for layer, part in got.items()} == {4: shape, 5: shape, 6: shape}
     check_decoded(torch.cat(list(got.values()), -1), sparse.to_dense().cpu(), layer, hidden)
+
+
+@pytest.mark.parametrize("width", [1, 7, H // 2, 2 * H, 3 * H])
+def test_decode_to_a_place_of_another_width(device, width):
+    """[d_out, F] is one layer's output, also where d_out is a multiple of H."""
+    layer = make_layer(
+        F,
+        H,
+        W_dec=normal(width, F, seed=10),
+        b_dec=normal(width, seed=11),
+        W_skip=normal(width, H, seed=12),
+    )
+    encoder = SparseTranscoderEncoder({4: TranscoderWeights(**on(layer, device), layer=4)}, 20, 0.5)
+    hidden = normal(2, 6, H, seed=13).to(device)
+    sparse = encoder.encode_sparse(4, hidden)
+    for features, shape in (
+        (encoder.encode_layer(4, hidden), (2, 6, width)),
+        (sparse, (12, width)),
+    ):
+        got = encoder.decode(4, features, hidden)
+        assert got.shape == shape
+    check_decoded(got, sparse.to_dense().cpu(), layer, hidden)
+    assert encoder.steer(4, {0: 2.0}).shape == (width,)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"write_layers": 2}, "W_dec must be \\[96, 300\\], got \\[144, 300\\]"),
+        ({"write_layers": 0}, "write_layers must be at least 1, got 0"),
+        ({"W_dec": None, "write_layers": 2}, "W_dec is needed with write_layers 2, got none"),
+        ({"b_dec": normal(H)}, "b_dec must be \\[144\\], got \\[48\\]"),
+        ({"W_skip": normal(H, H)}, "W_skip must be \\[144, 48\\], got \\[48, 48\\]"),
+    ],
+)
+def test_how_many_layers_are_written_to_is_never_guessed(more, words):
+    layer = make_layer(F, H, W_dec=normal(3 * H, F, seed=10)) | more
+    with pytest.raises(ValueError, match=words):
+        SparseTranscoderEncoder({4: TranscoderWeights(**layer, layer=4)}, 20, 0.5)
 
 
 def test_decode_does_not_depend_on_the_batch(device):

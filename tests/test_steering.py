@@ -74,7 +74,7 @@ def test_steer_nothing(encoder):
 def test_decoder_that_writes_to_many_layers():
     W_dec = torch.randn(3 * H, F)
     encoder = SparseTranscoderEncoder(
-        {4: TranscoderWeights(torch.randn(F, H), torch.zeros(F), W_dec)}
+        {4: TranscoderWeights(torch.randn(F, H), torch.zeros(F), W_dec, write_layers=3)}
     )
     vectors, deltas = encoder.feature_vector(4, 7), encoder.steer(4, {7: 2.0})
     assert list(vectors) == list(deltas) == [4, 5, 6]

@@ -58,15 +58,16 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LayerWeights>(m, "LayerWeights",
                            "One layer's declared weights; see sparse_transcoder.TranscoderWeights.")
       .def(py::init([](at::Tensor W_enc, at::Tensor b_enc, OptionalTensor W_dec,
-                       OptionalTensor b_dec, OptionalTensor threshold, std::optional<int64_t> k,
-                       OptionalTensor W_skip, OptionalTensor input_bias, OptionalTensor ln_weight,
-                       OptionalTensor ln_bias, std::string hook_in, std::string hook_out,
-                       std::string source) {
+                       OptionalTensor b_dec, int64_t write_layers, OptionalTensor threshold,
+                       std::optional<int64_t> k, OptionalTensor W_skip, OptionalTensor input_bias,
+                       OptionalTensor ln_weight, OptionalTensor ln_bias, std::string hook_in,
+                       std::string hook_out, std::string source) {
              const at::Tensor none;
              return LayerWeights{W_enc,
                                  b_enc,
                                  W_dec.value_or(none),
                                  b_dec.value_or(none),
+                                 write_layers,
                                  threshold.value_or(none),
                                  k,
                                  W_skip.value_or(none),
@@ -78,13 +79,14 @@ PYBIND11_MODULE(_C, m) {
                                  source};
            }),
            py::kw_only(), py::arg("W_enc"), py::arg("b_enc"), py::arg("W_dec"), py::arg("b_dec"),
-           py::arg("threshold"), py::arg("k"), py::arg("W_skip"), py::arg("input_bias"),
-           py::arg("ln_weight"), py::arg("ln_bias"), py::arg("hook_in"), py::arg("hook_out"),
-           py::arg("source"))
+           py::arg("write_layers"), py::arg("threshold"), py::arg("k"), py::arg("W_skip"),
+           py::arg("input_bias"), py::arg("ln_weight"), py::arg("ln_bias"), py::arg("hook_in"),
+           py::arg("hook_out"), py::arg("source"))
       .def_readonly("W_enc", &LayerWeights::W_enc)
       .def_readonly("b_enc", &LayerWeights::b_enc)
       .def_readonly("W_dec", &LayerWeights::W_dec)
       .def_readonly("b_dec", &LayerWeights::b_dec)
+      .def_readonly("write_layers", &LayerWeights::write_layers)
       .def_readonly("threshold", &LayerWeights::threshold)
       .def_readonly("k", &LayerWeights::k)
       .def_readonly("W_skip", &LayerWeights::W_skip)

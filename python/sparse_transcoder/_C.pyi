@@ -10,7 +10,7 @@ class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
     """
-    def __init__(self, *, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor | None, b_dec: torch.Tensor | None, threshold: torch.Tensor | None, k: typing.SupportsInt | typing.SupportsIndex | None, W_skip: torch.Tensor | None, input_bias: torch.Tensor | None, ln_weight: torch.Tensor | None, ln_bias: torch.Tensor | None, hook_in: str, hook_out: str, source: str) -> None:
+    def __init__(self, *, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor | None, b_dec: torch.Tensor | None, write_layers: typing.SupportsInt | typing.SupportsIndex, threshold: torch.Tensor | None, k: typing.SupportsInt | typing.SupportsIndex | None, W_skip: torch.Tensor | None, input_bias: torch.Tensor | None, ln_weight: torch.Tensor | None, ln_bias: torch.Tensor | None, hook_in: str, hook_out: str, source: str) -> None:
         ...
     @property
     def W_dec(self) -> torch.Tensor:
@@ -50,6 +50,9 @@ class LayerWeights:
         ...
     @property
     def threshold(self) -> torch.Tensor:
+        ...
+    @property
+    def write_layers(self) -> int:
         ...
 class Screening:
     """

@@ -14,6 +14,7 @@ import torch
 
 from .formats.detect import Checkpoint, find
 from .formats.files import dtype_name
+from .formats.hub import local_folder
 from .formats.native import fold_input_bias, save_transcoders
 from .weights import TranscoderWeights
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     info = commands.add_parser("info", help="a table of the layers in a folder")
-    info.add_argument("folder", type=Path, metavar="DIR")
+    info.add_argument("folder", metavar="DIR")
     convert = commands.add_parser(
         "convert",
         help="write layer_{i}.safetensors and config.yaml",
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "is folded into b_enc, in float64. What the layout cannot hold (LayerNorm, a decoder\n"
         "that writes to many layers) is refused.",
     )
-    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("source", metavar="SRC")
     convert.add_argument(
         "target", type=Path, metavar="DST", help="a folder that is empty or not there yet"
     )
@@ -60,12 +61,24 @@ def main(arguments: list[str] | None = None) -> int:
         choices=DTYPES,
         help="of the matrices; biases and thresholds are kept as they are (default: as stored)",
     )
+    for command in (info, convert):
+        command.add_argument(
+            "--layer", type=int, help="the layer of a checkpoint that does not say it itself"
+        )
+        command.add_argument("--k", type=int, help="k of top-k coders, where it stands nowhere")
+        command.add_argument(
+            "--variant", help="which coders are meant where a layer has several, e.g. average_l0_71"
+        )
     options = parser.parse_args(arguments)
     try:
         if options.command == "info":
-            _info(options.folder)
+            checkpoint = find(local_folder(options.folder), options.layer, options.variant)
+            _info(checkpoint, options.k)
         else:
-            _convert(options.source, options.target, DTYPES.get(options.dtype))
+            checkpoint = find(local_folder(options.source), options.layer, options.variant)
+            _convert(checkpoint, options.target, DTYPES.get(options.dtype), options.k)
+        if checkpoint.warning:
+            print(checkpoint.warning, file=sys.stderr)
     except BrokenPipeError:  # The reader of a pipe has enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -78,11 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _info(folder: Path) -> None:
-    checkpoint = find(folder)
+def _info(checkpoint: Checkpoint, k: int | None) -> None:
     rows = [("layer", "H", "F", "dtype", "activation", "hooks", "bytes")]
     total = 0
-    for layer, weights in _with_progress(checkpoint, "read"):
+    for layer, weights in _with_progress(checkpoint, "read", k):
         features, hidden = weights.W_enc.shape
         size = sum(t.nbytes for t in vars(weights).values() if isinstance(t, torch.Tensor))
         total += size
@@ -103,40 +115,45 @@ def _activation(weights: TranscoderWeights) -> str:
     kind = "relu" if weights.threshold is None else "jumprelu"
     if weights.k:
         kind = f"topk k={weights.k}"
-    targets = 1 if weights.W_dec is None else weights.W_dec.shape[0] // weights.W_enc.shape[1]
+    written = weights.W_enc.shape[1] if weights.W_dec is None else weights.W_dec.shape[0]
+    wide = weights.write_layers == 1 and written != weights.W_enc.shape[1]
     more = (
         ("input bias", weights.input_bias is not None),
         ("LayerNorm", weights.ln_weight is not None),
         ("skip", weights.W_skip is not None),
-        (f"writes {targets} layers", targets > 1),
+        (f"writes {weights.write_layers} layers", weights.write_layers > 1),
+        (f"writes {written} wide", wide),
     )
     return ", ".join([kind, *(name for name, there in more if there)])
 
 
-def _convert(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    checkpoint = find(source)
+def _convert(
+    checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, k: int | None
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        save_transcoders(_folded(checkpoint, dtype), target, dtype)
+        save_transcoders(_folded(checkpoint, dtype, k), target, dtype)
     for warning in caught:
         print(warning.message, file=sys.stderr)
 
 
 def _folded(
-    checkpoint: Checkpoint, dtype: torch.dtype | None
+    checkpoint: Checkpoint, dtype: torch.dtype | None, k: int | None
 ) -> Iterator[tuple[int, TranscoderWeights]]:
-    for layer, weights in _with_progress(checkpoint, "convert"):
+    for layer, weights in _with_progress(checkpoint, "convert", k):
         folded, rounding = fold_input_bias(weights, dtype)
         yield layer, folded
         if folded is not weights:
             print(f"layer {layer}: input bias folded into b_enc, rounded by at most {rounding:.1e}")
 
 
-def _with_progress(checkpoint: Checkpoint, verb: str) -> Iterator[tuple[int, TranscoderWeights]]:
+def _with_progress(
+    checkpoint: Checkpoint, verb: str, k: int | None
+) -> Iterator[tuple[int, TranscoderWeights]]:
     """The layers one after the other, with a bar on stderr where that is a terminal."""
-    loaded = checkpoint.load(device="cpu")
-    total = len(checkpoint.files)
-    if not total:  # A native set is mapped whole: nothing is read yet.
+    loaded = checkpoint.load(device="cpu", k=k)
+    total = len(checkpoint.files) if checkpoint.only is None else 1
+    if not checkpoint.files:  # A native set is mapped whole: nothing is read yet.
         whole = list(loaded)
         loaded, total = iter(whole), len(whole)
     shown = sys.stderr.isatty()

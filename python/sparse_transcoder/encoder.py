@@ -223,8 +223,9 @@ class SparseTranscoderEncoder:
                 with a skip connection.
 
         Returns:
-            [B, T, H] float32, or [N, H] where ``features`` has N rows. A decoder that writes to n
-            layers gives {layer: reconstruction} for this layer and those after it.
+            [B, T, d_out] float32, or [N, d_out] where ``features`` has N rows; d_out is H where the
+            weights do not say otherwise. A decoder that is declared to write to several layers
+            (``write_layers``) gives {layer: [.., H]} for this layer and those after it.
 
         Raises:
             KeyError: the layer has no transcoder.
@@ -355,7 +356,7 @@ class SparseTranscoderEncoder:
         return recorded
 
     def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
-        """The decoder direction [H] of a feature, float32: what one unit of its activation writes.
+        """What one unit of a feature's activation writes: its decoder direction [d_out], float32.
 
         A decoder that writes to n layers gives {layer: direction} for this layer and those after
         it.
@@ -369,7 +370,7 @@ class SparseTranscoderEncoder:
     def steer(
         self, layer: int, strengths: Mapping[int, float]
     ) -> torch.Tensor | dict[int, torch.Tensor]:
-        """The delta [H], float32, to add to what the transcoder writes to.
+        """The delta [d_out], float32, to add to what the transcoder writes to.
 
         It is the sum of strength times decoder direction. A decoder that writes to n layers gives
         {layer: delta} for this layer and those after it.
@@ -426,11 +427,11 @@ class SparseTranscoderEncoder:
     def _by_layer(
         self, layer: int, written: torch.Tensor
     ) -> torch.Tensor | dict[int, torch.Tensor]:
-        """What a decoder wrote, [.., H] as it is, [.., n * H] as {layer: [.., H]} for n layers."""
-        hidden_size = self._transcoders[layer].W_enc.shape[1]
-        if written.shape[-1] == hidden_size:
+        """What a decoder wrote: [.., d_out] as it is, or {layer: [.., H]} for several layers."""
+        weights = self._transcoders[layer]
+        if weights.write_layers == 1:
             return written
-        parts = torch.split(written, hidden_size, dim=-1)
+        parts = torch.split(written, weights.W_enc.shape[1], dim=-1)
         return {layer + i: part for i, part in enumerate(parts)}
 
     def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float | str]:

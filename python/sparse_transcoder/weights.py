@@ -25,10 +25,11 @@ class TranscoderWeights:
     b_enc: torch.Tensor
     """Encoder bias [F]."""
     W_dec: torch.Tensor | None = None
-    """Decoder [H, F]. It is [n * H, F] where a feature writes to n layers, from this layer on:
-    the rows of one layer after the rows of the other."""
+    """Decoder [d_out, F], where d_out is the width of the place written to: H where it is one like
+    the place read. With ``write_layers`` n it is [n * H, F]: the rows of one layer after the rows
+    of the other."""
     b_dec: torch.Tensor | None = None
-    """Decoder bias [H] of this layer's own output, or [n * H]."""
+    """Decoder bias [d_out]. With ``write_layers`` n: [H] of this layer's own output, or [n * H]."""
     layer: int = 0
     """Index of the layer in the model."""
     _: dataclasses.KW_ONLY
@@ -37,7 +38,9 @@ class TranscoderWeights:
     k: int | None = None
     """Top-k coder: only the k largest pre-activations of a row are active."""
     W_skip: torch.Tensor | None = None
-    """Skip connection [H, H]: y += x @ W_skip.T."""
+    """Skip connection [d_out, H]: y += x @ W_skip.T."""
+    write_layers: int = 1
+    """How many layers a feature writes to, from this layer on. It is never guessed from shapes."""
     input_bias: torch.Tensor | None = None
     """Bias [H] that is subtracted from the hidden state before encoding."""
     ln_weight: torch.Tensor | None = None
@@ -58,7 +61,7 @@ class TranscoderWeights:
             if isinstance(v, torch.Tensor)
             else f"{name}={v!r}"
             for name, v in fields
-            if v is not None and v != ""
+            if v is not None and v != "" and (name, v) != ("write_layers", 1)
         )
         return f"TranscoderWeights({', '.join(shown)})"
 
@@ -85,8 +88,8 @@ def checked_fields(layer: int, weights: TranscoderWeights) -> dict[str, Any]:
     for name, value in fields.items():
         if value is None and name not in ("W_enc", "b_enc"):
             continue
-        if name == "k":
-            check.positive(f"layer {layer}: k", value)
+        if name in ("k", "write_layers"):
+            check.positive(f"layer {layer}: {name}", value)
         elif name not in ("hook_in", "hook_out", "source"):
             check.tensor(layer, value, name)
         elif not isinstance(value, str):

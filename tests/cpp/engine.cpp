@@ -399,6 +399,7 @@ TEST(engine_decodes) {
       LayerWeights w = make_layer(c, Data::normal);
       w.W_dec = random({written * c.H, c.F}, Data::normal).to(BF16);
       w.b_dec = random({written * c.H}, Data::normal);
+      w.write_layers = written;
       if (skip) w.W_skip = random({c.H, c.H}, Data::normal);
       const at::Tensor hidden = random({2, 9, 12}, Data::normal);
       const Engine engine({{6, w}}, {.top_k = 70, .activation_threshold = 0.5f});

@@ -51,7 +51,9 @@ class EveryLayout:
         written = {i: write(tmp_path, i, 30, 8) for i in (0, 1)}
         for path in tmp_path.rglob("*"):
             name = str(path.relative_to(tmp_path))
-            of_layer_0 = re.search(r"(layer_|layers\.|folder_|L|W_enc_|W_dec_)0(?!\d)", name)
+            of_layer_0 = re.search(
+                r"(layer_?|layers\.|folder_|L(?!0_)|-l|W_enc_|W_dec_)0(?!\d)", name
+            )
             if of_layer_0 and path.suffix in (".npz", ".pt", ".safetensors"):
                 path.write_bytes(b"no weights")
         loaded = load(tmp_path, [1])
@@ -101,7 +103,7 @@ class EveryLayout:
         write(tmp_path, 0, 30, 8)
         path = weights_file(tmp_path)
         tensors = stored(path)
-        encoder = [name for name in tensors if re.search("enc|_E", name)]
+        encoder = [name for name in tensors if re.search("enc|_E|b_gate", name)]
         bias = next(name for name in encoder if tensors[name].ndim == 1)
         matrix = next(name for name in encoder if tensors[name].ndim == 2)
         words = [path.name]

@@ -12,7 +12,9 @@ from checkpoints import (
     HIDDEN,
     Bomb,
     Written,
+    changed,
     close,
+    configured,
     dense,
     ints,
     jumprelu,
@@ -98,7 +100,41 @@ class TestDictionaryLearning(EveryLayout, WithConfig):
             {"trainer": {"dict_class": "AutoEncoderTopK", "k": 5}},
             ["k must be 5"],
         ),
+        (
+            dictionary_learning_case("AutoEncoder"),
+            {"trainer": {"dict_class": "AutoEncoder", "dict_size": 64}},
+            ["dict_size must be 30 like the tensors', got 64"],
+        ),
+        (
+            dictionary_learning_case("AutoEncoder"),
+            {"trainer": {"dict_class": "AutoEncoder", "activation_dim": 9}},
+            ["activation_dim must be 8"],
+        ),
+        (dictionary_learning_case("AutoEncoder"), {"buffer": {"io": "both"}}, ["io both"]),
     )
+
+
+@pytest.mark.parametrize(
+    "io, hooks",
+    [
+        ("out", ("mlp_out", "mlp_out")),
+        ("in", ("mlp_out:input", "mlp_out:input")),
+        ("in_and_out", ("mlp_out:input", "mlp_out:output")),
+    ],
+)
+def test_the_side_of_the_module_that_was_read(tmp_path, io, hooks):
+    dictionary_learning_case("AutoEncoderNew")(tmp_path, 3, 30, 8)
+    configured(next(tmp_path.rglob("config.json")), buffer={"io": io})
+    weights = load(tmp_path)[3]
+    assert (weights.hook_in, weights.hook_out) == hooks
+
+
+def test_k_of_files_older_than_the_buffer(tmp_path):
+    want = dictionary_learning_case("AutoEncoderTopK")(tmp_path, 3, 30, 8)
+    changed(weights_file(tmp_path), k=None, threshold=None)
+    weights = load(tmp_path)[3]
+    hidden = ints(40, 8, seed=20)
+    assert weights.k == 4 and torch.equal(dense(weights, hidden), want.encode(hidden))
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path):

@@ -97,7 +97,7 @@ def test_k_beyond_64_bits(tmp_path, k):
 
 def test_hook_names_that_would_spoil_a_terminal(tmp_path):
     llamascopium_case("relu")(tmp_path, 0, 30, 8)
-    configured(next(tmp_path.rglob("config.json")), hook_point_in="\x1b[31mred")
+    configured(next(tmp_path.rglob("config.json")), hook_point_in="blocks.0.\x1b[31mred")
     check_spoils_no_terminal(tmp_path)
 
 

@@ -52,6 +52,15 @@ def test_saved_fields_may_be_absent(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "model_kind: transcoder_set\n"
 
 
+@pytest.mark.parametrize("width", [1, 5, 2 * H])
+def test_a_decoder_of_another_width_comes_back(tmp_path, width):
+    """Also where it is a multiple of the hidden size: it is one layer's."""
+    wide = {"W_dec": normal(width, F), "b_dec": normal(width), "W_skip": normal(width, H)}
+    save_transcoders({0: full(**wide)}, tmp_path)
+    weights = load(tmp_path)[0]
+    assert same_fields(weights, full(**wide)) and weights.write_layers == 1
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_saved_dtype(tmp_path, dtype):
     save_transcoders({0: full()}, tmp_path, dtype)
@@ -119,7 +128,11 @@ def failing():
         ({0: full(W_dec=normal(H, F) * 1e30 * 1e30)}, ValueError, "layer 0: W_dec is not finite"),
         ({0: full(input_bias=normal(H))}, ValueError, "layer 0: .* input bias; .* convert"),
         ({0: full(ln_weight=normal(H), ln_bias=normal(H))}, ValueError, "layer 0: .* LayerNorm"),
-        ({0: full(W_dec=normal(2 * H, F))}, ValueError, "layer 0: .* writes to many layers"),
+        (
+            {0: full(W_dec=normal(2 * H, F), write_layers=2)},
+            ValueError,
+            "layer 0: .* writes to many layers",
+        ),
         ({0: full(hook_in='say "mlp"')}, ValueError, "feature_input_hook must be printable text"),
         ({0: full(hook_out="mlp\n")}, ValueError, "feature_output_hook must be printable text"),
         (failing(), KeyboardInterrupt, None),

@@ -17,6 +17,7 @@ from checkpoints import (
     parts,
     put,
     randomise,
+    refused,
     relu,
     topk,
     weights_file,
@@ -68,6 +69,9 @@ class TestSparsify(EveryLayout, WithConfig):
         (sparsify, {"k": True}, ["k must be"]),
         (sparsify, {"transcode": "yes"}, ["transcode"]),
         (sparsify, {"skip_connection": True}, ["W_skip"]),
+        (sparsify, {"d_in": 16}, ["d_in must be 8 like the tensors', got 16"]),
+        (sparsify, {"num_latents": 64}, ["num_latents must be 30"]),
+        (sparsify, {"d_in": "eight"}, ["d_in must be 8"]),
     )
 
 
@@ -77,6 +81,37 @@ def test_matrices_stay_views_of_their_file(tmp_path):
 
 def test_pipes_and_links_in_a_circle_are_not_waited_for(tmp_path):
     check_is_not_waited_for(tmp_path, sparsify, "cfg.json")
+
+
+@pytest.mark.parametrize(
+    "hookpoint, transcode, hooks",
+    [
+        ("layers.3", False, ("hook_resid_post", "hook_resid_post")),
+        ("layers.3", True, ("hook_resid_pre", "hook_resid_post")),
+        ("model.layers.3.mlp", False, ("mlp.hook_out", "mlp.hook_out")),
+        ("h.3.mlp", True, ("mlp.hook_in", "mlp.hook_out")),
+        ("transformer.h.3", False, ("hook_resid_post", "hook_resid_post")),
+        ("layers.3.self_attn", False, ("layers.3.self_attn:output",) * 2),
+        ("layers.3.mlp.act_fn", True, ("layers.3.mlp.act_fn:input", "layers.3.mlp.act_fn:output")),
+        ("gpt_neox.layers.3.attention", False, ("gpt_neox.layers.3.attention:output",) * 2),
+        ("my_layers_3", False, ("", "")),
+    ],
+)
+def test_hook_points_keep_their_place(tmp_path, hookpoint, transcode, hooks):
+    """A module without a name of its own among hook points is never read as another place."""
+    sparsify(tmp_path, 3, 30, 8, transcode)
+    (tmp_path / "layers.3.mlp").rename(tmp_path / hookpoint)
+    weights = load(tmp_path)[3]
+    assert (weights.hook_in, weights.hook_out) == hooks
+
+
+def test_an_expansion_factor_that_is_not_that_of_the_tensors(tmp_path):
+    sparsify(tmp_path, 0, 32, 8)
+    path = next(tmp_path.rglob("cfg.json"))
+    configured(path, expansion_factor=32, num_latents=0)
+    refused(tmp_path, "cfg.json", "expansion_factor must be 4 like the tensors', got 32")
+    configured(path, expansion_factor=32, num_latents=32)  # Then the factor is not used.
+    assert load(tmp_path)[0].W_enc.shape == (32, 8)
 
 
 @pytest.mark.parametrize("k", [2**63, 10**300])

@@ -41,8 +41,8 @@ class SPARSE_TRANSCODER_API Engine {
   // number of rows.
   SparseFeatures encode_sparse(int64_t layer, const at::Tensor& hidden) const;
 
-  // Reconstruction [.., H] float32 (the rows of every write layer one after the other, where the
-  // decoder has more than one): y = b_dec + sum over features of activation * W_dec[:, feature],
+  // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers one
+  // after the other): y = b_dec + sum over features of activation * W_dec[:, feature],
   // plus x @ W_skip.T where the layer has a skip connection, which needs the hidden states.
   at::Tensor decode(int64_t layer, const at::Tensor& activations, const at::Tensor& indices,
                     const at::Tensor& hidden = {}) const;

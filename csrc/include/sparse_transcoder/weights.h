@@ -16,14 +16,16 @@ namespace sparse_transcoder {
 // declared". F features, H hidden size. Matrices are float32, bfloat16 or float16; vectors any of
 // these.
 struct LayerWeights {
-  at::Tensor W_enc;      // [F, H]
-  at::Tensor b_enc;      // [F]
-  at::Tensor W_dec;      // [H, F], or [n * H, F] where a feature writes to n layers: their rows one
-                         // after the other
-  at::Tensor b_dec;      // [H] bias of what this layer's own output is, or [n * H]
-  at::Tensor threshold;  // [F] JumpReLU: a feature is active only strictly above its threshold
+  at::Tensor W_enc;  // [F, H]
+  at::Tensor b_enc;  // [F]
+  at::Tensor W_dec;  // [d_out, F]; d_out is the width of the place written to, H where it is one
+                     // like the place read. With write_layers n it is [n * H, F]: the rows of n
+                     // layers, one after the other
+  at::Tensor b_dec;  // [d_out]. With write_layers n: [H] for this layer's own output, or [n * H]
+  int64_t write_layers = 1;  // layers that the decoder writes to, from this one on; never guessed
+  at::Tensor threshold;      // [F] JumpReLU: a feature is active only strictly above its threshold
   std::optional<int64_t> k;  // top-k coder: only the k largest pre-activations are active
-  at::Tensor W_skip;         // [H, H] skip connection: y += x @ W_skip.T
+  at::Tensor W_skip;         // [d_out, H] skip connection: y += x @ W_skip.T
   at::Tensor input_bias;     // [H] subtracted from the hidden state
   at::Tensor ln_weight;      // [H] LayerNorm of the hidden state: biased variance, eps 1e-5
   at::Tensor ln_bias;        // [H] LayerNorm's bias

@@ -39,6 +39,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         W_enc,
         b_enc=b_enc,
         W_dec=written.reshape(features, -1).T,
+        write_layers=written.shape[1],
         b_dec=b_dec,
         threshold=threshold,
         hook_in=config.get("feature_input_hook", ""),

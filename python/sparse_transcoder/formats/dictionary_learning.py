@@ -23,6 +23,15 @@ CLASSES = (
 )
 
 
+KNOWN = frozenset(
+    "activation_dim auxk_alpha bandwidth dead_feature_threshold decay_start device "
+    "dict_class dict_size group_fractions group_sizes group_weights k k_anneal_steps "
+    "l1_penalty layer lm_name lr resample_steps resample_threshold seed sparsity_penalty "
+    "sparsity_warmup_steps steps submodule_name target_l0 threshold_beta "
+    "threshold_start_step top_k_aux trainer_class wandb_name warmup_steps".split()
+)
+
+
 def layer_of(path: Path) -> int | None:
     trainer = Config(path.with_name("config.json")).within("trainer")
     layer: int | None = trainer.get("layer", int, None)
@@ -32,7 +41,8 @@ def layer_of(path: Path) -> int | None:
 
 
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
-    config = Config(path.with_name("config.json")).within("trainer")
+    whole = Config(path.with_name("config.json"))
+    config, buffer = whole.within("trainer"), whole.within("buffer")
     kind = config.only("dict_class", config.need("dict_class", str), CLASSES)
     tensors = read_pickled(path)
     threshold, k = None, None
@@ -48,9 +58,10 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     if kind == "AutoEncoder":
         W_enc, b_enc, W_dec = _unit_decoder(path, W_enc, b_enc, W_dec)
     elif kind == "AutoEncoderTopK":
-        k = tensors.take_integer("k")
-        if k != config.get("k", int, k) or k < 1:
-            declared = config.get("k", int, k)
+        declared = config.get("k", int, None)
+        # Files older than the buffer have k in the config alone.
+        k = loading.k_of(path, tensors.take_integer("k") if "k" in tensors else declared)
+        if k != (k if declared is None else declared) or k < 1:
             raise ValueError(
                 f"{path}: k must be {declared} as in config.json and at least 1, got {k}"
             )
@@ -63,7 +74,14 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         threshold = one.expand(W_enc.shape[0]).clone()
         tensors.drop("k|group_sizes")
     tensors.finish()
-    hook = config.get("submodule_name", str, "")
+    features, hidden = W_enc.shape
+    config.sizes(activation_dim=hidden, dict_size=features)
+    loading.tell_unknown(layer, config, KNOWN)
+    hook_in = hook_out = config.get("submodule_name", str, "")
+    # The activations are the submodule's output, unless the buffer says otherwise.
+    if hook_in and (io := buffer.get("io", str, "out")) != "out":
+        buffer.only("io", io, ("out", "in", "in_and_out"))
+        hook_in, hook_out = f"{hook_in}:input", f"{hook_in}:{'input' if io == 'in' else 'output'}"
     return loading.weights(
         layer,
         path,
@@ -74,8 +92,8 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         threshold=threshold,
         k=k,
         input_bias=None if kind in ("AutoEncoderNew", "JumpReluAutoEncoder") else b_dec,
-        hook_in=hook,
-        hook_out=hook,
+        hook_in=hook_in,
+        hook_out=hook_out,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from .. import _C
 from ..weights import TranscoderWeights
+from .archive import check_storages
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -111,6 +112,27 @@ class Config:
         """A nested object, empty where it is not there."""
         return Config(self.path, self.get(name, dict, {}))
 
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; an integer counts as one."""
+        value = self.values.get(name, default)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if math.isfinite(value) and abs(value) <= 1e30:
+                return float(value)
+        raise self.refuse(f"{name} must be a finite number, got {_short(value)}")
+
+    def sizes(self, **expected: float) -> None:
+        """Refuse a size that is declared and is not that of the tensors. 0 declares nothing."""
+        for name, size in expected.items():
+            declared = self.values.get(name) or size
+            if not isinstance(declared, (int, float)) or declared != size:
+                raise self.refuse(
+                    f"{name} must be {size} like the tensors', got {_short(declared)}"
+                )
+
+    def unknown(self, known: frozenset[str]) -> list[str]:
+        """Keys that say something and that the layout does not know."""
+        return [_short(name) for name, value in self.values.items() if name not in known and value]
+
     def must_be_off(self, *names: str) -> None:
         """Refuse switches of variants that we do not support."""
         for name in names:
@@ -131,9 +153,40 @@ class Loading:
     encoder that it is given.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, k: int | None = None) -> None:
         self.device = device
+        self.k = k
+        """The caller's k, for a top-k coder whose k stands nowhere."""
         self.left_to_scan = 1 << 28
+        self.remarks: dict[str, list[int]] = {}
+        """What the caller must know, and of which layers."""
+
+    def tell(self, layer: int, remark: str) -> None:
+        """Something that changes what is computed and that only the caller can do."""
+        layers = self.remarks.setdefault(remark, [])
+        if layer not in layers:
+            layers.append(layer)
+
+    def tell_unknown(self, layer: int, config: Config, known: frozenset[str]) -> None:
+        """Name the keys of a config that the layout does not know."""
+        if names := config.unknown(known):
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            self.tell(layer, f"{config.path.name} has keys that are not known, ignored: {shown}")
+
+    def warning(self, folder: Path) -> str:
+        """All remarks in one line, empty where there are none."""
+        parts = []
+        for remark, layers in self.remarks.items():
+            some = ", ".join(map(str, layers[:4])) + (" .." if len(layers) > 4 else "")
+            parts.append(f"{remark} (layer{'s' * (len(layers) > 1)} {some})")
+        return f"{folder}: {'; '.join(parts)}" if parts else ""
+
+    def k_of(self, path: Path, declared: int | None) -> int:
+        """The k of a top-k coder: what the checkpoint declares, else the caller's."""
+        k = self.k if declared is None else declared
+        if k is None:
+            raise ValueError(f"{path}: its k stands nowhere in the checkpoint: give k=")
+        return k
 
     def weights(
         self, layer: int, source: Path, W_enc: torch.Tensor, **fields: Any
@@ -141,7 +194,8 @@ class Loading:
         """Checked weights on the device; ``fields`` are those of TranscoderWeights.
 
         W_enc [F, H] is copied once where its file holds [H, F], else it is a view of the file.
-        W_dec is [n * H, F] and b_dec [H] or [n * H], for n layers written to, one after the other.
+        W_dec is [d_out, F] and b_dec [d_out]; with write_layers n they are [n * H, F] and [H] or
+        [n * H], for the layers written to, one after the other.
         """
         _check_shapes(source, W_enc, fields)
         for name in ("hook_in", "hook_out"):
@@ -172,14 +226,15 @@ def _check_shapes(source: Path, W_enc: torch.Tensor, fields: Mapping[str, Any]) 
     if not features or not hidden:
         raise ValueError(f"{source}: W_enc must not be empty, got [{features}, {hidden}]")
     W_dec, b_dec = fields.get("W_dec"), fields.get("b_dec")
-    written = hidden if W_dec is None or W_dec.shape[0] % hidden else W_dec.shape[0]
-    wide = b_dec is not None and tuple(b_dec.shape) == (written,)
+    layers = fields.get("write_layers", 1)
+    width = hidden if W_dec is None or layers > 1 else W_dec.shape[0]
+    own = b_dec is not None and tuple(b_dec.shape) == (width,)
     shapes = {
         "b_enc": (features,),
-        "W_dec": (written, features),
-        "b_dec": (written if wide else hidden,),
+        "W_dec": (layers * width, features),
+        "b_dec": (width if own else layers * width,),
         "threshold": (features,),
-        "W_skip": (hidden, hidden),
+        "W_skip": (width, hidden),
         "input_bias": (hidden,),
         "ln_weight": (hidden,),
         "ln_bias": (hidden,),
@@ -196,6 +251,14 @@ def _check_shapes(source: Path, W_enc: torch.Tensor, fields: Mapping[str, Any]) 
 def read_safetensors(path: Path) -> Tensors:
     """Memory-mapped: a tensor is read when it is used."""
     return Tensors(path, _C.read_safetensors(str(path)))
+
+
+def safetensors_names(path: Path) -> frozenset[str]:
+    """The names of the tensors in a file, none where it cannot be read."""
+    try:
+        return frozenset(_C.read_safetensors(str(path)))
+    except (ValueError, TypeError, OSError):  # What is wrong is told where it is loaded.
+        return frozenset()
 
 
 def read_npz(path: Path) -> Tensors:
@@ -223,17 +286,13 @@ def read_npz(path: Path) -> Tensors:
 def read_pickled(path: Path, key: str | None = None) -> Tensors:
     """A state dict saved by torch.save, or the one under a key of what was saved.
 
-    It is memory-mapped and never unpickled unsafely.
+    It is memory-mapped and never unpickled unsafely. A record of the archive that is shorter than
+    the storage that stands on it is refused: torch would read what follows it.
     """
     _must_exist(path)
 
     def read() -> Any:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(
-                        f"{member.filename} is compressed, which torch.save never does"
-                    )
+        check_storages(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     loaded = _guarded(path, "a checkpoint that can be read without running its code", read)
@@ -243,14 +302,28 @@ def read_pickled(path: Path, key: str | None = None) -> Tensors:
     return Tensors(path, {str(name).removeprefix("_orig_mod."): t for name, t in state.items()})
 
 
-def short_hook(name: str) -> str:
-    """A hook point without its layer: blocks.3.ln2.hook_normalized -> ln2.hook_normalized."""
-    return re.sub(r"^blocks\.\d+\.", "", name)
+def pickled_names(path: Path) -> frozenset[str]:
+    """The names of the tensors in a .pt, none where it cannot be read. No tensor is opened."""
+    try:
+        return frozenset(check_storages(path))
+    except Exception:  # What is wrong with it is told where it is loaded.
+        return frozenset()
+
+
+def short_hook(name: str, layer: int) -> str:
+    """A hook point without its layer: blocks.3.ln2.hook_normalized -> ln2.hook_normalized.
+
+    The hook point of another layer is kept whole.
+    """
+    return name.removeprefix(f"blocks.{layer}.")
 
 
 def layer_in(text: str) -> int | None:
-    """The layer that a name like blocks.3.mlp, layers.3, layer_3 or resid_post_layer_3 tells."""
-    found = re.search(r"(?:^|[^A-Za-z])(?:layers?|blocks)[._-]?(\d{1,6})(?!\d)", text)
+    """The layer that a name like blocks.3.mlp, layers.3, h.3.mlp, layer_3 or resid_post_layer_3
+    tells."""
+    found = re.search(
+        r"(?:^|[^A-Za-z])(?:(?:layers?|blocks?)[._-]?|h\.)(\d{1,6})(?![\dA-Za-z])", text
+    )
     return int(found[1]) if found else None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..weights import TranscoderWeights
-from .files import Loading
+from .files import Loading, pickled_names
 
 Recogniser = Callable[[Path, frozenset[str]], list[Path]]
 """(folder, names of its entries) -> the weights files of a layout that lie in that very folder."""
@@ -37,6 +37,22 @@ def one_file(weights: str, config: str | None = None) -> Recogniser:
 def numbered_files(pattern: re.Pattern[str]) -> Recogniser:
     """Recognises a folder whose files carry the number of their layer, the pattern's group 1."""
     return lambda folder, names: [folder / name for name in names if pattern.fullmatch(name)]
+
+
+def files_with(pattern: re.Pattern[str], *tensors: str) -> Recogniser:
+    """Recognises files of torch.save by their names and by the tensors in them.
+
+    One that cannot be read counts too, where no other file speaks against it: what is wrong with it
+    is told where it is loaded.
+    """
+
+    def recognises(folder: Path, names: frozenset[str]) -> list[Path]:
+        there = {name: pickled_names(folder / name) for name in names if pattern.fullmatch(name)}
+        fits = {name for name, held in there.items() if held.issuperset(tensors)}
+        broken = {name for name, held in there.items() if not held}
+        return [folder / name for name in fits | broken] if fits or broken == set(there) else []
+
+    return recognises
 
 
 def number_in(pattern: re.Pattern[str]) -> Callable[[Path], int | None]:

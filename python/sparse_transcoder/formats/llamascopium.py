@@ -9,12 +9,17 @@ from pathlib import Path
 
 import torch
 
-from .. import _C
 from ..weights import TranscoderWeights
-from .files import Config, Loading, layer_in, read_safetensors, short_hook
+from .files import Config, Loading, layer_in, read_safetensors, safetensors_names, short_hook
 from .layout import Layout, one_file
 
 LARGEST = torch.finfo(torch.float32).max
+KNOWN = frozenset(
+    "act_fn d_model device dtype expansion_factor force_unit_decoder_norm hook_point_in "
+    "hook_point_out jumprelu_threshold_window norm_activation sae_pretrained_name_or_path sae_type "
+    "sparsity_include_decoder_norm sparsity_threshold_for_triton_spmm_kernel strict_loading top_k "
+    "use_decoder_bias use_glu_encoder use_triton_kernel".split()
+)
 
 has_files = one_file("sae_weights.safetensors", "config.json")
 
@@ -22,9 +27,9 @@ has_files = one_file("sae_weights.safetensors", "config.json")
 def recognises(folder: Path, names: frozenset[str]) -> list[Path]:
     """SAELens has the same weights file: where both configs are there, the keys decide."""
     found = has_files(folder, names)
-    if found and "cfg.json" in names and "W_E" not in _C.read_safetensors(str(found[0])):
-        return []
-    return found
+    return (
+        [] if found and "cfg.json" in names and "W_E" not in safetensors_names(found[0]) else found
+    )
 
 
 def layer_of(path: Path) -> int | None:
@@ -33,6 +38,7 @@ def layer_of(path: Path) -> int | None:
 
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     config = Config(path.with_name("config.json"))
+    tensors = read_safetensors(path)
     config.only("sae_type", config.get("sae_type", str, "sae"), ("sae",))
     config.must_be_off("use_glu_encoder")
     config.only(
@@ -43,8 +49,6 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     rescaled = config.get("sparsity_include_decoder_norm", bool, True)
     if activation == "topk" and rescaled:
         raise config.refuse("act_fn topk with sparsity_include_decoder_norm is not supported")
-
-    tensors = read_safetensors(path)
     # The stored norms may hold garbage, and inference does not apply them.
     tensors.drop(r"dataset_average_activation_norm\..*")
     W_enc, b_enc = tensors.take("W_E", 2).T, tensors.take("b_E", 1)
@@ -54,14 +58,12 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     if activation == "jumprelu":
         logarithm = tensors.take("activation_function.log_jumprelu_threshold", 1)
         threshold = logarithm.to(torch.float64).exp()
-        if rescaled and threshold.shape == W_dec.shape[:1]:
-            # A feature passes where pre * norm > threshold. Where the norm is 0 nothing passes.
-            norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float32).to(torch.float64)
-            threshold = torch.where(norm > 0, threshold / norm, LARGEST)
-        threshold = threshold.clamp(max=LARGEST).to(torch.float32)
+        threshold = gate(threshold, W_dec if rescaled else None)
     if activation == "topk":
         k = config.k("top_k", 50)
     tensors.finish()
+    config.sizes(d_model=W_enc.shape[1], expansion_factor=W_enc.shape[0] / max(W_enc.shape[1], 1))
+    loading.tell_unknown(layer, config, KNOWN)
     return loading.weights(
         layer,
         path,
@@ -71,9 +73,21 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         b_dec=b_dec,
         threshold=threshold,
         k=k,
-        hook_in=short_hook(config.get("hook_point_in", str, "")),
-        hook_out=short_hook(config.get("hook_point_out", str, "")),
+        hook_in=short_hook(config.get("hook_point_in", str, ""), layer),
+        hook_out=short_hook(config.get("hook_point_out", str, ""), layer),
     )
+
+
+def gate(threshold: torch.Tensor, W_dec: torch.Tensor | None) -> torch.Tensor:
+    """Thresholds [F] float32 of the pre-activations.
+
+    With W_dec [F, d_out] a feature passes where pre * norm > threshold, by the norm of its row.
+    Where the norm is 0 nothing passes.
+    """
+    if W_dec is not None and threshold.shape == W_dec.shape[:1]:
+        norm = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float32).to(torch.float64)
+        threshold = torch.where(norm > 0, threshold / norm, LARGEST)
+    return threshold.clamp(max=LARGEST).to(torch.float32)
 
 
 LAYOUT = Layout("llamascopium", recognises, layer_of, load)

@@ -35,8 +35,18 @@ SAFETENSORS_NAMES = {
 }
 
 
-def is_set(folder: Path, names: frozenset[str]) -> bool:
+def has_layers(folder: Path, names: frozenset[str]) -> bool:
+    """Whether a folder below the one that was asked for holds a set."""
     if any(re.fullmatch(r"layer_\d{1,9}\.safetensors", name) for name in names):
+        return True
+    text = config_text(folder / "config.yaml") if "config.yaml" in names else ""
+    return bool(
+        re.search(r"^(transcoders *:|model_kind *: *transcoder_set *$)", text, re.MULTILINE)
+    )
+
+
+def is_set(folder: Path, names: frozenset[str]) -> bool:
+    if has_layers(folder, names):
         return True
     config = folder / "config.yaml"
     if yaml_values(config).get("model_kind") == "cross_layer_transcoder":
@@ -150,7 +160,7 @@ def _native_tensors(
             f"{who}: the native layout cannot hold an input bias; `python -m sparse_transcoder "
             "convert` folds it into b_enc"
         )
-    if weights.W_dec is not None and weights.W_dec.shape[0] != weights.W_enc.shape[1]:
+    if weights.write_layers > 1:
         raise ValueError(
             f"{who}: the native layout cannot hold a decoder that writes to many layers"
         )

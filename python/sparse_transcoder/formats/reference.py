@@ -18,6 +18,7 @@ FILE = re.compile(r"transcoder_L(\d{1,9})\.pt")
 
 
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
+    """dec.weight is [targets * H, F]: the decoder writes to as many layers, from this one on."""
     tensors = read_pickled(path, "state_dict")
     W_dec = tensors.take("dec.weight", 2)
     b_dec = tensors.take_if_there("dec.bias", 1)
@@ -30,12 +31,19 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         W_enc = W_dec.T
         b_enc = torch.zeros(W_enc.shape[0], dtype=W_enc.dtype)
     tensors.finish()
+    write_layers, rest = divmod(W_dec.shape[0], W_enc.shape[1] or 1)
+    if rest or not write_layers:
+        raise ValueError(
+            f"{path}: dec.weight must be [targets * {W_enc.shape[1]}, F] like enc.1.weight, "
+            f"got {list(W_dec.shape)}"
+        )
     return loading.weights(
         layer,
         path,
         W_enc,
         b_enc=b_enc,
         W_dec=W_dec,
+        write_layers=write_layers,
         b_dec=b_dec,
         ln_weight=ln_weight,
         ln_bias=ln_bias,

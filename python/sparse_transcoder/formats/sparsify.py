@@ -5,11 +5,17 @@ The layout is that of https://github.com/EleutherAI/sparsify.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..weights import TranscoderWeights
 from .files import Config, Loading, read_safetensors
 from .layout import Layout, not_declared, one_file
+
+KNOWN = frozenset(
+    "activation d_in expansion_factor k multi_topk normalize_decoder num_latents signed "
+    "skip_connection transcode".split()
+)
 
 
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
@@ -24,6 +30,11 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     if config.get("skip_connection", bool, W_skip is not None) != (W_skip is not None):
         raise ValueError(f"{path}: W_skip must be there exactly when cfg.json says skip_connection")
     tensors.finish()
+    features, hidden = W_enc.shape
+    config.sizes(d_in=hidden, num_latents=features)
+    if not config.get("num_latents", int, 0) and features % max(hidden, 1) == 0:
+        config.sizes(expansion_factor=features // max(hidden, 1))
+    loading.tell_unknown(layer, config, KNOWN)
     hook_in, hook_out = _hooks(path.parent.name, transcode)
     return loading.weights(
         layer,
@@ -32,7 +43,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         b_enc=b_enc,
         W_dec=W_dec,
         b_dec=b_dec,
-        k=config.k(),
+        k=loading.k_of(config.path, config.k() if "k" in config.values else None),
         W_skip=W_skip,
         input_bias=None if transcode else b_dec,
         hook_in=hook_in,
@@ -41,12 +52,18 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
 
 
 def _hooks(hookpoint: str, transcode: bool) -> tuple[str, str]:
-    """Where a coder reads and writes. An SAE reads what it reconstructs."""
-    if hookpoint.endswith(".mlp"):
-        return "mlp.hook_in" if transcode else "mlp.hook_out", "mlp.hook_out"
-    if hookpoint.startswith("layers."):
+    """Where a coder of a module reads and writes.
+
+    A transcoder reads the module's input and writes its output; an SAE reads and writes the output.
+    A module that has no name of its own among hook points keeps the project's.
+    """
+    if not re.fullmatch(r"(\w+\.)*(layers|h|blocks?)\.\d+(\.\w+)*", hookpoint):
+        return "", ""
+    if re.fullmatch(r"(\w+\.)*(layers|h|blocks?)\.\d+", hookpoint):
         return "hook_resid_pre" if transcode else "hook_resid_post", "hook_resid_post"
-    return "", ""
+    if re.fullmatch(r"(\w+\.)*(layers|h|blocks?)\.\d+\.mlp", hookpoint):
+        return "mlp.hook_in" if transcode else "mlp.hook_out", "mlp.hook_out"
+    return f"{hookpoint}:{'input' if transcode else 'output'}", f"{hookpoint}:output"
 
 
 LAYOUT = Layout("sparsify", one_file("sae.safetensors", "cfg.json"), not_declared, load)
