@@ -57,7 +57,7 @@ struct Weights {
 };
 
 // Two lists for each row and group of features. `deferred` holds features that the screen let
-// through: the score, and feature << 1 | ambiguous. `exact` holds keys, as cpu::make_key. All of a
+// through: the score, and feature << 1 | ambiguous. `exact` holds keys, as make_key does. All of a
 // row's lists lie one after the other.
 struct CandidateLists {
   uint64_t* deferred;   // [rows, groups, capacity]

@@ -2,7 +2,7 @@
 // lanes are the 32 partial sums, a product of two float32 numbers is exact in float64, and the
 // shuffles fold in the same order.
 //
-// An activation and its feature are one integer, ordered as cpu::make_key orders them. For a
+// An activation and its feature are one integer, ordered as on the CPU. For a
 // feature that is not computed yet, two integers bracket its key: they are those of a lower and an
 // upper bound of its value, rounded to float32 as it will be, and rounding keeps the order.
 #include <climits>
