@@ -35,6 +35,7 @@ class PanelScan {
         collector_(collector),
         kernels_(active_kernels()),
         bounds_(layer().bounds.from(layer(), 0)),
+        int8_(layer().copies.int8_panels(layer().hidden_size)),
         int16_(layer().copies.int16_rows()),
         exact_(layer()),
         buffers_(workspace.workers[worker]),
@@ -65,19 +66,13 @@ class PanelScan {
   const PreparedLayer& layer() const { return *block().layer; }
   const ScreenChoice& screen() const { return block().screen; }
   Counters& counters() const { return *buffers_.counters; }
-  FeatureBounds bounds_from(int64_t feature) const {
-    return {bounds_.norm + feature, bounds_.bias + feature, bounds_.min_active + feature,
-            bounds_.surely_out_below + feature, bounds_.surely_in_from + feature};
-  }
 
   // False where too many pairs survive int8. Then the rows have had the dense screen instead.
   bool screen_int8(Tile panel) {
-    const Int8Layout layout(layer().hidden_size);
-    const uint8_t* weights = layer().copies.int8.template const_data_ptr<uint8_t>() +
-                             panel.first / panel_features * layout.panel_bytes();
+    const uint8_t* weights = int8_.panel(panel.first);
     const bool last = panel.first + panel.count >= range_.last;
-    plan_prefetches(last ? nullptr : weights + layout.panel_bytes(), layout.panel_bytes());
-    kernels_.screen_int8({layout, int8_row(workspace_, block(), 0), block().row_count,
+    plan_prefetches(last ? nullptr : int8_.panel(panel.first + panel_features));
+    kernels_.screen_int8({int8_.layout, int8_row(workspace_, block(), 0), block().row_count,
                           screen().planes, weights, bounds_.surely_out_below + panel.first},
                          buffers_.masks, prefetcher_);
     take_masks(panel);
@@ -111,7 +106,7 @@ class PanelScan {
   }
 
   // What the next stages of the queue, and the next panel, will read.
-  void plan_prefetches(const uint8_t* next_panel, int64_t panel_bytes) {
+  void plan_prefetches(const uint8_t* next_panel) {
     // With fewer rows the screen itself is a stream through memory.
     constexpr int64_t many_rows = 7;
     prefetcher_.clear();
@@ -122,7 +117,7 @@ class PanelScan {
     else
       prefetch_features(queue_.screened(), exact_.weights(0), exact_.row_bytes());
     if (next_panel != nullptr && block().row_count * screen().planes >= many_rows)
-      prefetcher_.add(next_panel, panel_bytes);
+      prefetcher_.add(next_panel, int8_.layout.panel_bytes());
   }
 
   // Adds the weights of every feature of a list, whose pairs are of one panel.
@@ -234,10 +229,7 @@ class PanelScan {
         buffers_.scores, prefetcher_);
     watch_.add_to(screen_phase);
     const int64_t before = counters().computed;
-    for (int64_t row = 0; row < block().row_count; ++row)
-      gate_row(row, panel,
-               {buffers_.scores + row * panel_features, int16_.error,
-                margin(workspace_, block(), row).int16});
+    gate_rows(panel, {0, block().row_count, panel_features, int16_.error, &RowMargin::int16});
     compute_incoming(panel);
     weights_needed_ = counters().computed - before >= panel.count;
     watch_.add_to(compute_phase);
@@ -251,43 +243,51 @@ class PanelScan {
       product(hidden_row(workspace_, block(), first), rows, exact_.weights(tile.first), tile.count,
               layer().hidden_size, buffers_.scores);
       watch_.add_to(screen_phase);
-      for (int64_t r = 0; r < rows; ++r)
-        gate_row(first + r, tile,
-                 {buffers_.scores + r * tile.count, bounds_.norm,
-                  margin(workspace_, block(), first + r).float32});
+      gate_rows(tile, {first, rows, tile.count, bounds_.norm, &RowMargin::float32});
       compute_incoming(tile);
       watch_.add_to(compute_phase);
     }
   }
 
-  // One row's scores of a tile, with what bounds their error.
-  struct RowScores {
-    const float* scores;
+  // The rows [first, first + count) whose scores of a tile are in the buffer, and what bounds the
+  // scores' errors.
+  struct ScoredRows {
+    int64_t first, count;
+    int64_t stride;         // between the scores of two rows
     const float* residual;  // of all features
-    Margin margin;
+    Margin RowMargin::* margin;
   };
 
-  // Queues what must be computed of one row.
-  void gate_row(int64_t row, Tile tile, const RowScores& of) {
-    if (!margin(workspace_, block(), row).is_finite()) return;
-    if (!queue_.has_room(tile.count)) compute_incoming(tile);
-    const int64_t found =
-        kernels_.gate_row({of.scores, bounds_from(tile.first), of.residual + tile.first, tile.count,
-                           of.margin, collector_.min_value(row)},
-                          buffers_.candidates, &collector_.active_count(row));
-    for (int64_t i = 0; i < found; ++i) {
-      const int64_t position = buffers_.candidates[i] >> 1, feature = tile.first + position;
-      const bool ambiguous = buffers_.candidates[i] & 1;
-      if (!ambiguous && collector_.defer(row, deferred(feature, of.scores[position], of))) continue;
-      queue_.incoming().push({row, feature, ambiguous});
+  // Queues what must be computed of the rows.
+  void gate_rows(Tile tile, const ScoredRows& rows) {
+    const RowMargin* margins = &margin(workspace_, block(), rows.first);
+    GateArgs args = {buffers_.scores, bounds_, rows.residual, tile.first, tile.count, {}, 0};
+    for (int64_t r = 0; r < rows.count; ++r, args.scores += rows.stride) {
+      if (!margins[r].is_finite()) continue;
+      if (!queue_.has_room(tile.count)) compute_incoming(tile);
+      const int64_t row = rows.first + r;
+      args.margin = margins[r].*rows.margin;
+      args.min_value = collector_.min_value(row);
+      const int64_t found =
+          kernels_.gate_row(args, buffers_.candidates, &collector_.active_count(row));
+      for (int64_t i = 0; i < found; ++i) queue_candidate(row, buffers_.candidates[i], args);
     }
+  }
+
+  // candidate: as KernelTable::gate_row writes it.
+  void queue_candidate(int64_t row, uint32_t candidate, const GateArgs& args) {
+    const int64_t position = candidate >> 1;
+    const bool ambiguous = candidate & 1;
+    if (!ambiguous && collector_.defer(row, deferred(position, args))) return;
+    queue_.incoming().push({row, args.first + position, ambiguous});
   }
 
   // A surely active feature, which may wait for a better k-th best. Its interval allows for the
   // roundings of its own ends.
-  DeferredFeature deferred(int64_t feature, float score, const RowScores& of) const {
-    const float margin = margin_at<Scalar>(of.margin, bounds_.norm, of.residual, feature);
-    const double value = double{score} + bounds_.bias[feature];
+  DeferredFeature deferred(int64_t position, const GateArgs& args) const {
+    const int64_t feature = args.first + position;
+    const float margin = margin_at<Scalar>(args.margin, bounds_.norm, args.residual, feature);
+    const double value = double{args.scores[position]} + bounds_.bias[feature];
     const double rounding = (std::abs(value) + margin + layer().max_bias) * kth_best_rounding +
                             underflow(layer().hidden_size);
     return {static_cast<float>(value - margin - rounding),
@@ -304,6 +304,7 @@ class PanelScan {
   const Collector collector_;
   const KernelTable& kernels_;
   const FeatureBounds bounds_;
+  const Int8Panels int8_;
   const Int16Rows int16_;
   const ExactDot exact_;
   const WorkerBuffers& buffers_;

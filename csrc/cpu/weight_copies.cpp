@@ -42,6 +42,10 @@ int64_t WeightCopies::bytes() const {
   return bytes;
 }
 
+Int8Panels WeightCopies::int8_panels(int64_t hidden_size) const {
+  return {Int8Layout(hidden_size), int8.defined() ? int8.const_data_ptr<uint8_t>() : nullptr};
+}
+
 Int16Rows WeightCopies::int16_rows() const {
   if (!int16.defined()) return {};
   return {int16.const_data_ptr<int16_t>(), int16_scale.const_data_ptr<float>(),

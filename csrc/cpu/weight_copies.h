@@ -11,6 +11,17 @@
 
 namespace sparse_transcoder::cpu {
 
+// The int8 copy as kernels read it; null where there is none.
+struct Int8Panels {
+  Int8Layout layout;
+  const uint8_t* panels;
+
+  // The panel that begins with this feature.
+  const uint8_t* panel(int64_t feature) const {
+    return panels + feature / panel_features * layout.panel_bytes();
+  }
+};
+
 // The int16 copy as kernels read it; null where there is none.
 struct Int16Rows {
   const int16_t* rows = nullptr;
@@ -26,6 +37,7 @@ struct WeightCopies {
   at::Tensor int16_scale;  // [F] float32
   at::Tensor int16_error;  // [F] float32, at least ||w - copy|| and the rounding of a score
 
+  Int8Panels int8_panels(int64_t hidden_size) const;
   Int16Rows int16_rows() const;
   int64_t bytes() const;
 };

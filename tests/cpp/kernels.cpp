@@ -201,20 +201,22 @@ TEST(kernels_gate_loses_and_miscounts_nothing) {
   for (const Margin margin : {Margin{0, 0}, {0.01f, 0}, {0, 0.02f}, {0.3f, 1}, {inf, 0}})
     for (const float min_value : {-inf, 0.0f, 2.0f, inf})
       for (int64_t count = 0; count <= 70; ++count) {
-        const Panel p = make_panel(count, margin);
+        const int64_t first = random_bits() % 3 * 5, all = first + count;
+        const Panel p = make_panel(all, margin);
+        const FeatureBounds bounds = p.view();
         int64_t active = 0;
-        for (int64_t i = 0; i < count; ++i) active += p.active(i);
+        for (int64_t i = first; i < all; ++i) active += p.active(i);
         for (const KernelTable& kernels : runnable_kernels()) {
           std::vector<uint32_t> out(count);
           int64_t counted = 0;
           const int64_t found = kernels.gate_row(
-              {p.scores.data(), p.view(), p.residual.data(), count, margin, min_value}, out.data(),
-              &counted);
+              {p.scores.data() + first, bounds, p.residual.data(), first, count, margin, min_value},
+              out.data(), &counted);
           EXPECT(found <= count);
-          std::vector<bool> listed(count);
+          std::vector<bool> listed(all);
           for (int64_t j = 0; j < found; ++j) {
-            const int64_t i = out[j] >> 1;
-            EXPECT(i < count && (j == 0 || i > (out[j - 1] >> 1)));
+            const int64_t i = first + (out[j] >> 1);
+            EXPECT(i < all && (j == 0 || out[j] >> 1 > out[j - 1] >> 1));
             listed[i] = true;
             if (out[j] & 1)
               counted += p.active(i);
@@ -222,7 +224,7 @@ TEST(kernels_gate_loses_and_miscounts_nothing) {
               EXPECT(p.active(i));
           }
           EXPECT_EQUAL(counted, active);
-          for (int64_t i = 0; i < count; ++i)
+          for (int64_t i = first; i < all; ++i)
             EXPECT(listed[i] || !p.active(i) ||
                    p.exact[i] <= min_value + 1e-5 * (std::fabs(min_value) + std::fabs(p.bias[i])));
         }
@@ -246,10 +248,11 @@ TEST(kernels_gate_is_the_same_everywhere) {
           if (random_bits() % 4 == 0) score = odd[random_bits() % std::size(odd)];
         std::vector<uint32_t> first(count), other(count);
         int64_t first_counted = 3, other_counted = 3;
+        const FeatureBounds bounds = p.view();
         const auto run = [&](const KernelTable& kernels, std::vector<uint32_t>& out,
                              int64_t& counted) {
           return kernels.gate_row(
-              {p.scores.data(), p.view(), p.residual.data(), count, margin, min_value}, out.data(),
+              {p.scores.data(), bounds, p.residual.data(), 0, count, margin, min_value}, out.data(),
               &counted);
         };
         const int64_t found = run(portable_kernels, first, first_counted);

@@ -70,8 +70,10 @@ inline int64_t gate_vectors(const GateArgs& args, int64_t& begin, int64_t found,
                             uint32_t* candidates, int64_t* active_count) {
   int64_t surely_active = 0, i = begin;
   for (; i + Vector::width <= args.count; i += Vector::width) {
-    const Gate<Vector> gate(args.bounds, i, Vector::load(args.scores + i),
-                            margin_at<Vector>(args.margin, args.bounds.norm, args.residual, i));
+    const int64_t feature = args.first + i;
+    const Gate<Vector> gate(
+        args.bounds, feature, Vector::load(args.scores + i),
+        margin_at<Vector>(args.margin, args.bounds.norm, args.residual, feature));
     const unsigned may = gate.may_be_active();
     if (may == 0) continue;
     const unsigned sure = gate.surely_active(), reaches = gate.may_reach(args.min_value);

@@ -100,12 +100,12 @@ constexpr int64_t int16_part_count(int64_t size) {
   return (size + int16_part_size(size) - 1) / int16_part_size(size);
 }
 
-// One row's scores against the bounds of `count` features.
+// One row's scores against the bounds of the features [first, first + count).
 struct GateArgs {
-  const float* scores;
-  FeatureBounds bounds;
-  const float* residual;  // of the features, see Margin
-  int64_t count;
+  const float* scores;  // [count]
+  const FeatureBounds& bounds;
+  const float* residual;  // of the same features as the bounds, see Margin
+  int64_t first, count;
   Margin margin;
   float min_value;  // the row's k-th best activation so far, less the rounding of the comparison
 };
