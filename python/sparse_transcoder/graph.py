@@ -6,6 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from .prompts import Exclude, excluded
+
+VIEWER_LAYERS = 27
+"""Layers for which circuit-tracer's viewer has a row in a graph without a logit node."""
+
 
 def graph_json(
     features: Iterable[Mapping[str, Any]],
@@ -14,19 +21,21 @@ def graph_json(
     slug: str = "graph",
     scan: str = "",
     links: Iterable[tuple[str, str, float]] = (),
-    token_ids: Sequence[int] | None = None,
+    token_ids: Sequence[int] | torch.Tensor | Mapping[str, Any] | None = None,
     logits: Iterable[tuple[int, str, float]] = (),
     n_layers: int | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     prompt: str | None = None,
     node_threshold: float | None = None,
     batch_idx: int | None = None,
+    exclude: Exclude | None = None,
 ) -> dict[str, Any]:
     """A graph of one prompt as a dict for ``json.dump``, schema_version 1.
 
     A feature's node has the id ``{layer}_{feature}_{ctx_idx}``; its ``feature`` is the Cantor pair of layer and feature, which
     needs up to 64 bits; its ``influence`` is the share of the influence that it and all stronger features hold: the viewer shows
-    a node when that is at most its pruning threshold.
+    a node when that is at most its pruning threshold. The viewer takes the number of layers from the logit nodes, and 27 where there
+    are none: a deeper graph without ``logits`` gets one logit node without text and with probability 0.
 
     Args:
         features: from :meth:`SparseTranscoderEncoder.extract_attribution_features`, or dicts with ``layer``, ``feature``,
@@ -34,13 +43,16 @@ def graph_json(
         tokens: the prompt's tokens as text, T of them.
         slug: name of the graph. scan: name of the model or transcoders, by which the viewer finds feature descriptions.
         links: (source node_id, target node_id, weight).
-        token_ids: the tokens' ids: adds an embedding node ``E_{id}_{ctx_idx}`` for each token.
+        token_ids: the tokens' ids, T of them, as integers, a tensor or a tokenizer's result: adds an embedding node
+            ``E_{id}_{ctx_idx}`` for each token.
         logits: (token id, token, probability), the target first: adds a node ``{n_layers + 1}_{id}_{T - 1}`` for each.
         n_layers: layers of the model; None is up to the last layer of a feature.
         labels: {(layer, feature): text} for ``clerp``.
         prompt: the text; None joins the tokens.
         node_threshold: the pruning that the viewer starts with, 0 to 1.
         batch_idx: the prompt to take, where the features come from several.
+        exclude: positions whose features and links to them are left out: a mask [T] that is true there, or by ``token_ids`` a set of
+            ids or "special", which is what a tokenizer's result marks. Their embedding nodes stay.
 
     Raises:
         ValueError: features of several prompts without ``batch_idx``, a position beyond the tokens, a number that is not finite,
@@ -57,15 +69,20 @@ def graph_json(
         raise ValueError(f"batch_idx must choose one prompt, features come from {', '.join(map(str, prompts))}")
     if node_threshold is not None and not 0 <= node_threshold <= 1:
         raise ValueError(f"node_threshold must be 0 to 1, got {node_threshold}")
-    if token_ids is not None and len(token_ids) != len(tokens):
-        raise ValueError(f"token_ids must be {len(tokens)} as tokens, got {len(token_ids)}")
+    ids = None if token_ids is None else _ids(token_ids, len(tokens))
+    dropped: set[str] = set()
+    if exclude is not None:
+        out = excluded(exclude, (1, len(tokens)), token_ids)[0].tolist()
+        left = [f for f in chosen if not 0 <= int(f["ctx_idx"]) < len(tokens) or not out[int(f["ctx_idx"])]]
+        kept = {_node_id(f) for f in left}
+        dropped, chosen = {_node_id(f) for f in chosen} - kept, left
 
     nodes = [
         _feature_node(f, share, len(tokens), labels or {}) for f, share in zip(chosen, _shares(chosen), strict=True)
     ]
     nodes += [
         _node(f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding")
-        for position, token in enumerate(token_ids or ())
+        for position, token in enumerate(ids or ())
     ]
     last = max((int(f["layer"]) for f in chosen), default=-1)
     count = last + 1 if n_layers is None else n_layers
@@ -85,6 +102,9 @@ def graph_json(
             }
         )
 
+    if count > VIEWER_LAYERS and not any(node["feature_type"] == "logit" for node in nodes) and end >= 0:
+        nodes.append(_node(f"{count + 1}_-1_{end}", f"L_-1-{end}", -1, str(count + 1), end, "logit"))
+
     known: set[str] = set()
     for node in nodes:
         if node["node_id"] in known:
@@ -92,6 +112,8 @@ def graph_json(
         known.add(node["node_id"])
     edges = []
     for source, target, weight in links:
+        if source in dropped or target in dropped:
+            continue
         for node_id in (source, target):
             if node_id not in known:
                 raise ValueError(f"a link must join nodes of the graph, got {node_id}")
@@ -115,6 +137,18 @@ def graph_json(
     }
 
 
+def _ids(token_ids: Any, n_tokens: int) -> list[int]:
+    if isinstance(token_ids, Mapping):
+        token_ids = token_ids["input_ids"]
+    if isinstance(token_ids, torch.Tensor):
+        if token_ids.ndim > 2 or (token_ids.ndim == 2 and token_ids.shape[0] != 1):
+            raise ValueError(f"token_ids must be those of one prompt, got {list(token_ids.shape)}")
+        token_ids = token_ids.flatten().tolist()
+    if len(token_ids) != n_tokens:
+        raise ValueError(f"token_ids must be {n_tokens} as tokens, got {len(token_ids)}")
+    return [int(token) for token in token_ids]
+
+
 def cantor_pair(layer: int, feature: int) -> int:
     """One integer for two that are not negative."""
     diagonal = layer + feature
@@ -126,6 +160,10 @@ def cantor_unpair(pair: int) -> tuple[int, int]:
     diagonal = (math.isqrt(8 * pair + 1) - 1) // 2
     feature = pair - diagonal * (diagonal + 1) // 2
     return diagonal - feature, feature
+
+
+def _node_id(entry: Mapping[str, Any]) -> str:
+    return f"{int(entry['layer'])}_{int(entry['feature'])}_{int(entry['ctx_idx'])}"
 
 
 def _feature_node(
@@ -140,7 +178,7 @@ def _feature_node(
     if pair >= 2**63:
         raise ValueError(f"feature {layer}_{feature} does not fit 64 bits as a Cantor pair")
     return _node(
-        f"{layer}_{feature}_{position}", f"{layer}_{feature}-0", pair, str(layer), position, "cross layer transcoder"
+        _node_id(entry), f"{layer}_{feature}-0", pair, str(layer), position, "cross layer transcoder"
     ) | {
         "clerp": labels.get((layer, feature), ""),
         "influence": share,
