@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .places import Decoder, decoder, read
+from .places import Decoder, decoder, padded_inputs, read
 from .probe import HOOKS, Place, input_device
 from .prompts import Prompts, prompts_of
 
@@ -61,7 +61,8 @@ def capture(
         layers: the layers to keep.
         hook: the place for all layers, or {layer: place}; None is ``mlp.hook_in``.
         exact: run each prompt by itself, without its padding: the result is the same bit for bit whatever the batch and the
-            padding. False runs the batch at once: faster for many short prompts, equal up to the model's rounding.
+            padding. False runs the batch at once: faster for many short prompts, equal up to the model's rounding; refused where
+            padding changes the model's rows.
 
     Raises:
         ValueError: a model without such layers, a hook or layer that it does not have, or inputs of a wrong shape. TypeError: a wrong
@@ -100,8 +101,7 @@ def capture_places(model: nn.Module, prompts: Prompts, places: Mapping[int, Plac
                 hidden[layer][done : done + count] = states[0]
             done += count
     else:
-        position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        whole = {"position_ids": position} | rest | {"input_ids": ids, "attention_mask": mask.long()}
+        whole = padded_inputs(model, places, ids, mask) | rest | {"input_ids": ids}
         hidden = {layer: states[mask.to(states.device)] for layer, states in read(model, places, whole).items()}
     return Captured({layer: hidden[layer] for layer in places}, batch_idx, ctx_idx)
 

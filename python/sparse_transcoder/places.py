@@ -265,3 +265,42 @@ def shaped(place: Place, tensor: torch.Tensor, batch: int, width: int) -> torch.
     if tensor.ndim != 3 or tensor.shape[:2] != (batch, width):
         raise ValueError(f"{place.path}:{place.side} must be [{batch}, {width}, H], it is {list(tensor.shape)}")
     return tensor
+
+
+def padded_inputs(model: nn.Module, places: Mapping[Any, Place], ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """What to give a model beside a padded batch, ids and mask [B, T], so that its rows are those of the prompts alone.
+
+    That is tried on a few tokens, padded as the batch is, with position ids and without.
+
+    Raises:
+        ValueError: the rows differ either way: a model may not know of padding at all.
+    """
+    if bool(mask.all()):
+        return {}
+    order = mask.long()
+    sides = {"right": bool((order.diff(dim=1) <= 0).all()), "left": bool((order.diff(dim=1) >= 0).all())}
+    side = next((name for name, true in sides.items() if true), "")
+    keep = {"right": [1, 1, 1, 1, 0, 0], "left": [0, 0, 1, 1, 1, 1], "": [0, 1, 1, 0, 1, 1]}[side]
+    kept = torch.tensor([[1] * len(keep), keep], device=ids.device).bool()
+    tokens = torch.tensor([[3, 5, 4, 7, 6, 8]] * 2, device=ids.device, dtype=ids.dtype)
+    alone = read(model, places, {"input_ids": tokens[1][kept[1]][None]})
+    tokens = tokens.masked_fill(~kept, int(ids[~mask][0]))
+    for named in (True, False):
+        tried = _padding(kept, named)
+        both = read(model, places, tried | {"input_ids": tokens})
+        if all(_near(both[key][1][kept[1].to(rows.device)], rows[0]) for key, rows in alone.items()):
+            return _padding(mask, named)
+    where = f"padding on the {side}" if side else "padding between tokens"
+    raise ValueError(
+        f"exact=False: with {where} {type(unwrapped(model)).__name__} gives other rows than for a prompt alone: exact must be True"
+    )
+
+
+def _padding(mask: torch.Tensor, positions: bool) -> dict[str, Any]:
+    named = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)} if positions else {}
+    return {"attention_mask": mask.long(), **named}
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    share = 1e-3 if b.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((a - b).abs().max() <= share * b.abs().max())

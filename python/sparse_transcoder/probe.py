@@ -355,7 +355,7 @@ class _Watcher:
         if stream is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return False
         size = stream.shape[-1]
-        return value.ndim in (2, 3) and value.shape[-1] == size and value.numel() == PROBE_TOKENS * size
+        return tuple(value.shape) in ((PROBE_TOKENS, size), (1, PROBE_TOKENS, size))
 
     def _rows(self, value: torch.Tensor) -> torch.Tensor:
         return value.detach().reshape(PROBE_TOKENS, -1).clone()
