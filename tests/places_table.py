@@ -46,11 +46,13 @@ def rows_of(text):
 
 
 def main():
+    import torch
     import transformers
     from families import FAMILIES, SKIPPED, made
     from sparse_transcoder.capture import HOOKS
     from test_places import measured
 
+    torch.set_num_threads(1)
     lines = [f"Of transformers {transformers.__version__}:", ""]
     lines += ["| family | model | " + " | ".join(f"`{h}`" for h in HOOKS) + " |", "|---|---|" + "---|" * len(HOOKS)]
     lines += [measured(kind, made(kind))[0] for kind in FAMILIES if kind not in SKIPPED]
