@@ -78,6 +78,16 @@ SKIPPED = {
     "zamba": "its shared layers ask for more layers than a tiny model has",
     "zamba2": "its shared layers ask for more layers than a tiny model has",
 }
+if transformers.__version__.startswith("4."):
+    SKIPPED |= dict.fromkeys(
+        "emu3 llama4 mllama phi4_multimodal transfo-xl".split(), "its configuration of 4.x cannot be made small by these words"
+    )
+    SKIPPED |= {
+        "granitemoehybrid": "needs layer types in 4.x",
+        "qdqbert": "needs pytorch-quantization",
+        "recurrent_gemma": "4.x keeps the state of the last batch in its modules, and fails for a batch of another size",
+        "speech_to_text_2": "fails in its own initialisation in 4.x",
+    }
 
 
 def small(config):
@@ -115,4 +125,7 @@ def made(kind):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4 multiplies a layer's output by it
+                buffer.mul_(0.7)
     return model.eval()

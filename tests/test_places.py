@@ -15,7 +15,8 @@ from places_table import DOCS, row, rows_of, cell  # noqa: E402, I001
 
 transformers.logging.set_verbosity_error()
 IDS = torch.randint(3, VOCAB - 2, (1, 9), generator=torch.Generator().manual_seed(4))
-OUTPUTS_ALONE = ("mamba", "mamba2", "falcon_mamba", "rwkv")  # their hidden_states begin with the first layer's output
+# Their hidden_states begin with the first layer's output.
+OUTPUTS_ALONE = ["mamba", "mamba2", "falcon_mamba", "rwkv", *(["xlstm"] if transformers.__version__.startswith("4.") else [])]
 DOCUMENTED, DOCUMENTED_VERSION = rows_of(DOCS.read_text(encoding="utf-8"))
 
 
@@ -128,4 +129,7 @@ def test_family(kind):
 
 
 def test_every_family_is_tried_or_skipped_by_name():
-    assert set(SKIPPED) <= set(FAMILIES) and len(FAMILIES) - len(SKIPPED) >= 40
+    tried = set(FAMILIES) - set(SKIPPED)
+    assert len(tried) >= 40
+    if transformers.__version__ == DOCUMENTED_VERSION:
+        assert set(SKIPPED) <= set(FAMILIES) and set(DOCUMENTED) == tried
