@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 BUILT_WITH := $(VENV)/.torch-$(TORCH)
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 BUILD_TOOLS := numpy pybind11==3.1.0 scikit-build-core cmake ninja nlohmann-json
-TEST_TOOLS := pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
+TEST_TOOLS := transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
 PEER_TOOLS := sae-lens==6.54.12 eai-sparsify==1.3.3 circuit-tracer==0.5.0
 # Without their requirements, which exclude the peers above; what their encoders import is listed.
 LOOSE_PEER_TOOLS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \

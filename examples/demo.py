@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from language_model import load_language_model, mlp_traffic
+from language_model import load_causal_model, mlp_traffic
 from sparse_transcoder import SparseTranscoderEncoder, load_transcoders, reference
 
 HERE = Path(__file__).resolve().parent
 THRESHOLD = 1.0  # the transcoders were rescaled so that a feature is active from 1.0 on
+STEERED = (20, 1431, 30.0)  # layer, feature and what is added to it
+STEERED_TEXT = "The most important thing to know is that"
 DEFAULT_TEXT = (
     "When the Eiffel Tower opened in Paris in 1889, no building in the world was taller. Painters and poets had called "
     "it useless; within a week, twelve thousand people a day were climbing its stairs. “I ought to be jealous of the "
@@ -118,6 +120,17 @@ def strongest(result, index):
     return sorted(features, key=lambda f: (-max(v for _, v in f["at"]), f["id"]))
 
 
+def steered(causal, tokenizer, encoder):
+    """How STEERED_TEXT goes on, and how it does while STEERED is added in every forward pass: two texts."""
+    layer, feature, strength = STEERED
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(STEERED_TEXT).input_ids]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    plain = causal.generate(ids, **options)
+    with encoder.intervene(causal, {layer: {feature: strength}}):
+        changed = causal.generate(ids, **options)
+    return [" ".join(tokenizer.decode(tokens[0, ids.shape[1] :]).split()) for tokens in (plain, changed)]
+
+
 def write_page(path, tokens, layers):
     data = json.dumps({"tokens": tokens, "layers": layers}, ensure_ascii=False, separators=(",", ":"))
     page = (HERE / "page.html").read_text(encoding="utf-8")
@@ -140,7 +153,8 @@ def main():
     names = ", ".join(map(str, transcoders))
     step(f"transcoders of layers {names} loaded; now the language model, its tokenizer first")
 
-    model, tokenizer = load_language_model(last_layer=max(transcoders))
+    causal, tokenizer = load_causal_model()
+    model = causal.model
     step("SmolLM2-135M-Instruct loaded")
 
     whole = [tokenizer.bos_token_id, *tokenizer(args.text).input_ids]
@@ -176,6 +190,11 @@ def main():
             at = sorted(f["at"], key=lambda pv: -pv[1])[:4]
             fires = "  ".join(f"{visible(tokens[p])} {v:.1f}" for p, v in at)
             print(f"  {f['id']:>5}  {f['label']:<28}  {fires}")
+
+    if STEERED[0] in transcoders and args.transcoders == HERE / "transcoders":  # the features of others mean something else
+        plain, changed = steered(causal, tokenizer, encoder)
+        name = label(index[str(STEERED[0])][str(STEERED[1])])
+        print(f"\n{STEERED_TEXT} ...\n  {plain}\n  {changed}   [feature {STEERED[1]} of layer {STEERED[0]}, {name}, +{STEERED[2]:g}]")
 
     write_page(args.out, tokens, layers)
     page = args.out.resolve().as_uri()

@@ -14,7 +14,8 @@ from . import _C
 from .arguments import _at_least, _integer, _number, _positive, _tensor
 from .capture import capture_places
 from .live import Monitor, Step, attach, changes_of, intervene, resolved
-from .places import Decoder, Place, decoder
+from .places import Decoder, decoder
+from .probe import Place
 from .prompts import Exclude, excluded, prompts_of
 from .weights import TranscoderWeights, _to_native
 

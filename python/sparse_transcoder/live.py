@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from .arguments import _at_least, _integer, _number
-from .places import Decoder, Place, decoder, shaped, watching, writing
-from .probe import uncompiled, unwrapped
+from .places import Decoder, shaped, watching, writing
+from .probe import Place, uncompiled, unwrapped
 from .prompts import Exclude, excluded
 
 if TYPE_CHECKING:
@@ -107,15 +107,13 @@ class Monitor:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which tokens this pass reads: the last T columns of the attention mask say which of them are real, and where they are."""
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-        if ids is not None:
-            self._batch, self._width = ids.shape
-        elif embeddings is not None:
-            self._batch, self._width = embeddings.shape[:2]
-        else:
+        ids: torch.Tensor | None = given.get("input_ids")
+        read: torch.Tensor | None = given.get("inputs_embeds") if ids is None else ids
+        if read is None:
             raise ValueError("the model must be given input_ids or inputs_embeds while a monitor is attached")
-        device = (embeddings if ids is None else ids).device
-        mask, past = given.get("attention_mask"), given.get("past_key_values")
+        self._batch, self._width, device = read.shape[0], read.shape[1], read.device
+        mask: Any = given.get("attention_mask")
+        past: Any = given.get("past_key_values")
         start = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             mask = mask.to(device).bool()

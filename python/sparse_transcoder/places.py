@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -191,11 +192,15 @@ def watching(places: Mapping[Any, Place], see: Callable[[Any, torch.Tensor], Non
     handles = []
     try:
         for key, place in places.items():
-            handles.append(_hook(place, lambda tensor, key=key, place=place: see(key, place.value(tensor))))
+            handles.append(_hook(place, functools.partial(_shown, see, key, place)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shown(see: Callable[[Any, torch.Tensor], None], key: Any, place: Place, tensor: torch.Tensor) -> None:
+    see(key, place.value(tensor))
 
 
 def _hook(place: Place, use: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:

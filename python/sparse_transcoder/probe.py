@@ -211,8 +211,7 @@ def first_result(output: Any) -> tuple[Key, torch.Tensor] | None:
     if isinstance(output, torch.Tensor):
         return None, output
     if isinstance(output, Mapping):
-        named = next(((k, v) for k, v in output.items() if isinstance(v, torch.Tensor)), None)
-        return named
+        return next(((str(k), v) for k, v in output.items() if isinstance(v, torch.Tensor)), None)
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
         return 0, output[0]
     return None
@@ -301,11 +300,8 @@ class _Watcher:
                     self.current.key, self.current.stream = found[0], found[1].detach().clone()
             elif self.current is not None:
                 self.clock += 1
-                inputs = {
-                    key: self._rows(value)
-                    for key, value in [*enumerate(args), *kwargs.items()]
-                    if self._in_stream(value)
-                }
+                named: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
+                inputs = {key: self._rows(value) for key, value in named if self._in_stream(value)}
                 opened = _Call(path, module, tuple(self.open), self.clock, inputs)
                 self.current.calls.append(opened)
                 self.open.append(opened)

@@ -68,7 +68,7 @@ def prompts_of(inputs: Any) -> Prompts:
 def special_ids(model: Any) -> set[int]:
     """Every token id that the model's configuration names: ``bos_token_id``, ``pad_token_id``, ``image_token_id``, ..."""
     inner = unwrapped(model)
-    config = getattr(inner, "config", None)
+    config: Any = getattr(inner, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     found: set[int] = set()
     for part in (config, text, getattr(inner, "generation_config", None)):
