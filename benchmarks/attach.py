@@ -1,9 +1,11 @@
-"""What reading features costs while a model generates: tokens per second with and without a monitor on four layers.
+"""What reading features costs while a model generates: tokens per second with and without a
+monitor on four layers.
 
     python benchmarks/attach.py [--tokens 64] [--turns 9] [--out benchmarks/results/attach.json]
 
-SmolLM2-135M-Instruct generates with its KV cache, greedily; the two ways take turns, and the result holds the median time per token of
-each. First it is checked that the tokens are the same and that the features equal those of the same rows encoded afterwards.
+SmolLM2-135M-Instruct generates with its KV cache, greedily; the two ways take turns, and the
+result holds the median time per token of each. First it is checked that the tokens are the same
+and that the features equal those of the same rows encoded afterwards.
 """
 
 import argparse
@@ -26,12 +28,21 @@ PROMPT = "When the Eiffel Tower opened in Paris in 1889, no building in the worl
 
 
 def processor():
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)
@@ -42,7 +53,12 @@ def main():
     transcoders = load_transcoders(HERE.parent / "examples" / "transcoders", device="cpu")
     encoder = SparseTranscoderEncoder(transcoders, top_k=64)
     inputs = tokenizer([PROMPT] * args.batch, return_tensors="pt")
-    options = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": args.tokens,
+        "min_new_tokens": args.tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
 
     def plain():
         return model.generate(**inputs, **options)
@@ -53,7 +69,9 @@ def main():
 
     rows = {layer: [] for layer in transcoders}
     handles = [
-        model.model.layers[layer].mlp.register_forward_pre_hook(lambda _, given, layer=layer: rows[layer].append(given[0].clone()))
+        model.model.layers[layer].mlp.register_forward_pre_hook(
+            lambda _, given, layer=layer: rows[layer].append(given[0].clone())
+        )
         for layer in rows
     ]
     tokens = plain()
@@ -62,7 +80,9 @@ def main():
     generated, monitor = monitored()
     assert torch.equal(generated, tokens), "a monitor must not change what is generated"
     for layer, features in monitor.features().items():
-        afterwards = encoder.encode_layer(layer, torch.cat([part.flatten(0, 1) for part in rows[layer]]))
+        afterwards = encoder.encode_layer(
+            layer, torch.cat([part.flatten(0, 1) for part in rows[layer]])
+        )
         assert torch.equal(features["activations"], afterwards["activations"]), f"layer {layer}"
         assert torch.equal(features["indices"], afterwards["indices"]), f"layer {layer}"
 

@@ -1,4 +1,7 @@
-"""What the encoder is compared with. Each contender encodes every layer of a case once; all see the same numbers."""
+"""What the encoder is compared with.
+
+Each contender encodes every layer of a case once, and all see the same numbers.
+"""
 
 import contextlib
 import importlib.util
@@ -7,12 +10,14 @@ import io
 import torch
 import torch.nn.functional as F
 
-DENSE_BYTES = 1 << 30  # the dense matrix a baseline may hold; longer inputs go through it in chunks of CHUNK rows
+DENSE_BYTES = (
+    1 << 30
+)  # the dense matrix a baseline may hold; longer inputs go through it in chunks of CHUNK rows
 CHUNK = 512
 
 
 def reference_pipeline(x, W, b, k, threshold):
-    """What is usually written: the full [rows, F] matrix, thresholded, then topk, then the mean of the mask."""
+    """What is usually written: the dense [rows, F] matrix, its threshold, topk, and its mean."""
     act = torch.relu(x @ W.T + b)
     kept = act >= threshold
     values, indices = torch.where(kept, act, 0.0).topk(k, dim=-1)
@@ -30,7 +35,7 @@ def product(x, W, b, k, threshold):
 
 
 def over_layers(step, rows, layers, k, threshold):
-    """A call that runs `step` on every layer, in chunks where the dense matrix would be too large."""
+    """A call that runs `step` on each layer, in chunks where the dense matrix is too large."""
 
     def call():
         results = []
@@ -74,7 +79,7 @@ def flashinfer_step():
 
 
 def circuit_tracer_step(layers, threshold):
-    """circuit-tracer's encode_sparse with its JumpReLU at the threshold; None when it is not installed.
+    """circuit-tracer's encode_sparse with its JumpReLU at the threshold, if it is installed.
 
     It also copies one encoder row for every active feature, which is part of its result.
     """

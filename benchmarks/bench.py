@@ -1,19 +1,22 @@
-"""Time the encoder against dense pipelines: check equality, then time in alternating rounds, then compare.
+"""Time the encoder against dense pipelines: check equality, time in alternating rounds, compare.
 
     python benchmarks/bench.py [--quick] [--only TEXT[,TEXT]] [--seconds S] [--out FILE]
 
-A case is T rows through each of L layers of hidden size H and F features: top_k 50 (real: 32), threshold 1, float32 weights and
-rows unless it says bf16. inputs.py says what `planted`, `gaussian`, `dense` and `real` rows are. bfloat16 baselines get the
-same numbers in bfloat16. For each contender of a case:
+A case is T rows through each of L layers of hidden size H and F features: top_k 50 (real: 32),
+threshold 1, float32 weights and rows unless it says bf16. inputs.py says what `planted`,
+`gaussian`, `dense` and `real` rows are. bfloat16 baselines get the same numbers in bfloat16. For
+each contender of a case:
 
-    ms       wall time of a call: min, median and max. Contenders take turns, round after round. A turn is one call, or many for
-             a short one, after a call that is not timed. Rounds in which other processes took more than 3 % of the machine are
-             repeated, at most as many again, and the quietest kept; a baseline slower than 2 s is timed once. Weights exceed
-             the caches, so layers are read from memory in each call, as in a model.
-    extra    what the first call adds to the process's resident memory at its peak, without its result; for ours also what a new
-             encoder keeps beside its screening copies.
+    ms       wall time of a call: min, median and max. Contenders take turns, round after round. A
+             turn is one call, or many for a short one, after a call that is not timed. Rounds in
+             which other processes took more than 3 % of the machine are repeated, at most as many
+             again, and the quietest are kept. A baseline slower than 2 s is timed once. Weights
+             exceed the caches, so that layers are read from memory in each call, as in a model.
+    extra    what the first call adds to the process's resident memory at its peak, without its
+             result; for ours also what a new encoder keeps beside its screening copies.
 
-Exit status 1 when a result differs from the references: float32 for all rows of up to 4096, float64 for a sample.
+The exit status is 1 when a result differs from the references: float32 for all rows of up to 4096,
+float64 for a sample.
 """
 
 import argparse
@@ -32,7 +35,14 @@ import time
 from pathlib import Path
 
 import torch
-from baselines import circuit_tracer_step, linear_topk, over_layers, product, reference_pipeline, sparsify_step
+from baselines import (
+    circuit_tracer_step,
+    linear_topk,
+    over_layers,
+    product,
+    reference_pipeline,
+    sparsify_step,
+)
 from inputs import ACTIVE, THRESHOLD, Case, made, make_inputs, real_cases
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
@@ -73,13 +83,17 @@ QUICK = [
 
 
 def check(case, layer, result, x, W, b, dtype, tolerance):
-    """The result of rows x against the dense computation in dtype, values by tolerance and sets by the k-th value."""
+    """The result of rows x against the dense one in dtype: values by tolerance, sets by k-th."""
     for first in range(0, x.shape[0], 256):
         part = slice(first, first + 256)
         pre = torch.empty(x[part].shape[0], W.shape[0], dtype=dtype, device=x.device)
         for f in range(0, W.shape[0], 8192):  # a slice of the weights at a time is widened
-            pre[:, f : f + 8192] = x[part].to(dtype) @ W[f : f + 8192].to(dtype).T + b[f : f + 8192].to(dtype)
-        values, indices, sparsity = (result[key][part] for key in ("activations", "indices", "sparsity"))
+            pre[:, f : f + 8192] = x[part].to(dtype) @ W[f : f + 8192].to(dtype).T + b[
+                f : f + 8192
+            ].to(dtype)
+        values, indices, sparsity = (
+            result[key][part] for key in ("activations", "indices", "sparsity")
+        )
         best = pre.topk(values.shape[1], dim=-1).values
         own = pre.gather(-1, indices)
         slack = tolerance * best.abs().clamp(min=1)
@@ -94,7 +108,8 @@ def check(case, layer, result, x, W, b, dtype, tolerance):
         if wrong.any():
             row = first + wrong.nonzero()[0].item()
             place = f"{case.name}: layer {layer}, row {row}"
-            raise SystemExit(f"{place}: the result differs from {dtype}, as in {wrong.sum()} rows of {len(wrong)}")
+            rows = f"{wrong.sum()} rows of {len(wrong)}"
+            raise SystemExit(f"{place}: the result differs from {dtype}, as in {rows}")
 
 
 def spread(rows, count):
@@ -105,9 +120,14 @@ def spread(rows, count):
 def check_all(case, encoded, rows, layers):
     for layer, (x, (W, b)) in enumerate(zip(rows, layers, strict=True)):
         sample = max(1, CHECKED_FP64 // case.layers)
-        for dtype, tolerance, count in ((torch.float32, 1e-4, CHECKED_FP32), (torch.float64, 1e-5, sample)):
+        for dtype, tolerance, count in (
+            (torch.float32, 1e-4, CHECKED_FP32),
+            (torch.float64, 1e-5, sample),
+        ):
             some = spread(case.T, count)
-            result = {key: encoded[layer][key][some] for key in ("activations", "indices", "sparsity")}
+            result = {
+                key: encoded[layer][key][some] for key in ("activations", "indices", "sparsity")
+            }
             check(case, layer, result, x[some], W, b, dtype, tolerance)
 
 
@@ -115,7 +135,8 @@ def check_same(case, name, result, ours):
     for layer in ours:
         for key in ("activations", "indices", "sparsity"):
             if not torch.equal(result[layer][key], ours[layer][key]):
-                raise SystemExit(f"{case.name}: layer {layer}: {key} of {name} are not bit for bit those of {OURS}")
+                where = f"{case.name}: layer {layer}"
+                raise SystemExit(f"{where}: {key} of {name} are not bit for bit those of {OURS}")
 
 
 # Memory
@@ -128,8 +149,8 @@ def resident(key):
 
 
 def first_call(call, kept=False):
-    """(result, seconds, growth of resident memory: at its peak, or kept when the call is over; None where nothing tells)."""
-    trim = ctypes.CDLL(None).malloc_trim  # freed memory goes back, or it would hide the call's own
+    """(result, seconds, growth of resident memory at its peak or kept after the call, or None)."""
+    trim = ctypes.CDLL(None).malloc_trim  # Freed memory goes back, or it would hide the call's.
     trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -149,7 +170,13 @@ def first_call(call, kept=False):
 def tensor_bytes(result):
     if isinstance(result, torch.Tensor):
         return result.nbytes if result.layout == torch.strided else 0
-    items = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else ()
+    items = (
+        result.values()
+        if isinstance(result, dict)
+        else result
+        if isinstance(result, list | tuple)
+        else ()
+    )
     return sum(tensor_bytes(item) for item in items)
 
 
@@ -157,16 +184,18 @@ def tensor_bytes(result):
 
 
 def others_seconds():
-    """Processor time of everything but this process so far, stolen time included; 0 where nothing tells."""
+    """Processor time of all other processes so far, with stolen time; 0 where nothing tells."""
     try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        fields = [
+            int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
     except OSError:
         return 0.0
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def turn(call, expected):
-    """Samples in ms. The call before a burst of short ones warms caches and threads up; long calls do so by themselves."""
+    """Samples in ms. The call before a burst of short ones warms caches and threads up."""
     if expected < BURST_S:
         call()
     samples, until = [], time.perf_counter() + BURST_S
@@ -180,12 +209,16 @@ def turn(call, expected):
 
 
 def time_rounds(calls, seconds, budget):
-    """({name: samples in ms}, the largest share of the machine that others took in a round that counts)."""
+    """({name: samples in ms}, the largest share that others took in a round that counts)."""
     once = {name for name in calls if name != OURS and seconds[name] > ONCE_S}
     turns = [name for name in calls if name not in once]
-    rounds = min(9, max(3, math.ceil(budget / sum(max(2 * BURST_S, seconds[name]) for name in turns))))
+    rounds = min(
+        9, max(3, math.ceil(budget / sum(max(2 * BURST_S, seconds[name]) for name in turns)))
+    )
     done = []
-    while len(done) < rounds or (len(done) < 2 * rounds and sorted(share for share, _ in done)[rounds - 1] > QUIET):
+    while len(done) < rounds or (
+        len(done) < 2 * rounds and sorted(share for share, _ in done)[rounds - 1] > QUIET
+    ):
         turns = turns[1:] + turns[:1]
         start, others = time.perf_counter(), others_seconds()
         samples = {name: turn(calls[name], seconds[name]) for name in turns}
@@ -193,14 +226,20 @@ def time_rounds(calls, seconds, budget):
         done.append((max(0.0, others_seconds() - others) / elapsed / os.cpu_count(), samples))
     kept = sorted(done, key=lambda one: one[0])[:rounds]
     merged = {name: [seconds[name] * 1e3] for name in once}
-    return merged | {name: [ms for _, samples in kept for ms in samples[name]] for name in turns}, kept[-1][0]
+    return merged | {
+        name: [ms for _, samples in kept for ms in samples[name]] for name in turns
+    }, kept[-1][0]
 
 
 # Cases
 
 
 def encode(encoder, rows):
-    return encoder.encode_all_layers(dict(enumerate(rows))) if len(rows) > 1 else {0: encoder.encode_layer(0, rows[0])}
+    return (
+        encoder.encode_all_layers(dict(enumerate(rows)))
+        if len(rows) > 1
+        else {0: encoder.encode_layer(0, rows[0])}
+    )
 
 
 def contenders(case, rows, layers, machine):
@@ -211,31 +250,47 @@ def contenders(case, rows, layers, machine):
     calls, left_out = {OURS: functools.partial(encode, encoder, rows)}, {}
     if case.screens:
         for screening in SCREENS:
-            calls[f"screening {screening}"] = functools.partial(encode, make(screening=screening), rows)
-    dense = functools.partial(over_layers, rows=rows, layers=layers, k=case.top_k, threshold=THRESHOLD)
+            calls[f"screening {screening}"] = functools.partial(
+                encode, make(screening=screening), rows
+            )
+    dense = functools.partial(
+        over_layers, rows=rows, layers=layers, k=case.top_k, threshold=THRESHOLD
+    )
     wide = case.dtype == "float32"
     half = dense
     if wide:
         calls["reference fp32"] = dense(reference_pipeline)
         if not case.brief:
             calls["product fp32"] = dense(product)
-    names = {"reference bf16": reference_pipeline, "linear+topk bf16": linear_topk, "product bf16": product}
+    names = {
+        "reference bf16": reference_pipeline,
+        "linear+topk bf16": linear_topk,
+        "product bf16": product,
+    }
     if case.brief:
         names = {"linear+topk bf16": linear_topk}
     predicted = case.flop / machine["product_bf16_gflops"] / 1e9
     if predicted > LIMIT_S:
-        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s a call")
+        left_out |= dict.fromkeys(names, f"predicted {predicted:.0f} s per call")
     else:
         if wide:
-            cast = {"rows": [x.bfloat16() for x in rows], "layers": [(W.bfloat16(), b.bfloat16()) for W, b in layers]}
+            cast = {
+                "rows": [x.bfloat16() for x in rows],
+                "layers": [(W.bfloat16(), b.bfloat16()) for W, b in layers],
+            }
             half = functools.partial(dense, **cast)
         calls |= {name: half(step) for name, step in names.items()}
     if wide and not case.brief:
-        peers = {"sparsify": sparsify_step(), "circuit-tracer": circuit_tracer_step(layers, THRESHOLD)}
+        peers = {
+            "sparsify": sparsify_step(),
+            "circuit-tracer": circuit_tracer_step(layers, THRESHOLD),
+        }
         for name, step in peers.items():
             if step is None:
                 left_out[name] = "not installed"
-            elif name == "circuit-tracer" and (case.kind == "dense" or case.T * ACTIVE * case.H * 4 > 1 << 30):
+            elif name == "circuit-tracer" and (
+                case.kind == "dense" or case.T * ACTIVE * case.H * 4 > 1 << 30
+            ):
                 left_out[name] = "would copy more than 1 GiB of encoder rows"
             else:
                 calls[name] = dense(step)
@@ -247,7 +302,9 @@ def explain(encoder, rows):
     total = collections.Counter()
     for layer, x in enumerate(rows):
         total.update(encoder.explain(layer, x))
-    return {key: round(value, 3) for key, value in total.items()} | {"features": total["features"] // len(rows)}
+    return {key: round(value, 3) for key, value in total.items()} | {
+        "features": total["features"] // len(rows)
+    }
 
 
 def run_case(case, machine, budget):
@@ -273,7 +330,10 @@ def run_case(case, machine, budget):
     timed, others = time_rounds(calls, seconds, budget)
     for name, samples in timed.items():
         ms = {"min": min(samples), "median": statistics.median(samples), "max": max(samples)}
-        measured[name] |= {"ms": {key: round(value, 3) for key, value in ms.items()}, "samples": len(samples)}
+        measured[name] |= {
+            "ms": {key: round(value, 3) for key, value in ms.items()},
+            "samples": len(samples),
+        }
     ours_s = measured[OURS]["ms"]["median"] / 1e3
     explained = explain(encoder, rows)
     record = {
@@ -290,12 +350,18 @@ def run_case(case, machine, budget):
         "explain": explained,
     }
     for precision in ("fp32", "bf16"):
-        record[f"share_of_product_{precision}"] = round(record["gflops"] / machine[f"product_{precision}_gflops"], 3)
+        record[f"share_of_product_{precision}"] = round(
+            record["gflops"] / machine[f"product_{precision}_gflops"], 3
+        )
     if case.T <= 8:
         record["int8_gb_per_s"] = round(case.layers * case.F * case.H / ours_s / 1e9, 1)
     if explained["pairs_int8"] and not explained["pairs_int16"] + explained["pairs_float32"]:
         record["int8_gops"] = round(
-            2 * case.H * explained["pairs_int8"] / (explained["screen_ms"] / machine["threads"]) / 1e6
+            2
+            * case.H
+            * explained["pairs_int8"]
+            / (explained["screen_ms"] / machine["threads"])
+            / 1e6
         )
     return record | {"contenders": measured, "left_out": left_out}
 
@@ -316,9 +382,13 @@ def best_rate(call, work, seconds=1.5):
 
 def describe_machine():
     """What the numbers stand on: the processor, the versions, and torch's own rates."""
-    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    lines = [
+        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
+    ]
     info = {key.strip(): value.strip() for key, value in lines}
-    parts = [f"{key.removeprefix('cpu ')} {info[key]}" for key in ("cpu family", "model") if key in info]
+    parts = [
+        f"{key.removeprefix('cpu ')} {info[key]}" for key in ("cpu family", "model") if key in info
+    ]
     machine = {
         "cpu": f"{info.get('model name', 'unknown')} ({', '.join(parts)})",
         "cores": os.cpu_count(),
@@ -334,7 +404,9 @@ def describe_machine():
     x, W = torch.randn(1024, 2048), torch.randn(8192, 2048)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, w = x.to(dtype), W.to(dtype)
-        rate = best_rate(lambda a=a, w=w: torch.nn.functional.linear(a, w), 2 * a.numel() * w.shape[0])
+        rate = best_rate(
+            lambda a=a, w=w: torch.nn.functional.linear(a, w), 2 * a.numel() * w.shape[0]
+        )
         machine[f"product_{precision}_gflops"] = rate
     return machine
 
@@ -364,26 +436,45 @@ def print_record(record):
     ours = of[OURS]["ms"]["median"]
 
     def extra(name):
-        return "" if of.get(name, {}).get("extra_bytes") is None else f"{of[name]['extra_bytes'] / MIB:.1f}"
+        return (
+            ""
+            if of.get(name, {}).get("extra_bytes") is None
+            else f"{of[name]['extra_bytes'] / MIB:.1f}"
+        )
 
     ratios = [f"{of[name]['ms']['median'] / ours:.2f}" if name in of else "" for name in RATIOS]
     rates = [f"{record['gflops']:.0f}", str(record.get("int8_gb_per_s", ""))]
     memory = [extra(OURS), extra("reference fp32")]
-    print_line([record["case"], f"{ours:.2f}", *ratios, *rates, *memory, f"{record['others_share']:.0%}"])
+    print_line(
+        [record["case"], f"{ours:.2f}", *ratios, *rates, *memory, f"{record['others_share']:.0%}"]
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small shapes; writes no file unless --out is given")
-    parser.add_argument("--only", default="", help="cases whose names contain one of these texts, separated by commas")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes; writes no file unless --out is given"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases whose names contain one of these texts, separated by commas",
+    )
     parser.add_argument("--seconds", type=float, default=6, help="about how long a case is timed")
-    parser.add_argument("--out", type=Path, help="results file; cases that were not run keep their records in it")
+    parser.add_argument(
+        "--out", type=Path, help="results file; cases that were not run keep their records in it"
+    )
     options = parser.parse_args()
     out = options.out or (None if options.quick else HERE / "results" / "cpu.json")
 
     start = time.perf_counter()
     machine = describe_machine()
-    print(", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in machine.items()))
+    print(
+        ", ".join(
+            f"{key} {' '.join(value) if isinstance(value, list) else value}"
+            for key, value in machine.items()
+        )
+    )
     real = real_cases()
     if isinstance(real, str):
         print(f"real: skipped: {real}")
@@ -396,12 +487,19 @@ def main():
             if any(part.strip() in case.name for part in options.only.split(",")):
                 if case.kind == "real":
                     made.clear()
-                records[case.name] = run_case(case, machine, 1 if options.quick else options.seconds)
+                records[case.name] = run_case(
+                    case, machine, 1 if options.quick else options.seconds
+                )
                 print_record(records[case.name])
     if out:
-        before = json.loads(out.read_text()) if options.only and out.exists() else {"machine": {}, "cases": []}
+        before = (
+            json.loads(out.read_text())
+            if options.only and out.exists()
+            else {"machine": {}, "cases": []}
+        )
         same = all(
-            before["machine"].get(key) == machine[key] for key in ("cpu", "threads", "torch", "sparse_transcoder")
+            before["machine"].get(key) == machine[key]
+            for key in ("cpu", "threads", "torch", "sparse_transcoder")
         )
         kept = {record["case"]: record for record in before["cases"]} if same else {}
         merged = [(kept | records)[case.name] for case in cases if case.name in kept | records]

@@ -9,6 +9,7 @@ the L2 cache in every case: a call reads many layers, or calls take turns among 
              device, its time. Each contender takes turns with ours, and `ours` beside it is what ours took in those turns.
     host_ms  time until a call returns, nothing pending before it
     extra    the most that a call holds beyond what is there before it and its result; `memory` says what ours planned
+    kernels  of ours: microseconds and launches per call of each kernel, as torch's profiler sees them in calls of their own
 
 A roof is the time that the card's own bfloat16 product, or its own copy of as many bytes, takes for what a case cannot avoid:
 the product; and reading rows, and weights as bfloat16, once and writing the result. The file is written after every case. Exit
@@ -23,6 +24,7 @@ import datetime
 import itertools
 import json
 import math
+import re
 import signal
 import statistics
 import time
@@ -34,12 +36,14 @@ from baselines import flashinfer_step, linear_topk, over_layers, product, refere
 from bench import HERE, OURS, check_all, check_same, tensor_bytes
 from inputs import THRESHOLD, Case, made, make_inputs
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
+from torch.profiler import ProfilerActivity, profile
 
 MATMUL = torch.backends.cuda.matmul
 COLD_BYTES = 1 << 30  # of weights that calls take turns in
 TURN_S = 0.02
 ROUNDS = 5
-CASE_S = 6  # about how long a case is timed
+CASE_S = 4  # about how long a case is timed
+BRIEF_S = 0.8  # and a brief one
 COMPILE_S = 40  # for one contender
 RESERVE_S = 15  # with less time than this no case is begun
 PREPARE_S = 60
@@ -51,18 +55,22 @@ class Job:
     case: Case
     compiled: bool = False  # also the compiled reference
     streamed: bool = False  # weights on the host
+    chunk_size: int | None = None
 
     @property
     def name(self):
-        return self.case.name + (" streamed" if self.streamed else "")
+        chunk = f" chunk {self.chunk_size}" if self.chunk_size else ""
+        return self.case.name + (" streamed" if self.streamed else "") + chunk
 
 
 def bf16(*shape, **options):
     return Case(*shape, dtype="bfloat16", **options)
 
 
-JOBS = [  # those that share weights stand together; the first are the ones that matter most
+JOBS = [  # those that share weights stand together, the first matter most; a brief case has the bare product beside it
     *(Job(bf16(T, 5120, 40960), compiled=T in (1, 256)) for T in (1, 256, 2048, 8)),
+    *(Job(bf16(T, 5120, 40960, brief=True)) for T in (2, 4, 16, 64)),
+    *(Job(bf16(2048, 5120, 40960, brief=True), chunk_size=chunk) for chunk in (512, 1024, 2048)),
     *(Job(bf16(T, 5120, 40960, kind="gaussian")) for T in (1, 256)),
     *(Job(Case(T, 5120, 40960)) for T in (1, 256)),
     *(Job(bf16(T, 5120, 40960, layers=4), streamed=True) for T in (1, 256)),
@@ -102,6 +110,21 @@ class Cuda:
         peak = torch.cuda.memory_stats(self.device)["requested_bytes.all.peak"]
         return max(0, peak - before - tensor_bytes(result))
 
+    def kernels(self, calls):
+        """{kernel: [microseconds, launches] per call}, the longest first."""
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+            for call in calls:
+                call()
+            self.sync()
+        times = {}
+        for event in seen.key_averages():
+            name = kernel_name(event.key)
+            total, count = times.get(name, (0, 0))
+            if event.device_time_total > 0:
+                times[name] = (total + event.device_time_total, count + event.count)
+        longest = sorted(times, key=lambda name: -times[name][0])
+        return {name: [round(value / len(calls), 2) for value in times[name]] for name in longest}
+
     def free(self):
         torch.cuda.empty_cache()
 
@@ -129,6 +152,9 @@ class Cpu(Cuda):
     def extra(self, call):
         call()
 
+    def kernels(self, calls):
+        return {}
+
     def free(self):
         pass
 
@@ -137,6 +163,12 @@ class Cpu(Cuda):
 
     def describe(self):
         return {"card": "none, a dry run on the CPU", "cuda": None}
+
+
+def kernel_name(signature):
+    """A kernel's name and template arguments, without namespaces and parameters."""
+    plain = re.sub(r"^void |\(anonymous namespace\)::|\b\w+::", "", signature)
+    return plain.split("(")[0][:80]
 
 
 def seconds(call):
@@ -158,12 +190,18 @@ def measure_roofs(clock, shrink):
     size = max(64, 8192 // shrink)
     a, b = (torch.randn(size, size, device=clock.device).bfloat16() for _ in range(2))
     roofs = {"bf16_tflops": rate(clock, lambda: a @ b, 2 * size**3) / 1e12}
-    source = torch.ones(max(1 << 16, (1 << 31) // shrink**2), dtype=torch.uint8, device=clock.device)
+    source = torch.ones(
+        max(1 << 16, (1 << 31) // shrink**2), dtype=torch.uint8, device=clock.device
+    )
     target = torch.empty_like(source)
-    roofs["copy_gb_per_s"] = rate(clock, lambda: target.copy_(source), 2 * source.nbytes) / 1e9  # read + written
+    roofs["copy_gb_per_s"] = (
+        rate(clock, lambda: target.copy_(source), 2 * source.nbytes) / 1e9
+    )  # read + written
     host = clock.pinned(source.numel() // 4)
     part = target[: host.numel()]
-    roofs["pinned_gb_per_s"] = rate(clock, lambda: part.copy_(host, non_blocking=True), host.nbytes) / 1e9
+    roofs["pinned_gb_per_s"] = (
+        rate(clock, lambda: part.copy_(host, non_blocking=True), host.nbytes) / 1e9
+    )
     return {name: float(f"{value:.4g}") for name, value in roofs.items()}
 
 
@@ -205,9 +243,16 @@ def dense_calls(job, groups, rows, layers, run):
         def make():
             x, w = rows, layers
             if dtype is not None and rows[0].dtype != dtype:
-                x, w = [one.to(dtype) for one in rows], [(W.to(dtype), b.to(dtype)) for W, b in layers]
+                x, w = (
+                    [one.to(dtype) for one in rows],
+                    [(W.to(dtype), b.to(dtype)) for W, b in layers],
+                )
             return [
-                wrap(over_layers(step, [x[i] for i in group], [w[i] for i in group], case.top_k, THRESHOLD))
+                wrap(
+                    over_layers(
+                        step, [x[i] for i in group], [w[i] for i in group], case.top_k, THRESHOLD
+                    )
+                )
                 for group in groups
             ]
 
@@ -220,6 +265,8 @@ def dense_calls(job, groups, rows, layers, run):
         "reference tf32": calls(reference_pipeline, torch.float32, with_tf32),
         "reference fp32": calls(reference_pipeline, torch.float32),
     }
+    if case.brief:
+        return {"product bf16": made_calls["product bf16"]}
     step = flashinfer_step()
     if step is not None:
         made_calls["linear+flashinfer bf16"] = calls(step, torch.bfloat16)
@@ -265,7 +312,10 @@ def time_in_turns(clock, contenders, budget):
     """{name: samples in ms}: every contender's turn in every round, over its calls in order."""
     first = {name: statistics.median(clock.spans(calls)) for name, calls in contenders.items()}
     turn_s = min(TURN_S, budget / ROUNDS / len(contenders))
-    counts = {name: min(200, max(3, math.ceil(1e3 * turn_s / max(first[name], 1e-3)))) for name in contenders}
+    counts = {
+        name: min(200, max(3, math.ceil(1e3 * turn_s / max(first[name], 1e-3))))
+        for name in contenders
+    }
     samples = {name: [] for name in contenders}
     names, until = list(contenders), time.perf_counter() + 2 * budget
     for number in range(ROUNDS):
@@ -275,7 +325,9 @@ def time_in_turns(clock, contenders, budget):
         for name in names:
             calls = contenders[name]
             # The first call of a turn follows another contender's and is not counted.
-            samples[name] += clock.spans([calls[i % len(calls)] for i in range(counts[name] + 1)])[1:]
+            samples[name] += clock.spans([calls[i % len(calls)] for i in range(counts[name] + 1)])[
+                1:
+            ]
     return samples
 
 
@@ -291,8 +343,14 @@ def shrunk(job, shrink):
     if shrink == 1:
         return job
     case = job.case
-    small = {"T": max(1, case.T // shrink), "H": max(32, case.H // shrink), "F": max(256, case.F // shrink)}
-    return dataclasses.replace(job, case=dataclasses.replace(case, **small, layers=min(case.layers, 3)))
+    small = {
+        "T": max(1, case.T // shrink),
+        "H": max(32, case.H // shrink),
+        "F": max(256, case.F // shrink),
+    }
+    return dataclasses.replace(
+        job, case=dataclasses.replace(case, **small, layers=min(case.layers, 3))
+    )
 
 
 def run_job(job, clock, roofs, run):
@@ -306,7 +364,8 @@ def run_job(job, clock, roofs, run):
     rows, layers = make_inputs(every, clock.device.type)
     make = {i: TranscoderWeights(W, b, layer=i) for i, (W, b) in enumerate(layers)}
     start = time.perf_counter()
-    encoder = SparseTranscoderEncoder(make, case.top_k, THRESHOLD)
+    chunk = {"chunk_size": job.chunk_size} if job.chunk_size else {}
+    encoder = SparseTranscoderEncoder(make, case.top_k, THRESHOLD, **chunk)
     clock.sync()
     build_s = time.perf_counter() - start
     result = encode_every(encoder, rows)
@@ -329,13 +388,16 @@ def run_job(job, clock, roofs, run):
     del again, result
     measured[OURS] = measure(clock, calls, PREPARE_S)
     others = {} if job.streamed else dense_calls(job, groups, rows, layers, run)
-    timed[OURS] = time_in_turns(clock, {OURS: calls}, run.case_s / 4)[OURS]
+    case_s = min(run.case_s, BRIEF_S) if case.brief else run.case_s
+    timed[OURS] = time_in_turns(clock, {OURS: calls}, case_s / 4)[OURS]
     for name, make_calls in others.items():
         # One at a time beside ours: the others' copies of the weights may not fit at once.
         try:
             theirs = make_calls()
-            measured[name] = measure(clock, theirs, run.compile_s if "compiled" in name else PREPARE_S)
-            samples = time_in_turns(clock, {OURS: calls, name: theirs}, run.case_s / len(others))
+            measured[name] = measure(
+                clock, theirs, run.compile_s if "compiled" in name else PREPARE_S
+            )
+            samples = time_in_turns(clock, {OURS: calls, name: theirs}, case_s / len(others))
             timed[name] = samples[name]
             measured[name]["ours"] = summary(samples[OURS])  # in turns with this one
         except Exception as error:
@@ -347,6 +409,7 @@ def run_job(job, clock, roofs, run):
         torch._dynamo.reset()
     for name, samples in timed.items():
         measured[name] |= summary(samples)
+    measured[OURS]["kernels"] = clock.kernels(calls)
     return record_of(job, roofs, encoder, build_s, active, len(groups), measured, left_out)
 
 
@@ -356,11 +419,15 @@ def record_of(job, roofs, encoder, build_s, active, sets, measured, left_out):
     element = 4 if case.dtype == "float32" else 2  # of rows
     weights = case.layers * case.F * case.H * 2
     moved = weights + case.layers * case.T * (case.H * element + 12 * case.top_k + 4)
-    product_s, memory_s = case.flop / roofs["bf16_tflops"] / 1e12, moved / roofs["copy_gb_per_s"] / 1e9
+    product_s, memory_s = (
+        case.flop / roofs["bf16_tflops"] / 1e12,
+        moved / roofs["copy_gb_per_s"] / 1e9,
+    )
     record = {
         "case": job.name,
         **dataclasses.asdict(case),
         "streamed": job.streamed,
+        "chunk_size": encoder.chunk_size,
         "threshold": THRESHOLD,
         "weight_sets": sets,
         "active_per_row": round(active, 1),
@@ -390,7 +457,10 @@ def one_line(error):
 
 def print_record(record):
     of = record["contenders"]
-    print(f"{record['case']}: {of[OURS]['ms']['median']:.3f} ms, host {of[OURS]['host_ms']:.3f} ms,", end=" ")
+    print(
+        f"{record['case']}: {of[OURS]['ms']['median']:.3f} ms, host {of[OURS]['host_ms']:.3f} ms,",
+        end=" ",
+    )
     print(f"{record['share_of_roof']:.0%} of the roof,", end=" ")
     if record["streamed"]:
         print(f"{record['share_of_pinned_copy']:.0%} of the pinned copy,", end=" ")
@@ -400,7 +470,10 @@ def print_record(record):
             print(f"; {name} {one['ms']['median'] / one['ours']['ms']['median']:.2f}", end="")
     for name, reason in record["left_out"].items():
         print(f"; no {name}: {reason}", end="")
-    print(flush=True)
+    print()
+    for name, (microseconds, launches) in of[OURS]["kernels"].items():
+        print(f"    {microseconds:9.1f} us x {launches:5.1f}  {name}")
+    print(end="", flush=True)
 
 
 class Run:
@@ -417,19 +490,33 @@ class Run:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="results file")
-    parser.add_argument("--seconds", type=float, default=240, help="cases that would begin too late are skipped")
-    parser.add_argument("--only", default="", help="cases whose names contain one of these texts, separated by commas")
-    parser.add_argument("--compile-seconds", type=float, default=COMPILE_S, help="for each torch.compile; 0: none")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results" / "gpu.json", help="results file"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="cases that would begin too late are skipped"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases whose names contain one of these texts, separated by commas",
+    )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=COMPILE_S, help="for each torch.compile; 0: none"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a dry run")
     parser.add_argument("--shrink", type=int, default=1, help="divide every size, for a dry run")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; --device cpu --shrink 64 tries the script without one")
+        raise SystemExit(
+            "torch sees no CUDA device; --device cpu --shrink 64 tries the script without one"
+        )
     clock = Cuda(device) if device.type == "cuda" else Cpu(device)
     run = Run(options)
-    jobs = [job for job in JOBS if any(part.strip() in job.name for part in options.only.split(","))]
+    jobs = [
+        job for job in JOBS if any(part.strip() in job.name for part in options.only.split(","))
+    ]
     machine = clock.describe() | {"torch": torch.__version__}
     report = {"machine": machine, "cases": [], "failed": {}, "skipped": []}
 

@@ -4,9 +4,12 @@
 #   benchmarks/gpu.sh [OUT_DIR [WHEEL_DIR]]      (OUT_DIR: out/gpu unless given; gets gpu.json and gpu.log)
 #
 # Needs nvcc and a python3 with a CUDA torch, cmake, ninja, pybind11, scikit-build-core and pytest; no network, and installs
-# nothing there. What else python3 lacks (nlohmann-json, hypothesis, pyyaml, ...) is taken from the wheels in WHEEL_DIR.
-#   PYTHON, TORCH_CUDA_ARCH_LIST, CUDA_HOME, SPARSE_TRANSCODER_JSON_INCLUDE   override what is found
+# nothing there. What else python3 lacks (nlohmann-json, hypothesis, pyyaml, ...) is taken from the wheels in WHEEL_DIR. With
+# pytest-xdist the tests run in WORKERS processes, except those that measure the device and need it alone.
+#   PYTHON, CUDAARCHS, CUDA_HOME, SPARSE_TRANSCODER_JSON_INCLUDE              override what is found
 #   LIMIT=470                                                                 seconds for everything
+#   WORKERS=8                                                                 processes that test at once
+#   REST=30                                                                   seconds for tests that need no GPU
 # Exit status 1 when a stage failed; the table at the end names it.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -88,12 +91,12 @@ for folder in "${CUDA_HOME:-}" "${compiler%/bin/nvcc}" /usr/local/cuda /usr/loca
   [[ -x $folder/bin/nvcc && -f $folder/include/cuda_runtime.h ]] && toolkit=$folder && break
 done
 torch_folder=$(ask 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
-arch=${TORCH_CUDA_ARCH_LIST:-$(ask 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' || echo 9.0)}
-export CUDA_HOME=$toolkit TORCH_CUDA_ARCH_LIST=$arch PATH=${toolkit:+$toolkit/bin:}${python%/*}:$PATH
+arch=${CUDAARCHS:-$(ask 'import torch; print("%d%d" % torch.cuda.get_device_capability())' || echo 90)}
+export CUDA_HOME=$toolkit CUDAARCHS=$arch PATH=${toolkit:+$toolkit/bin:}${python%/*}:$PATH
 export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # The library and its CMake package find torch beside themselves; here it is elsewhere.
 export LD_LIBRARY_PATH=$torch_folder/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-export CMAKE_PREFIX_PATH=$torch_folder/share/cmake${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH} CUDA_PATH=$toolkit
+export CMAKE_PREFIX_PATH=$torch_folder/share/cmake${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH}
 export python wheels site work toolkit torch_folder
 
 # shellcheck disable=SC2329  # called through bash -c below
@@ -104,18 +107,9 @@ build() {
   [[ -x $toolkit/bin/nvcc ]] || { echo "nvcc is not here: set CUDA_HOME"; exit 1; }
   pip=("$python" -m pip install -q --no-index --no-deps --no-cache-dir --disable-pip-version-check --upgrade --target "$site")
   [[ -z $wheels ]] || "${pip[@]}" "$wheels"/*.whl
-  defines=(-Ccmake.define.CUDA_TOOLKIT_ROOT_DIR="$toolkit" -Ccmake.define.CMAKE_CUDA_COMPILER="$toolkit/bin/nvcc")
-  # A torch from a package index brings parts of CUDA that the toolkit may lack.
-  for parts in "$torch_folder"/../nvidia/cu[0-9]*; do
-    [[ -d $parts/include ]] && export CPATH=$parts/include${CPATH:+:$CPATH}
-    nvrtc=$(find "$parts/lib" -name 'libnvrtc.so.*' 2>/dev/null | head -n 1)
-    [[ -n $nvrtc ]] && defines+=(-Ccmake.define.CUDA_nvrtc_LIBRARY="$nvrtc")
-  done
+  defines=(-Ccmake.define.SPARSE_TRANSCODER_CUDA=ON)
   if [[ -n ${SPARSE_TRANSCODER_JSON_INCLUDE:-} ]]; then
     defines+=(-Ccmake.define.SPARSE_TRANSCODER_JSON_INCLUDE="$SPARSE_TRANSCODER_JSON_INCLUDE")
-  elif ! "$python" -c 'import nlohmann_json' 2>/dev/null; then
-    echo "nlohmann-json is not here: put its wheel into WHEEL_DIR, or its folder into SPARSE_TRANSCODER_JSON_INCLUDE"
-    exit 1
   fi
   "${pip[@]}" --no-build-isolation -Cbuild-dir="$work/build" "${defines[@]}" .
   "$python" - <<'PY'
@@ -123,7 +117,7 @@ import pathlib, sys
 
 import sparse_transcoder, torch
 
-library = pathlib.Path(sparse_transcoder.__file__).parent / "lib" / "libsparse_transcoder.so"
+library = pathlib.Path(sparse_transcoder.cmake_prefix_path) / "lib" / "libsparse_transcoder.so"
 if b".nv_fatbin" not in library.read_bytes():
     sys.exit(f"{library} holds no CUDA code")
 print(f"built for torch {torch.__version__}: {library.stat().st_size >> 10} KiB")
@@ -158,6 +152,10 @@ for pass in 1 2; do
 done
 export ST_REQUIRE_CUDA=1
 test_run=("$python" -m pytest -p no:cacheprovider -rf)
+parallel_run=()
+if ask 'import xdist'; then
+  parallel_run=(env OMP_NUM_THREADS=2 "${test_run[@]}" -n "${WORKERS:-8}" --dist worksteal)
+fi
 
 # The sanitizers begin: they are slow, and run beside the tests. Ours are the kernels of the namespace sparse_transcoder.
 
@@ -182,11 +180,16 @@ for tool in memcheck racecheck; do
   sanitizing[$tool]="$limit $SECONDS"
 done
 
-begun=$SECONDS
-built "GPU tests" "$(least 200 $(($(left) - 150)))" "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
-rest=$(least $((200 - SECONDS + begun)) $(($(left) - 230)))
+if ((${#parallel_run[@]})); then
+  built "GPU tests" "$(least 120 $(($(left) - 150)))" "${parallel_run[@]}" --maxfail=60 --durations=10 -m "gpu and not alone" "${files[@]}"
+  built "GPU tests, alone" "$(least 60 $(($(left) - 120)))" "${test_run[@]}" --durations=5 -m "gpu and alone" "${files[@]}"
+else
+  parallel_run=("${test_run[@]}")
+  built "GPU tests" "$(least 200 $(($(left) - 150)))" "${test_run[@]}" --maxfail=60 --durations=10 -m gpu "${files[@]}"
+fi
+rest=$(least "${REST:-30}" $(($(left) - 90)))
 optional=1
-built "other tests" "$rest" "${test_run[@]}" --maxfail=20 -m "not gpu" "${files[@]}"
+built "other tests" "$rest" "${parallel_run[@]}" --maxfail=20 -m "not gpu" "${files[@]}"
 optional=0
 
 # The sanitizers end.

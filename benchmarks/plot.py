@@ -35,7 +35,9 @@ def series(results, shape, baseline):
         of = record["contenders"]
         plain = record["kind"] == "planted" and record["dtype"] == "float32" and baseline in of
         if plain and (record["H"], record["F"]) == shape:
-            found[record["T"]] = of[baseline]["ms"]["median"] / of["sparse_transcoder"]["ms"]["median"]
+            found[record["T"]] = (
+                of[baseline]["ms"]["median"] / of["sparse_transcoder"]["ms"]["median"]
+            )
     return sorted(found.items())
 
 
@@ -57,7 +59,9 @@ def draw_panel(title, lines, left, most_rows):
         )
     y = place(1, 1)[1]
     svg.append(f'<path class="equal" d="M{left + LEFT} {y}H{right}"/>')
-    svg.append(f'<text class="small" x="{right}" y="{float(y) - 5:.1f}" text-anchor="end">equally fast</text>')
+    svg.append(
+        f'<text class="small" x="{right}" y="{float(y) - 5:.1f}" text-anchor="end">equally fast</text>'
+    )
     for rows in (1, 4, 16, 64, 256, 1024):
         if rows <= most_rows:
             svg.append(
@@ -69,21 +73,33 @@ def draw_panel(title, lines, left, most_rows):
     for name, line in zip("abc", lines, strict=True):
         points = [place(*point) for point in line]
         svg.append(
-            f'<path class="line {name}" d="M{"L".join(" ".join(point) for point in points)}"/>' if points else ""
+            f'<path class="line {name}" d="M{"L".join(" ".join(point) for point in points)}"/>'
+            if points
+            else ""
         )
         svg += [f'<circle class="{name}" r="3" cx="{x}" cy="{y}"/>' for x, y in points]
     return svg
 
 
 def draw(results):
-    lines = {baseline: [series(results, shape, baseline) for shape in SHAPES] for baseline in PANELS}
-    most_rows = max([rows for panel in lines.values() for line in panel for rows, _ in line], default=2)
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(PANELS)} {HEIGHT}" role="img">']
-    svg += ["<title>Times faster than two dense pipelines, over the rows a call, for three shapes</title>"]
+    lines = {
+        baseline: [series(results, shape, baseline) for shape in SHAPES] for baseline in PANELS
+    }
+    most_rows = max(
+        [rows for panel in lines.values() for line in panel for rows, _ in line], default=2
+    )
+    svg = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(PANELS)} {HEIGHT}" role="img">'
+    ]
+    svg += [
+        "<title>Times faster than two dense pipelines, over the rows a call, for three shapes</title>"
+    ]
     svg += [f"<style>{STYLE}</style>"]
     for i, (name, (H, F)) in enumerate(zip("abc", SHAPES, strict=True)):
         x = LEFT + 190 * i
-        svg.append(f'<path class="line {name}" d="M{x} 24h26"/><circle class="{name}" r="3" cx="{x + 13}" cy="24"/>')
+        svg.append(
+            f'<path class="line {name}" d="M{x} 24h26"/><circle class="{name}" r="3" cx="{x + 13}" cy="24"/>'
+        )
         svg.append(f'<text x="{x + 34}" y="28">H {H}, F {F}</text>')
     for i, (baseline, title) in enumerate(PANELS.items()):
         svg += draw_panel(title, lines[baseline], i * WIDTH, most_rows)

@@ -1,22 +1,24 @@
-"""Print what README.md and docs/screening.md say in numbers, from the benchmark's results; --write puts it there.
+"""Write the benchmarks' numbers into the documents: every table there is made here, no sentence is.
 
-python benchmarks/table.py [--write] [RESULTS]
+    python benchmarks/table.py          # prints the tables
+    python benchmarks/table.py --write  # puts them into README.md and docs/performance.md
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Its numbers come from
+benchmarks/results.
 """
 
 import argparse
 import itertools
 import json
 import re
-import textwrap
 from pathlib import Path
 
-from inputs import ACTIVE, KINDS
 from plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-CROSSOVERS = ROOT / "benchmarks" / "results" / "crossovers.json"
-README, DOCS, PLOT = ROOT / "README.md", ROOT / "docs" / "screening.md", ROOT / "docs" / "speed.svg"
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+PLOT = ROOT / "docs" / "speed.svg"
 OURS = "sparse_transcoder"
 BASELINES = [
     "reference fp32",
@@ -27,11 +29,23 @@ BASELINES = [
     "sparsify",
     "circuit-tracer",
 ]
+GPU_BASELINES = ["product bf16", "linear+topk bf16", "reference bf16", "reference fp32"]
 MIB = 1 << 20
+# README's rows: (case, what a reader calls it).
+SHORT = {
+    "256 x 2048 x 16384 planted": "256 tokens, 16,384 features",
+    "2048 x 2048 x 16384 planted": "2,048 tokens, 16,384 features",
+    "256 x 5120 x 40960 planted": "256 tokens, 40,960 features",
+    "1 x 5120 x 40960 planted": "1 token, 40,960 features",
+    "23 layers: 8 x 2048 x 16384 planted": "8 tokens, 23 layers of 16,384 features",
+    "2 layers: 8192 x 576 x 2304 real": "8,192 tokens of a real model, 2 layers of 2,304",
+}
 
 
 def markdown(titles, lines):
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *lines])
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *lines]
+    )
 
 
 def median(record, name=OURS):
@@ -49,7 +63,10 @@ def speeds(results):
         if record["brief"]:
             continue
         ours = median(record)
-        ratios = [number(median(record, name) / ours) if name in record["contenders"] else "" for name in BASELINES]
+        ratios = [
+            number(median(record, name) / ours) if name in record["contenders"] else ""
+            for name in BASELINES
+        ]
         lines.append([record["case"], number(ours), *ratios])
     return markdown(["case", "ours, ms", *BASELINES], lines)
 
@@ -63,10 +80,18 @@ def survivors(results):
             continue
         pairs = of["pairs_int8"] + of["pairs_int16"] + of["pairs_float32"]
         let_through = of["survivors"] / of["pairs_int8"] * of["features"]
-        counts = [record["active_per_row"], let_through, of["rescored"] / of["rows"], of["ambiguous"] / of["rows"]]
+        counts = [
+            record["active_per_row"],
+            let_through,
+            of["rescored"] / of["rows"],
+            of["ambiguous"] / of["rows"],
+        ]
         cells = [number(count) for count in counts]
         lines.append([record["case"], cells[0], f"{of['pairs_int8'] / pairs:.0%}", *cells[1:]])
-    return markdown(["case", "active", "screened in int8", "survive int8", "computed exactly", "ambiguous"], lines)
+    return markdown(
+        ["case", "active", "screened in int8", "survive int8", "computed exactly", "ambiguous"],
+        lines,
+    )
 
 
 def screens(results):
@@ -97,12 +122,14 @@ def grid(title, records, row, column, ratio, columns):
     lines = {}
     for record in records:
         lines.setdefault(row(record), {})[column(record)] = ratio(record["ms"])
-    cells = [[name, *(number(of[c]) if c in of else "" for c in columns)] for name, of in lines.items()]
+    cells = [
+        [name, *(number(of[c]) if c in of else "" for c in columns)] for name, of in lines.items()
+    ]
     return markdown([title, *columns], cells)
 
 
 def shares(crossovers):
-    """int8 over the dense screen, by the share of pairs that survives int8; and where they are equal."""
+    """int8 over the dense screen, by the share of pairs that survives, and where they are equal."""
     records = crossovers["dense"]
 
     def name(record):
@@ -112,7 +139,14 @@ def shares(crossovers):
         return f"{record['survive']:.0%}"
 
     columns = list(dict.fromkeys(map(share, records)))
-    table = grid("int8 over the dense screen", records, name, share, lambda ms: ms["int8"] / ms["dense"], columns)
+    table = grid(
+        "int8 over the dense screen",
+        records,
+        name,
+        share,
+        lambda ms: ms["int8"] / ms["dense"],
+        columns,
+    )
     lines = table.split("\n")
     for i, line in enumerate(lines):
         of = [r for r in records if line.startswith(f"| {name(r)} |")]
@@ -122,7 +156,10 @@ def shares(crossovers):
 
 def equal_at(records):
     """The share at which a straight line between two of the records has both times equal."""
-    points = [(r["survive"], r["ms"]["int8"] / r["ms"]["dense"]) for r in sorted(records, key=lambda r: r["survive"])]
+    points = [
+        (r["survive"], r["ms"]["int8"] / r["ms"]["dense"])
+        for r in sorted(records, key=lambda r: r["survive"])
+    ]
     for (low, before), (high, after) in itertools.pairwise(points):
         if before <= 1 < after:
             return low + (high - low) * (1 - before) / (after - before)
@@ -152,77 +189,133 @@ def rows(crossovers):
 
 def adverse(crossovers):
     lines = [
-        [r["case"], number(r["ms"]["auto"]), number(r["ms"]["off"]), number(r["ms"]["auto"] / r["ms"]["off"])]
+        [
+            r["case"],
+            number(r["ms"]["auto"]),
+            number(r["ms"]["off"]),
+            number(r["ms"]["auto"] / r["ms"]["off"]),
+        ]
         for r in crossovers["adverse"]
     ]
     return markdown(["rows or weights", '"auto", ms', '"off", ms', "auto over off"], lines)
 
 
-def find(results, **fields):
-    """The first case with these fields, or None."""
-    return next((r for r in results["cases"] if all(r[key] == value for key, value in fields.items())), None)
+def short(results):
+    """README's table: a few cases, two baselines."""
+    records = {record["case"]: record for record in results["cases"]}
+    names = ["reference fp32", "linear+topk bf16"]
+    lines = []
+    for case, title in SHORT.items():
+        ours = median(records[case])
+        ratios = [number(median(records[case], name) / ours) for name in names]
+        lines.append([title, *ratios])
+    return markdown(["", "reference pipeline, float32", "linear + topk, bfloat16"], lines)
 
 
-def measured(results):
-    """README's section: from its title to the next."""
-    machine, first = results["machine"], results["cases"][0]
-    dense = find(results, kind="dense")["active_per_row"]
-    versions = [f"{name} {machine[name]}" for name in ("torch", "eai-sparsify", "circuit-tracer") if name in machine]
-    decode = max((r for r in results["cases"] if r["T"] == 1), key=lambda r: (r["dtype"] == "float32", r["layers"]))
-    int8 = max(r.get("int8_gops", 0) for r in results["cases"])
-    copies = first["memory"]["screening_bytes"] / (first["F"] * first["H"] * first["layers"])
+def machine(results):
+    """What the numbers were measured on, and what it can do."""
+    of, first = results["machine"], results["cases"][0]
     long = max(results["cases"], key=lambda r: r["T"])
-    extra = {name: (long["contenders"][name]["extra_bytes"] or 0) / MIB for name in (OURS, "reference fp32")}
-    before = [
-        "Times faster than each baseline in the same run: the other's median over ours, results checked for equality first.",
-        f"float32 weights and rows, top_k {first['top_k']} (real: 32), {ACTIVE} active features a row (dense: {dense:.0f}),",
-        'unless it says otherwise. "Product" is the bare `h @ W.T`, which finds no feature; bf16 baselines multiply bfloat16',
-        "copies and are not exact. T x H x F:",
+    extra = {n: (long["contenders"][n]["extra_bytes"] or 0) / MIB for n in (OURS, "reference fp32")}
+    copies = first["memory"]["screening_bytes"] / (first["F"] * first["H"] * first["layers"])
+    lines = [
+        ["processor", of["cpu"]],
+        ["cores, threads", f"{of['cores']}, {of['threads']}"],
+        ["instruction sets", " ".join(of["flags"])],
+        ["torch", of["torch"]],
+        ["eai-sparsify", of.get("eai-sparsify", "")],
+        ["circuit-tracer", of.get("circuit-tracer", "")],
+        ["torch's float32 product, GFLOP/s", number(of["product_fp32_gflops"])],
+        ["torch's bfloat16 product, GFLOP/s", number(of["product_bf16_gflops"])],
+        ["int8 screen, GOP/s", str(max(r.get("int8_gops", 0) for r in results["cases"]))],
+        ["reads from memory, GB/s", str(of["read_gb_per_s"])],
+        [f"seconds to build {first['F']} x {first['H']}", f"{first['build_s']:.2f}"],
+        ["bytes of copies per weight", f"{copies:.1f}"],
+        [f"MiB beyond input and result: {long['case']}", number(extra[OURS])],
+        ["the same, reference pipeline in chunks", number(extra["reference fp32"])],
     ]
-    after = [
-        f"From `benchmarks/results/cpu.json`, which `make bench` makes: {machine['cpu']}, {machine['cores']} cores,",
-        f"{' '.join(machine['flags'])}; {', '.join(versions)}. There torch's own products reach",
-        f"{machine['product_fp32_gflops']:.0f} GFLOP/s in float32 and {machine['product_bf16_gflops']:.0f} in bfloat16, the int8",
-        f"screen {int8} GOP/s; at one row a layer the int8 weights are read at {decode['int8_gb_per_s']} of",
-        f"{machine['read_gb_per_s']} GB/s. Ratios carry over to machines of its kind, times do not. An encoder of",
-        f"{first['F']} x {first['H']} is built in {first['build_s']:.2f} s; its copies take {copies:.1f} bytes a weight.",
-        f"The call on {long['T']:,} rows x {long['F']:,} features needs {extra[OURS]:.0f} MiB beyond weights, copies, input and",
-        f"result, the reference pipeline in chunks {extra['reference fp32']:.0f} MiB. [docs/screening.md](docs/screening.md)",
-        "derives why the results are exact and shows where the time goes.",
+    return markdown(["", "value"], lines)
+
+
+def gpu(results):
+    """How many times faster than each baseline on the card, and the share of its roof."""
+    lines = []
+    for record in results["cases"]:
+        of = record["contenders"]
+        ours = of[OURS]["ms"]["median"]
+        ratios = [
+            number(of[name]["ms"]["median"] / of[name]["ours"]["ms"]["median"])
+            if name in of
+            else ""
+            for name in GPU_BASELINES
+        ]
+        share = record.get("share_of_pinned_copy", record["share_of_roof"])
+        lines.append([record["case"], f"{ours:.3f}", f"{share:.0%}", *ratios])
+    return markdown(["case", "ours, ms", "share of the roof", *GPU_BASELINES], lines)
+
+
+def gpu_machine(results):
+    of = results["machine"]
+    lines = [
+        ["card", of["card"]],
+        ["torch", of["torch"]],
+        ["bfloat16 product 8192, TFLOP/s", str(of["bf16_tflops"])],
+        ["copy on the card, read + written, GB/s", str(of["copy_gb_per_s"])],
+        ["copy from pinned host memory, GB/s", str(of["pinned_gb_per_s"])],
     ]
-    paragraphs = [fill(before), speeds(results), "![Times faster over the number of rows](docs/speed.svg)", fill(after)]
-    return "\n\n".join(["## Measured", *paragraphs, ""])
+    return markdown(["", "value"], lines)
 
 
-def fill(parts):
-    return textwrap.fill(" ".join(parts), 130, break_long_words=False, break_on_hyphens=False)
+def tables():
+    """{name: table} of every table in the documents."""
+    read = {
+        name: json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("cpu", "crossovers", "gpu")
+    }
+    cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
+    return {
+        "short": short(cpu),
+        "machine": machine(cpu),
+        "speeds": speeds(cpu),
+        "survivors": survivors(cpu),
+        "screens": screens(cpu),
+        "phases": phases(cpu),
+        "shares": shares(crossovers),
+        "planes": planes(crossovers),
+        "rows": rows(crossovers),
+        "adverse": adverse(crossovers),
+        "gpu": gpu(card),
+        "gpu_machine": gpu_machine(card),
+    }
 
 
-def written(results, crossovers):
-    """{path: its text with the results' numbers}"""
-    readme = re.sub(r"(?ms)^## Measured\n.*?(?=^## )", lambda _: measured(results), README.read_text())
-    docs = DOCS.read_text()
-    tables = [survivors(results), screens(results), phases(results)]
-    for made in [*tables, *(table(crossovers) for table in (shares, planes, rows, adverse))]:
-        title = re.escape(made.split("\n", 1)[0])
-        docs, found = re.subn(rf"(?m)^{title}\n(\|.*\n?)+", lambda _, made=made: made + "\n", docs)
-        if found != 1:
-            raise SystemExit(f"{DOCS.name} must have one table that begins with {made.splitlines()[0]}")
-    return {README: readme, DOCS: docs, PLOT: draw(results)}
+def written():
+    """{path: its text with the results' tables}"""
+    made = tables()
+    texts, used = {}, set()
+
+    def put(match):
+        used.add(match[1])
+        return f"<!-- table: {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
+
+    for path in DOCUMENTS:
+        pattern = r"(?s)<!-- table: (\w+) -->.*?<!-- end -->"
+        texts[path] = re.sub(pattern, put, path.read_text())
+    if used != made.keys():
+        missing = ", ".join(sorted(made.keys() - used))
+        raise SystemExit(f"no document has a place for the tables {missing}")
+    texts[PLOT] = draw(json.loads((RESULTS / "cpu.json").read_text()))
+    return texts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/, with the plot")
-    parser.add_argument("results", nargs="?", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    results = json.loads(options.results.read_text())
-    if options.write:
-        for path, text in written(results, json.loads(CROSSOVERS.read_text())).items():
+    parser.add_argument("--write", action="store_true", help="into the documents, with the plot")
+    if parser.parse_args().write:
+        for path, text in written().items():
             path.write_text(text)
-        return
-    print("\n\n".join([measured(results), survivors(results), screens(results), phases(results)]))
-    print("\n" + "\n".join(f"{kind}: {what}" for kind, what in KINDS.items()))
+    else:
+        print("\n\n".join(tables().values()))
 
 
 if __name__ == "__main__":

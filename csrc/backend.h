@@ -1,35 +1,58 @@
-// The encode path: what one call asks for, and one implementation a device.
+// The seam between the engine and its devices: what a call asks of a backend, and what a backend
+// does. Neither side knows the other's types.
 #pragma once
 
+#include <sparse_transcoder/features.h>
+#include <sparse_transcoder/options.h>
+
+#include <algorithm>
+#include <memory>
 #include <vector>
 
-#include "cpu/thread_pool.h"
-#include "cpu/workspace.h"
 #include "layer.h"
 
 namespace sparse_transcoder {
 
-// One layer's rows and where their results go. hidden is [B, T, H], any strides; outputs are
-// contiguous over the B * T rows.
+// One layer's rows and where their results go.
 struct Request {
   const Layer* layer;
-  at::Tensor hidden;
-  Features out;
+  at::Tensor hidden;  // [B, T, H], any strides
+  int64_t k_out = 0;  // ranks per row in the output
+  Features out = {};  // contiguous over the B * T rows; undefined where none is asked for
 
-  int64_t rows() const { return hidden.size(0) * hidden.size(1); }
+  int64_t row_count() const { return hidden.size(0) * hidden.size(1); }
+  // Ranks that features may fill.
+  int64_t k_filled() const { return std::min(k_out, layer->max_active); }
 };
 
-struct CudaDevice;
-// Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
-SparseFeatures encode_sparse_cuda(const Request& request, const Options& options,
-                                  const CudaDevice& device);
+// Ranks per row that the options ask for.
+inline int64_t k_out(const Layer& layer, const Options& options) {
+  if (options.top_k != Options::layer_k) return std::min(options.top_k, layer.features);
+  TORCH_CHECK_VALUE(layer.declared.k, layer.name(),
+                    ": top_k=None takes k from the checkpoint, which declares none");
+  return std::min(*layer.declared.k, layer.features);
+}
 
-// Rows a CPU call works on at a time, and its buffers.
-Plan plan_cpu(const std::vector<const Layer*>& layers, const Options& options);
-SparseFeatures encode_sparse_cpu(const Request& request, const Workspace& workspace,
-                                 Lanes& workers);
-void encode_cpu(const std::vector<Request>& requests, const Workspace& workspace, Lanes& workers);
-void explain_cpu(const Request& request, Workspace& workspace, Lanes& workers,
-                 Explanation& explanation);
+// The layers of an engine on one device. Methods may be called from many threads at once.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // Layers run concurrently, and each is one of this backend's. On CUDA the caller's current stream
+  // waits for the results and the host does not.
+  virtual void encode(const std::vector<Request>& requests) const = 0;
+  // Every active feature; request.k_out and request.out are not used.
+  virtual SparseFeatures encode_sparse(const Request& request) const = 0;
+  // Encodes and tells how.
+  virtual Explanation explain(const Request& request) const = 0;
+  // Bytes that the backend itself holds. weight_bytes: its copies of encoders.
+  virtual Memory memory() const = 0;
+};
+
+// The layers outlive the backend.
+std::unique_ptr<Backend> make_cpu_backend(const std::vector<const Layer*>& layers,
+                                          const Options& options);
+std::unique_ptr<Backend> make_cuda_backend(const std::vector<const Layer*>& layers,
+                                           const Options& options, at::Device device);
 
 }  // namespace sparse_transcoder

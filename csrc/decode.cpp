@@ -11,7 +11,7 @@ constexpr int64_t gathered_bytes = 32 << 20;  // decoder columns gathered at a t
 
 at::Tensor decode_rows(const Layer& layer, const SparseFeatures& features, const at::Tensor& x) {
   const std::string who = "layer " + std::to_string(layer.id);
-  const LayerWeights& weights = layer.weights;
+  const LayerWeights& weights = layer.declared;
   TORCH_CHECK_VALUE(weights.W_dec.defined(), who,
                     ": decode needs W_dec, which the checkpoint does not have");
   TORCH_CHECK_VALUE(!weights.W_skip.defined() || x.defined(), who,

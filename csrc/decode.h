@@ -1,6 +1,8 @@
 // Reconstruction from sparse features, on any device.
 #pragma once
 
+#include <sparse_transcoder/features.h>
+
 #include "layer.h"
 
 namespace sparse_transcoder {

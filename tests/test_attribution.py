@@ -1,4 +1,4 @@
-"""extract_attribution_features against a slow collection of all kept slots."""
+"""extract_attribution_features against a slow collection of all kept features."""
 
 import math
 
@@ -26,15 +26,16 @@ def build(layers, device, top_k=5, tau=0.5):
 
 
 def strongest(encoder, hidden_states, top_k_global):
-    """[(layer, batch, position, feature, activation)], strongest first, then by layer, batch, position, feature."""
+    """[(layer, batch, position, feature, activation)], strongest first, else in this order."""
     found = []
     for layer, hidden in hidden_states.items():
         result = encoder.encode_layer(layer, hidden if hidden.dim() == 3 else hidden[None])
         for batch, rows in enumerate(result["activations"].tolist()):
             for position, values in enumerate(rows):
-                for slot, value in enumerate(values):
+                for rank, value in enumerate(values):
                     if value > 0:
-                        found.append((layer, batch, position, int(result["indices"][batch, position, slot]), value))
+                        index = int(result["indices"][batch, position, rank])
+                        found.append((layer, batch, position, index, value))
     found.sort(key=lambda f: (-f[4], f[0], f[1], f[2], f[3]))
     return found[:top_k_global]
 
@@ -42,7 +43,9 @@ def strongest(encoder, hidden_states, top_k_global):
 def check(encoder, hidden_states, top_k_global):
     got = encoder.extract_attribution_features(hidden_states, top_k_global=top_k_global)
     want = strongest(encoder, hidden_states, top_k_global)
-    assert [(int(f["layer"]), f["batch_idx"], f["ctx_idx"], f["feature"], f["activation"]) for f in got] == want
+    assert [
+        (int(f["layer"]), f["batch_idx"], f["ctx_idx"], f["feature"], f["activation"]) for f in got
+    ] == want
     several = any(hidden.dim() == 3 and hidden.shape[0] > 1 for hidden in hidden_states.values())
     for f in got:
         assert {name: type(value) for name, value in f.items()} == TYPES
@@ -71,17 +74,32 @@ def test_strongest_first(device, lead, top_k_global):
 
 @pytest.mark.parametrize("top_k_global", [1, 7, 40, 200, 5000])
 def test_ties(device, top_k_global):
-    """Whole numbers: most strengths occur many times, in several layers, rows and positions; layer 10 comes after 9."""
-    layers = {i: {"W_enc": integers(50, 6, seed=i), "b_enc": integers(50, seed=i + 1)} for i in (10, 2, 9)}
+    """Whole numbers: most strengths occur many times, everywhere. Layer 10 comes after 9."""
+    layers = {
+        i: {"W_enc": integers(50, 6, seed=i), "b_enc": integers(50, seed=i + 1)} for i in (10, 2, 9)
+    }
     hidden = {i: integers(3, 8, 6, seed=20) for i in layers}
-    got = check(build(layers, device, 12, 1.0), {i: rows.to(device) for i, rows in hidden.items()}, top_k_global)
+    got = check(
+        build(layers, device, 12, 1.0),
+        {i: rows.to(device) for i, rows in hidden.items()},
+        top_k_global,
+    )
     assert len(got) == min(top_k_global, len(got)) and got
 
 
 def test_only_each_positions_top_k(device):
     layers = {0: {"W_enc": torch.ones(30, 4), "b_enc": torch.zeros(30)}}
-    got = check(build(layers, device, 3), {0: torch.tensor([[1.0] * 4, [9.0] * 4], device=device)}, 100)
-    assert [(f["ctx_idx"], f["feature"]) for f in got] == [(1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (0, 2)]
+    got = check(
+        build(layers, device, 3), {0: torch.tensor([[1.0] * 4, [9.0] * 4], device=device)}, 100
+    )
+    assert [(f["ctx_idx"], f["feature"]) for f in got] == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (0, 0),
+        (0, 1),
+        (0, 2),
+    ]
 
 
 def test_silence_and_bad_rows_are_no_features(device):
@@ -91,7 +109,10 @@ def test_silence_and_bad_rows_are_no_features(device):
     hidden[1, 2, 3] = math.nan
     got = check(build(layers, device, 5, 0.7), {0: hidden.to(device)}, 1000)
     assert {(f["batch_idx"], f["ctx_idx"]) for f in got} == {(1, 0), (1, 1), (1, 3), (1, 4)}
-    assert build(layers, device, 5, 1e9).extract_attribution_features({0: hidden[1:, :2].to(device)}) == []
+    assert (
+        build(layers, device, 5, 1e9).extract_attribution_features({0: hidden[1:, :2].to(device)})
+        == []
+    )
 
 
 def test_default_is_a_hundred(device):

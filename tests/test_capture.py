@@ -1,16 +1,21 @@
-"""Hidden states from Hugging Face models: right place, right positions, the same bits for any batch and padding."""
+"""Hidden states from Hugging Face models: right place, right positions, the same bits for any
+batch and padding."""
 
 import warnings
 
 import pytest
 import torch
+import transformers
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, capture
-
-transformers = pytest.importorskip("transformers")
 
 VOCAB, H, LAYERS = 97, 32, 3
 SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-WIDE = SHAPE | {"hidden_size": H, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+WIDE = SHAPE | {
+    "hidden_size": H,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}
 GROUPED = WIDE | {"num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -23,15 +28,21 @@ def gemma2():
 
 
 def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE, n_embd=H, n_layer=LAYERS, n_head=4))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**SHAPE, n_embd=H, n_layer=LAYERS, n_head=4)
+    )
 
 
 def gpt_neox():
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=False))
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=False)
+    )
 
 
 def gpt_neox_parallel():
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=True))
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**WIDE, use_parallel_residual=True)
+    )
 
 
 MODELS = [llama, gemma2, gpt2, gpt_neox]
@@ -44,7 +55,8 @@ NORMS = {
 
 
 def made(family):
-    """A small model with all weights away from their starting values, so that no place equals another by chance."""
+    """A small model with all weights away from their starting values, so that no place equals
+    another by chance."""
     torch.manual_seed(0)
     model = family().eval()
     with torch.no_grad():
@@ -64,7 +76,10 @@ def prompts(*lengths, seed=1):
 
 def padded(rows, side):
     width = max(map(len, rows)) + 2
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    ids, mask = (
+        torch.zeros(len(rows), width, dtype=torch.int64),
+        torch.zeros(len(rows), width, dtype=torch.int64),
+    )
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, place], mask[i, place] = row, 1
@@ -75,15 +90,28 @@ def padded(rows, side):
 def test_residual_stream_adds_up(family):
     model = made(family)
     ids = torch.stack(prompts(7, 7))
-    names = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "mlp.hook_in", "mlp.hook_out")
+    names = (
+        "hook_resid_pre",
+        "hook_resid_mid",
+        "hook_resid_post",
+        "hook_mlp_out",
+        "mlp.hook_in",
+        "mlp.hook_out",
+    )
     at = {hook: capture(model, ids, range(LAYERS), hook).hidden for hook in names}
     for layer in range(LAYERS):
         block = blocks(model)[layer]
         assert at["mlp.hook_in"][layer].shape == (14, H)
-        assert torch.equal(at["hook_resid_mid"][layer] + at["hook_mlp_out"][layer], at["hook_resid_post"][layer])
+        assert torch.equal(
+            at["hook_resid_mid"][layer] + at["hook_mlp_out"][layer], at["hook_resid_post"][layer]
+        )
         with torch.no_grad():
-            torch.testing.assert_close(NORMS[family](block)(at["hook_resid_mid"][layer]), at["mlp.hook_in"][layer])
-            torch.testing.assert_close(block.mlp(at["mlp.hook_in"][layer]), at["mlp.hook_out"][layer])
+            torch.testing.assert_close(
+                NORMS[family](block)(at["hook_resid_mid"][layer]), at["mlp.hook_in"][layer]
+            )
+            torch.testing.assert_close(
+                block.mlp(at["mlp.hook_in"][layer]), at["mlp.hook_out"][layer]
+            )
         if layer:
             assert torch.equal(at["hook_resid_post"][layer - 1], at["hook_resid_pre"][layer])
     assert torch.equal(at["hook_mlp_out"][1], at["mlp.hook_out"][1]) == (family is not gemma2)
@@ -100,17 +128,24 @@ def test_whole_model_agrees(family):
         torch.testing.assert_close(hidden[layer], states[layer][0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "norm"), [(gpt2, "transformer.h.1.ln_2"), (gpt_neox, "layers.1.post_attention_layernorm")])
+@pytest.mark.parametrize(
+    ("family", "norm"),
+    [(gpt2, "transformer.h.1.ln_2"), (gpt_neox, "layers.1.post_attention_layernorm")],
+)
 def test_layer_norm_is_named_by_what_is_meant(family, norm):
     model = made(family)
     ids = torch.stack(prompts(5))
-    with pytest.raises(ValueError, match=r"layer 1: .* is a LayerNorm, .* say \S+:output or \S+:normalized$"):
+    with pytest.raises(
+        ValueError, match=r"layer 1: .* is a LayerNorm, .* say \S+:output or \S+:normalized$"
+    ):
         capture(model, ids, [1], "ln2.hook_normalized")
     after = capture(model, ids, [1], f"{norm}:output").hidden[1]
     before = capture(model, ids, [1], f"{norm}:normalized").hidden[1]
     assert torch.equal(after, capture(model, ids, [1], "mlp.hook_in").hidden[1])
     middle = capture(model, ids, [1], "hook_resid_mid").hidden[1].double()
-    torch.testing.assert_close(before, torch.nn.functional.layer_norm(middle, (H,)).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        before, torch.nn.functional.layer_norm(middle, (H,)).float(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("family", "gain"), [(llama, lambda w: w), (gemma2, lambda w: 1 + w)])
@@ -120,7 +155,9 @@ def test_rms_norm_is_read_before_its_weight(family, gain):
     normalized = capture(model, ids, [1], "ln2.hook_normalized").hidden[1]
     mlp_in = capture(model, ids, [1], "mlp.hook_in").hidden[1]
     torch.testing.assert_close(normalized.pow(2).mean(-1), torch.ones(5), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(normalized * gain(NORMS[family](blocks(model)[1]).weight.detach()), mlp_in)
+    torch.testing.assert_close(
+        normalized * gain(NORMS[family](blocks(model)[1]).weight.detach()), mlp_in
+    )
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -142,7 +179,9 @@ def test_batch_at_once_is_close(family, side):
     model = made(family)
     inputs = padded(prompts(5, 1, 11, 5), side)
     exact, at_once = capture(model, inputs, [0, 2]), capture(model, inputs, [0, 2], exact=False)
-    assert torch.equal(exact.batch_idx, at_once.batch_idx) and torch.equal(exact.ctx_idx, at_once.ctx_idx)
+    assert torch.equal(exact.batch_idx, at_once.batch_idx) and torch.equal(
+        exact.ctx_idx, at_once.ctx_idx
+    )
     for layer in (0, 2):
         torch.testing.assert_close(exact.hidden[layer], at_once.hidden[layer], rtol=1e-4, atol=1e-4)
 
@@ -151,7 +190,9 @@ def test_batch_at_once_is_close(family, side):
 def test_masked_rows_and_holes(exact):
     model = made(llama)
     first, second = prompts(6, 4)
-    ids = torch.stack([first, torch.full((6,), 5), torch.cat([second[:2], torch.tensor([9, 9]), second[2:]])])
+    ids = torch.stack(
+        [first, torch.full((6,), 5), torch.cat([second[:2], torch.tensor([9, 9]), second[2:]])]
+    )
     mask = torch.tensor([[1] * 6, [0] * 6, [1, 1, 0, 0, 1, 1]])
     captured = capture(model, {"input_ids": ids, "attention_mask": mask}, [2], exact=exact)
     assert captured.batch_idx.tolist() == [0] * 6 + [2] * 4
@@ -205,10 +246,14 @@ def test_place_that_a_parallel_layer_lacks():
     model = made(gpt_neox_parallel)
     ids = torch.stack(prompts(5))
     assert capture(model, ids, [1]).hidden[1].shape == (5, H)
-    with pytest.raises(ValueError, match="layer 1: GPTNeoXForCausalLM has no hook_resid_mid: .* attention and MLP .* at once"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer 1: GPTNeoXForCausalLM has no hook_resid_mid: .* attention and MLP .* at once",
+    ):
         capture(model, ids, [1], "hook_resid_mid")
     pre, post, added = (
-        capture(model, ids, [1], hook).hidden[1] for hook in ("hook_resid_pre", "hook_resid_post", "hook_mlp_out")
+        capture(model, ids, [1], hook).hidden[1]
+        for hook in ("hook_resid_pre", "hook_resid_post", "hook_mlp_out")
     )
     attention = capture(model, ids, [1], "gpt_neox.layers.{l}.attention:output").hidden[1]
     torch.testing.assert_close(pre + attention + added, post)
@@ -220,13 +265,41 @@ IDS = torch.tensor([[3, 4]])
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"hook": "attn.hook_in"}, ValueError, r"layer 0: hook must be one of mlp.hook_in, .*, got 'attn.hook_in'"),
-        ({"hook": "blocks.1.mlp.hook_in"}, ValueError, "layer 0: hook must be a place of that layer, got 'blocks.1.mlp.hook_in'"),
-        ({"hook": "model.layers.1.mlp:input"}, ValueError, "layer 0: hook must be a place of that layer, .* is in layer 1"),
-        ({"hook": "model.layers.0.ffn:input"}, ValueError, "layer 0: LlamaForCausalLM has no module model.layers.0.ffn"),
-        ({"hook": "model.layers.0.mlp:normalized"}, ValueError, "layer 0: .*:normalized must be of an RMSNorm or LayerNorm"),
-        ({"hook": "model.embed_tokens:input"}, ValueError, "layer 0: model.embed_tokens:input must be a tensor, Embedding has none"),
-        ({"hook": {1: "mlp.hook_in"}}, ValueError, r"layer 0: hook must name a place for each layer, got \[1\]"),
+        (
+            {"hook": "attn.hook_in"},
+            ValueError,
+            r"layer 0: hook must be one of mlp.hook_in, .*, got 'attn.hook_in'",
+        ),
+        (
+            {"hook": "blocks.1.mlp.hook_in"},
+            ValueError,
+            "layer 0: hook must be a place of that layer, got 'blocks.1.mlp.hook_in'",
+        ),
+        (
+            {"hook": "model.layers.1.mlp:input"},
+            ValueError,
+            "layer 0: hook must be a place of that layer, .* is in layer 1",
+        ),
+        (
+            {"hook": "model.layers.0.ffn:input"},
+            ValueError,
+            "layer 0: LlamaForCausalLM has no module model.layers.0.ffn",
+        ),
+        (
+            {"hook": "model.layers.0.mlp:normalized"},
+            ValueError,
+            "layer 0: .*:normalized must be of an RMSNorm or LayerNorm",
+        ),
+        (
+            {"hook": "model.embed_tokens:input"},
+            ValueError,
+            "layer 0: model.embed_tokens:input must be a tensor, Embedding has none",
+        ),
+        (
+            {"hook": {1: "mlp.hook_in"}},
+            ValueError,
+            r"layer 0: hook must name a place for each layer, got \[1\]",
+        ),
         ({"hook": 3}, TypeError, "layer 0: hook must be a string, got int"),
         ({"layers": [3]}, ValueError, "layer 3: LlamaForCausalLM has layers 0 to 2"),
         ({"layers": [-1]}, ValueError, "layer -1: LlamaForCausalLM has layers 0 to 2"),
@@ -238,14 +311,38 @@ IDS = torch.tensor([[3, 4]])
             "attention_mask must be a torch.Tensor",
         ),
         ({"inputs": {"ids": IDS}}, ValueError, "inputs must hold input_ids, got ids"),
-        ({"inputs": {"input_ids": IDS.repeat(2, 1), "position_ids": IDS[:, :1].repeat(3, 1)}}, ValueError, "position_ids .* row for"),
+        (
+            {"inputs": {"input_ids": IDS.repeat(2, 1), "position_ids": IDS[:, :1].repeat(3, 1)}},
+            ValueError,
+            r"position_ids .* row for",
+        ),
         ({"inputs": IDS.float()}, TypeError, "input_ids must be integers, got torch.float32"),
-        ({"inputs": IDS[None]}, ValueError, r"input_ids must be \[B, T\] or \[T\], got \[1, 1, 2\]"),
-        ({"inputs": {"input_ids": IDS, "attention_mask": IDS[0]}}, ValueError, r"attention_mask must be \[1, 2\]"),
-        ({"inputs": {"input_ids": IDS, "attention_mask": IDS}}, ValueError, "attention_mask must be 0 and 1"),
-        ({"inputs": {"input_ids": IDS, "attention_mask": 0 * IDS}}, ValueError, "at least one token"),
+        (
+            {"inputs": IDS[None]},
+            ValueError,
+            r"input_ids must be \[B, T\] or \[T\], got \[1, 1, 2\]",
+        ),
+        (
+            {"inputs": {"input_ids": IDS, "attention_mask": IDS[0]}},
+            ValueError,
+            r"attention_mask must be \[1, 2\]",
+        ),
+        (
+            {"inputs": {"input_ids": IDS, "attention_mask": IDS}},
+            ValueError,
+            "attention_mask must be 0 and 1",
+        ),
+        (
+            {"inputs": {"input_ids": IDS, "attention_mask": 0 * IDS}},
+            ValueError,
+            "at least one token",
+        ),
         ({"inputs": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "at least one token"),
-        ({"model": torch.nn.Linear(2, 2)}, ValueError, "model must run on input_ids alone, Linear gives TypeError"),
+        (
+            {"model": torch.nn.Linear(2, 2)},
+            ValueError,
+            "model must run on input_ids alone, Linear gives TypeError",
+        ),
     ],
 )
 def test_errors(change, kind, message):
@@ -259,7 +356,9 @@ def encoder_for(hooks, **options):
     torch.manual_seed(3)
     return SparseTranscoderEncoder(
         {
-            layer: TranscoderWeights(torch.randn(256, H), torch.randn(256), layer=layer, hook_in=hook)
+            layer: TranscoderWeights(
+                torch.randn(256, H), torch.randn(256), layer=layer, hook_in=hook
+            )
             for layer, hook in hooks.items()
         },
         **({"top_k": 7, "activation_threshold": 0.1} | options),
@@ -279,7 +378,9 @@ def test_encode_model(side):
     for layer, hook in ((0, "mlp.hook_in"), (2, "hook_resid_mid")):
         result = encoded[layer]
         assert result["layer"] == layer
-        assert result["activations"].shape == (22, 7) and result["batch_idx"].shape == result["ctx_idx"].shape == (22,)
+        assert result["activations"].shape == (22, 7) and result["batch_idx"].shape == result[
+            "ctx_idx"
+        ].shape == (22,)
         for i, row in enumerate(rows):
             alone = encoder.encode_model(model, row, layers=[layer])[layer]
             direct = encoder.encode_layer(layer, capture(model, row, [layer], hook).hidden[layer])
@@ -304,7 +405,10 @@ def test_encode_model_batch_at_once_is_close():
     model = made(llama)
     inputs = padded(prompts(5, 11), "left")
     encoder = encoder_for({1: "mlp.hook_in"})
-    exact, at_once = encoder.encode_model(model, inputs)[1], encoder.encode_model(model, inputs, exact=False)[1]
+    exact, at_once = (
+        encoder.encode_model(model, inputs)[1],
+        encoder.encode_model(model, inputs, exact=False)[1],
+    )
     torch.testing.assert_close(exact["activations"], at_once["activations"], rtol=1e-4, atol=1e-4)
     assert torch.equal(exact["ctx_idx"], at_once["ctx_idx"])
 
@@ -313,14 +417,19 @@ def test_hook_given_and_recorded():
     model = made(llama)
     encoder = encoder_for({0: "blocks.0.mlp.hook_in", 1: ""})
     assert list(encoder.encode_model(model, IDS, hook="mlp.hook_in")) == [0, 1]
-    with pytest.warns(UserWarning, match="hook_resid_mid in layer 0, where the weights record blocks.0.mlp.hook_in") as told:
+    with pytest.warns(
+        UserWarning,
+        match="hook_resid_mid in layer 0, where the weights record blocks.0.mlp.hook_in",
+    ) as told:
         named = encoder.encode_model(model, IDS, hook="hook_resid_mid")
     assert len(told) == 1
     middle = capture(model, IDS, [0], "hook_resid_mid").hidden[0]
     assert torch.equal(named[0]["indices"], encoder.encode_layer(0, middle)["indices"])
     with pytest.raises(ValueError, match="layer 1: hook must be given, the weights record none"):
         encoder.encode_model(model, IDS)
-    with pytest.raises(KeyError, match="layer 2: there is no transcoder for it, only for layers 0, 1"):
+    with pytest.raises(
+        KeyError, match="layer 2: there is no transcoder for it, only for layers 0, 1"
+    ):
         encoder.encode_model(model, IDS, layers=[2])
     with pytest.raises(ValueError, match="layers must name at least one"):
         encoder.encode_model(model, IDS, layers=[])
@@ -351,8 +460,14 @@ def test_names_that_checkpoints_record(recorded, place):
 @pytest.mark.parametrize(
     ("recorded", "message"),
     [
-        ("model.layers.1.pre_feedforward_layernorm.output", "LlamaForCausalLM has no module model.layers.1.pre_feedforward_layernorm"),
-        ("resid_post_layer_2", "layer 1: hook must be a place of that layer, got 'resid_post_layer_2'"),
+        (
+            "model.layers.1.pre_feedforward_layernorm.output",
+            "LlamaForCausalLM has no module model.layers.1.pre_feedforward_layernorm",
+        ),
+        (
+            "resid_post_layer_2",
+            "layer 1: hook must be a place of that layer, got 'resid_post_layer_2'",
+        ),
         ("layers.2.mlp", "layer 1: hook must be a place of that layer, got 'layers.2.mlp'"),
         ("blocks.1.attn.hook_z", "layer 1: hook must be one of .*, got 'blocks.1.attn.hook_z'"),
     ],
@@ -370,7 +485,9 @@ def test_a_copy_is_kept_where_the_model_changes_its_own_tensor():
     model = made(llama)
     before = capture(model, IDS, [0], "hook_resid_mid").hidden[0]
     blocks(model)[0].mlp.register_forward_pre_hook(lambda _, args: args[0].mul_(1.0))
-    blocks(model)[0].post_attention_layernorm.register_forward_hook(lambda _, args, output: args[0].mul_(2.0) and None)
+    blocks(model)[0].post_attention_layernorm.register_forward_hook(
+        lambda _, args, output: args[0].mul_(2.0) and None
+    )
     assert torch.equal(capture(model, IDS, [0], "hook_resid_mid").hidden[0], before)
 
 
@@ -403,7 +520,11 @@ def test_further_keys_of_a_tokenizer(exact):
     model = made(llama)
     inputs = padded(prompts(5, 3), "left")
     plain = capture(model, inputs, [2], exact=exact).hidden[2]
-    more = dict(inputs) | {"token_type_ids": 0 * inputs["input_ids"], "length": torch.tensor([5, 3]), "text": ["a", "b"]}
+    more = dict(inputs) | {
+        "token_type_ids": 0 * inputs["input_ids"],
+        "length": torch.tensor([5, 3]),
+        "text": ["a", "b"],
+    }
     assert torch.equal(capture(model, more, [2], exact=exact).hidden[2], plain)
     later = dict(inputs) | {"position_ids": 7 * inputs["attention_mask"].cumsum(-1)}
     assert not torch.allclose(capture(model, later, [2], exact=exact).hidden[2], plain, atol=1e-3)
@@ -412,7 +533,9 @@ def test_further_keys_of_a_tokenizer(exact):
 def test_exclude():
     model = made(llama)
     inputs = padded(prompts(5, 3), "left")
-    inputs["input_ids"][inputs["attention_mask"].cumsum(-1) * inputs["attention_mask"] == 1] = 1  # the first token is BOS
+    inputs["input_ids"][inputs["attention_mask"].cumsum(-1) * inputs["attention_mask"] == 1] = (
+        1  # the first token is BOS
+    )
     encoder = encoder_for({1: "mlp.hook_in"})
     whole = encoder.encode_model(model, inputs)[1]
     mask = (inputs["input_ids"] == 1) & (inputs["attention_mask"] == 1)
@@ -426,17 +549,27 @@ def test_exclude():
     ids = torch.tensor([[1, 5, 6, 7], [8, 1, 9, 5]])
     every = encoder.extract_attribution_features({1: hidden}, 10**6)
     left = encoder.extract_attribution_features({1: hidden}, 10**6, exclude={1}, inputs=ids)
-    assert left == [node for node in every if (node["batch_idx"], node["ctx_idx"]) not in ((0, 0), (1, 1))] != every
+    assert (
+        left
+        == [node for node in every if (node["batch_idx"], node["ctx_idx"]) not in ((0, 0), (1, 1))]
+        != every
+    )
     assert left == encoder.extract_attribution_features({1: hidden}, 10**6, exclude=ids == 1)
     marked = {"input_ids": ids, "special_tokens_mask": (ids == 1).long()}
-    assert left == encoder.extract_attribution_features({1: hidden}, 10**6, exclude="special", inputs=marked)
+    assert left == encoder.extract_attribution_features(
+        {1: hidden}, 10**6, exclude="special", inputs=marked
+    )
 
 
 @pytest.mark.parametrize(
     ("exclude", "kind", "message"),
     [
-        ("bos", ValueError, 'exclude must be "special", token ids or a mask, got \'bos\''),
-        (torch.ones(1, 3), ValueError, r"exclude must be a mask \[1, 2\] as the tokens, got \[1, 3\]"),
+        ("bos", ValueError, "exclude must be \"special\", token ids or a mask, got 'bos'"),
+        (
+            torch.ones(1, 3),
+            ValueError,
+            r"exclude must be a mask \[1, 2\] as the tokens, got \[1, 3\]",
+        ),
         (torch.tensor([[3, 4]]), ValueError, "exclude must be a mask of 0 and 1"),
         (5, TypeError, "exclude must be .*, got int"),
         ({"a"}, TypeError, "exclude must hold token ids, got str"),
@@ -452,7 +585,9 @@ def test_exclude_errors(exclude, kind, message):
 def test_special_needs_someone_who_knows():
     encoder = encoder_for({1: ""})
     with pytest.raises(ValueError, match="give their ids"):
-        encoder.extract_attribution_features({1: torch.randn(1, 2, H)}, exclude="special", inputs=IDS)
+        encoder.extract_attribution_features(
+            {1: torch.randn(1, 2, H)}, exclude="special", inputs=IDS
+        )
     with pytest.raises(ValueError, match="needs the tokens' ids, got none"):
         encoder.extract_attribution_features({1: torch.randn(1, 2, H)}, exclude={3})
 
@@ -460,7 +595,13 @@ def test_special_needs_someone_who_knows():
 def test_wrapped_models():
     model = made(llama)
     ids = torch.stack(prompts(5))
-    hooks = ("hook_resid_mid", "hook_mlp_out", "mlp.hook_in", "ln2.hook_normalized", "model.layers.1.self_attn:output")
+    hooks = (
+        "hook_resid_mid",
+        "hook_mlp_out",
+        "mlp.hook_in",
+        "ln2.hook_normalized",
+        "model.layers.1.self_attn:output",
+    )
     wanted = [capture(model, ids, [1], hook).hidden[1] for hook in hooks]
     compiled = torch.compile(model)
     for hook, states in zip(hooks, wanted, strict=True):
@@ -485,13 +626,20 @@ def test_adapters():
     peft = pytest.importorskip("peft")
     base, ids = made(llama), torch.stack(prompts(5))
     before = capture(base, ids, [1]).hidden[1]
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert torch.equal(capture(model, ids, [1], "model.layers.{l}.mlp:input").hidden[1], before)  # LoRA starts at nothing
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    assert torch.equal(
+        capture(model, ids, [1], "model.layers.{l}.mlp:input").hidden[1], before
+    )  # LoRA starts at nothing
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(1.0)
     after = capture(model, ids, [1]).hidden[1]
     assert not torch.allclose(after, before, atol=1e-3)
-    pre, post = (capture(model, ids, [layer], hook).hidden[layer] for layer, hook in ((1, "hook_resid_pre"), (0, "hook_resid_post")))
+    pre, post = (
+        capture(model, ids, [layer], hook).hidden[layer]
+        for layer, hook in ((1, "hook_resid_pre"), (0, "hook_resid_post"))
+    )
     assert torch.equal(pre, post)

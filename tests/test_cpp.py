@@ -1,4 +1,4 @@
-"""The library without Python: its own tests, and a program outside the tree that finds the installed package."""
+"""The library without Python: its own tests, and a program that finds the installed package."""
 
 import os
 import re
@@ -13,25 +13,38 @@ import torch
 from safetensors.torch import save_file
 from sparse_transcoder import SparseTranscoderEncoder, load_transcoders
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 TOKENS, TOP_K, THRESHOLD = 6, 5, 0.5  # of cpp_consumer/server.cpp
 
 
 def tool(name):
     """A program of the running environment, or of the machine."""
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    found = shutil.which(
+        name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     assert found, f"{name} is not here"
     return found
 
 
 def run(*command, **options):
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, **options
+    )
 
 
 def configure(source, build, *options):
     prefix = f"-DCMAKE_PREFIX_PATH={sparse_transcoder.cmake_prefix_path}"
     return run(
-        tool("cmake"), "-S", source, "-B", build, "-GNinja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", prefix, *options
+        tool("cmake"),
+        "-S",
+        source,
+        "-B",
+        build,
+        "-GNinja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        prefix,
+        *options,
     )
 
 
@@ -64,8 +77,13 @@ def write_checkpoint(folder):
         }
         if layer == 7:
             tensors["activation_function.threshold"] = torch.rand(features, generator=generator)
-        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / f"layer_{layer}.safetensors")
-    (folder / "config.yaml").write_text("model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n")
+        save_file(
+            {name: tensor.to(dtype) for name, tensor in tensors.items()},
+            folder / f"layer_{layer}.safetensors",
+        )
+    (folder / "config.yaml").write_text(
+        "model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n"
+    )
 
 
 def test_program_gives_the_bits_that_python_gives(server, tmp_path):
@@ -74,11 +92,15 @@ def test_program_gives_the_bits_that_python_gives(server, tmp_path):
     assert done.returncode == 0, done.stderr
     printed = {}
     for line in done.stdout.splitlines():
-        layer, token, active, slots = re.fullmatch(
+        layer, token, active, entries = re.fullmatch(
             r"layer (\d+), token (\d+), active (\S+):((?: \d+=\S+)*)", line
         ).groups()
-        pairs = [slot.split("=") for slot in slots.split()]
-        row = [float(active), [int(index) for index, _ in pairs], [float(value) for _, value in pairs]]
+        pairs = [entry.split("=") for entry in entries.split()]
+        row = [
+            float(active),
+            [int(index) for index, _ in pairs],
+            [float(value) for _, value in pairs],
+        ]
         printed.setdefault(int(layer), {})[int(token)] = row
 
     weights = load_transcoders(tmp_path, device="cpu")
@@ -102,12 +124,19 @@ def test_program_names_its_user_s_mistake(server, tmp_path):
     (tmp_path / "layer_3.safetensors").write_bytes(b"short")
     done = run(server, tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"{tmp_path / 'layer_3.safetensors'}: ") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"{tmp_path / 'layer_3.safetensors'}: ")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_program_has_no_python(server):
     libraries = run("ldd", server).stdout
-    assert "libsparse_transcoder" in libraries and "libtorch_cpu" in libraries and "not found" not in libraries
+    assert (
+        "libsparse_transcoder" in libraries
+        and "libtorch_cpu" in libraries
+        and "not found" not in libraries
+    )
     assert "libpython" not in libraries and "libtorch_python" not in libraries
 
 
@@ -121,11 +150,16 @@ def test_another_torch_is_refused_by_cmake(tmp_path, other):
     assert done.returncode != 0
     built = ".".join(torch.__version__.split(".")[:2])
     said = " ".join(done.stderr.split())
-    assert f"sparse_transcoder was built against torch {built} and cannot be used with torch {other}" in said
+    assert (
+        f"sparse_transcoder was built against torch {built} and cannot be used with torch {other}"
+        in said
+    )
 
 
-def test_cpp_tests(tmp_path):
-    """The C++ tests against the installed library; `make asan` and `make tsan` build them with the library's sources."""
-    build(TESTS / "cpp", tmp_path, "-DCMAKE_BUILD_TYPE=Release")
-    done = run(tool("ctest"), "--test-dir", tmp_path, "--output-on-failure")
+def test_cpp_tests():
+    """The C++ tests with a library that hides nothing, in a folder that later runs build on."""
+    folder = ROOT / "build" / f"cpp_tests-{torch.__version__}"
+    options = ["-DSPARSE_TRANSCODER_CPP_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    build(ROOT, folder, *options, "-DSPARSE_TRANSCODER_CUDA=OFF")
+    done = run(tool("ctest"), "--test-dir", folder / "tests/cpp", "--output-on-failure")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
-"""What only a CUDA device can show: streams, graphs, the allocator, torch's switches, streamed weights, and the CPU's bits.
+"""What only a CUDA device can show.
 
-Tests named test_sanitizer_* are small enough for compute-sanitizer; benchmarks/gpu.sh runs them under it.
+Streams, graphs, the allocator, torch's switches, streamed weights, and the CPU's bits. Tests named
+test_sanitizer_* are small enough for compute-sanitizer; benchmarks/gpu.sh runs them under it.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 TOP_K, TAU = 20, 0.5
-NAP = 250_000_000  # clock cycles, more than 0.1 s: far longer than it takes to enqueue any call here
+NAP = (
+    250_000_000  # clock cycles, more than 0.1 s: far longer than it takes to enqueue any call here
+)
 MIB = 1 << 20
 RESULTS = ("activations", "indices", "sparsity")
 
@@ -48,7 +51,10 @@ def mixed():
 
 def rows_of(layers, tokens, seed=0, dtype=torch.float32, device=DEVICE):
     """{layer: hidden}, other numbers with each seed."""
-    rows = {i: normal(tokens, layer["W_enc"].shape[1], seed=1000 + 31 * seed + i) for i, layer in layers.items()}
+    rows = {
+        i: normal(tokens, layer["W_enc"].shape[1], seed=1000 + 31 * seed + i)
+        for i, layer in layers.items()
+    }
     return {i: x.to(device, dtype) for i, x in rows.items()}
 
 
@@ -69,7 +75,10 @@ def on_cpu(got):
 
 
 def in_threads(count, work):
-    """work(number) in so many threads at once, each on a stream of its own; the first failure is raised here."""
+    """work(number) in so many threads at once, each on a stream of its own.
+
+    The first failure is raised here.
+    """
     ready, failures = threading.Barrier(count), []
 
     def run(number):
@@ -124,7 +133,9 @@ def test_sanitizer_hard_rows(screening):
     hidden[7] *= 1e30
     hidden = hidden.to(DEVICE)
     for top_k, tokens in itertools.product((7, 201), (1, 11)):
-        got = encode(build({0: layer}, top_k=top_k, tau=0.0, screening=screening), {0: hidden[:tokens]})
+        got = encode(
+            build({0: layer}, top_k=top_k, tau=0.0, screening=screening), {0: hidden[:tokens]}
+        )
         check_all(got, {0: hidden[:tokens]}, {0: layer}, top_k, 0.0, unit=False)
 
 
@@ -148,6 +159,7 @@ def synchronising_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("count", [1, 12])
@@ -173,6 +185,7 @@ def test_encode_returns_while_the_device_is_busy(tokens, count, streamed, use_co
 # Streams
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 @pytest.mark.parametrize("streamed", [False, True])
@@ -182,7 +195,9 @@ def test_work_is_ordered_by_the_callers_stream(tokens, use_compile, streamed):
     place = {"device": "cpu", "device_weight_bytes": 0} if streamed else {"device": DEVICE}
     encoder = build(layers, use_compile=use_compile, **place)
     first, second = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
-    for turn, stream in enumerate([first, first, first, second, torch.cuda.default_stream(DEVICE), second]):
+    for turn, stream in enumerate(
+        [first, first, first, second, torch.cuda.default_stream(DEVICE), second]
+    ):
         late = rows_of(layers, tokens, seed=turn)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -191,7 +206,9 @@ def test_work_is_ordered_by_the_callers_stream(tokens, use_compile, streamed):
             for i, x in late.items():
                 hidden[i].copy_(x)
             got = encode(encoder, hidden)
-            read = {i: {name: result[name].clone() for name in RESULTS} for i, result in got.items()}
+            read = {
+                i: {name: result[name].clone() for name in RESULTS} for i, result in got.items()
+            }
             for i in hidden:  # what comes after the call on its stream must not reach it
                 hidden[i].fill_(math.nan)
                 for name in RESULTS:
@@ -203,6 +220,7 @@ def test_work_is_ordered_by_the_callers_stream(tokens, use_compile, streamed):
         )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
@@ -214,13 +232,18 @@ def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
     with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream(DEVICE))
         for _ in range(5):
-            hidden = {i: torch.stack([x, x], -1)[..., 0] for i, x in source.items()}  # strided: may need a copy
+            hidden = {
+                i: torch.stack([x, x], -1)[..., 0] for i, x in source.items()
+            }  # strided: may need a copy
             torch.cuda._sleep(NAP // 16)
             kept.append(encode(encoder, hidden))
             del hidden
             others += [torch.full((*x.shape, 2), math.nan, device=DEVICE) for x in source.values()]
             encode(encoder, source)  # dropped at once
-            others += [torch.full((tokens, TOP_K), math.nan, device=DEVICE, dtype=torch.float64) for _ in layers]
+            others += [
+                torch.full((tokens, TOP_K), math.nan, device=DEVICE, dtype=torch.float64)
+                for _ in layers
+            ]
             others += [torch.full((tokens, TOP_K), math.nan, device=DEVICE) for _ in layers]
         torch.cuda.current_stream().synchronize()
     for got in kept:
@@ -232,7 +255,7 @@ def test_hidden_and_results_may_be_freed_at_once(tokens, use_compile):
 
 
 def asked(call):
-    """Bytes asked of torch's allocator during the call, the most held at once beyond what was there, and the result."""
+    """Bytes asked of torch's allocator during a call, its peak above the start, and its result."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -243,6 +266,7 @@ def asked(call):
     return total, after["requested_bytes.all.peak"] - before["requested_bytes.all.current"], result
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 @pytest.mark.parametrize("count, streamed", [(1, False), (4, False), (4, True)])
 def test_a_call_allocates_its_results_alone(count, streamed, use_compile):
@@ -322,7 +346,10 @@ def switch_case():
     """Encoders, rows with scores near their gates, and the results under torch's own settings."""
     made = []
     for dtype, screening in itertools.product(FLOATS, ("auto", "off")):
-        layers = {0: make_layer(4100, 520, dtype=dtype), 1: make_layer(999, 520, seed=10, dtype=dtype)}
+        layers = {
+            0: make_layer(4100, 520, dtype=dtype),
+            1: make_layer(999, 520, seed=10, dtype=dtype),
+        }
         for layer in layers.values():
             layer["W_enc"] /= 20
             layer["b_enc"] = (TAU + layer["b_enc"] / 200).to(dtype)
@@ -363,7 +390,9 @@ def test_replays_give_the_bits_of_plain_calls():
     """The same shapes again and again, in changing order, with other numbers at other addresses."""
     layers = mixed()
     replaying, plain = encoders_of(layers)
-    shapes = list(itertools.product((1, 3, 8), FLOATS, VIEWS, ((0,), (1, 4), (5, 1, 0), tuple(layers))))
+    shapes = list(
+        itertools.product((1, 3, 8), FLOATS, VIEWS, ((0,), (1, 4), (5, 1, 0), tuple(layers)))
+    )
     draw = random.Random(0)
     shapes = draw.sample(shapes, 24)
     held = []
@@ -373,11 +402,14 @@ def test_replays_give_the_bits_of_plain_calls():
             rows = rows_of({i: layers[i] for i in some}, tokens, 100 * turn + number, dtype)
             hidden = {i: VIEWS[view](x) for i, x in rows.items()}
             held.append((hidden, encode(replaying, hidden), encode(plain, hidden)))
-    for number, (hidden, got, want) in enumerate(held):  # results of earlier calls are the caller's own
+    for number, (hidden, got, want) in enumerate(
+        held
+    ):  # results of earlier calls are the caller's own
         assert same_bits(got, want), f"call {number}"
         check_all(got, hidden, layers)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use_compile", [True, False])
 def test_a_replay_is_one_launch(use_compile):
     layers = alike(6)
@@ -390,7 +422,9 @@ def test_a_replay_is_one_launch(use_compile):
     with torch.profiler.profile(activities=activities) as profile:
         encode(encoder, hidden)
         torch.cuda.synchronize()
-    calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("cuda")}
+    calls = {
+        event.key: event.count for event in profile.key_averages() if event.key.startswith("cuda")
+    }
     if not calls:
         pytest.skip("the profiler sees no CUDA calls here")
     kernels = sum(count for name, count in calls.items() if name.startswith("cudaLaunchKernel"))
@@ -413,12 +447,17 @@ def test_more_shapes_than_are_kept():
             for repeat in range(2):
                 encode(replaying, rows_of(chosen, tokens, repeat, dtype))
             hidden = rows_of(chosen, tokens, 10 + turn + number, dtype)
-            assert same_bits(encode(replaying, hidden), encode(plain, hidden)), (turn, tokens, dtype, some)
+            assert same_bits(encode(replaying, hidden), encode(plain, hidden)), (
+                turn,
+                tokens,
+                dtype,
+                some,
+            )
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_threads_share_an_encoder(streamed):
-    """Each on its stream, shapes captured by one while others encode and take memory of the device."""
+    """Each on its stream: one captures shapes while others encode and take device memory."""
     layers = mixed()
     place = {"device": "cpu", "device_weight_bytes": 0} if streamed else {"device": DEVICE}
     encoder, plain = build(layers, **place), build(layers, use_compile=False)
@@ -457,7 +496,9 @@ def test_a_callers_own_capture_is_refused():
             with pytest.raises((RuntimeError, ValueError), match="captur") as caught:
                 encode(encoder, some)
         text = str(caught.value)
-        assert "\n" not in text and not re.search(r"Exception raised|c10::|at::|CUDA error", text), text
+        assert "\n" not in text and not re.search(
+            r"Exception raised|c10::|at::|CUDA error", text
+        ), text
         graph.replay()  # the caller's capture is whole ...
         torch.cuda.synchronize()
         assert counter.item() == 1
@@ -475,7 +516,9 @@ def test_cpu_and_gpu_give_the_same_bits(weight_dtype, hidden_dtype, screening):
         0: make_layer(3001, 200, dtype=weight_dtype),
         1: make_layer(701, 123, seed=10, kind="jumprelu", dtype=weight_dtype),
         2: make_layer(257, 72, seed=20, kind="topk", dtype=weight_dtype),
-        3: make_layer(515, 65, seed=30, dtype=weight_dtype, input_bias=normal(65, seed=9).to(weight_dtype)),
+        3: make_layer(
+            515, 65, seed=30, dtype=weight_dtype, input_bias=normal(65, seed=9).to(weight_dtype)
+        ),
     }
     layers[0]["W_enc"][1::7] = layers[0]["W_enc"][0].clone()  # ties
     gpu, cpu = build(layers, screening=screening), build(layers, "cpu")
@@ -500,7 +543,7 @@ LAYER_BYTES = 4096 * 1024 * 2  # W_enc of the layers below
 
 
 def settled_bytes():
-    """Device memory that tensors hold, without what torch keeps for cuBLAS on every stream it has seen."""
+    """Device memory that tensors hold, without what torch keeps for cuBLAS on each stream."""
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
@@ -517,7 +560,9 @@ def large():
 def large_case(large):
     """Rows, their results with all weights on the device, and that encoder's memory."""
     encoder = build(large, use_compile=False)
-    some = [(tokens, layers) for tokens in (1, 8, 64, 700) for layers in (tuple(large), (5,), (4, 0, 2))]
+    some = [
+        (tokens, layers) for tokens in (1, 8, 64, 700) for layers in (tuple(large), (5,), (4, 0, 2))
+    ]
     cases = [rows_of({i: large[i] for i in layers}, tokens, tokens) for tokens, layers in some]
     wanted = [encode(encoder, hidden) for hidden in cases]
     for hidden, want in zip(cases, wanted, strict=True):
@@ -525,13 +570,16 @@ def large_case(large):
     return list(zip(cases, map(on_cpu, wanted), strict=True)), encoder.memory()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layers_that_fit", [0, 1, 3, 6])
 @pytest.mark.parametrize("use_compile", [True, False])
 def test_weights_stream_from_the_host(large, large_case, layers_that_fit, use_compile):
     cases, planned = large_case
     before = settled_bytes()
     resident = layers_that_fit * LAYER_BYTES
-    encoder = build(large, "cpu", use_compile=use_compile, device_weight_bytes=resident + LAYER_BYTES // 2)
+    encoder = build(
+        large, "cpu", use_compile=use_compile, device_weight_bytes=resident + LAYER_BYTES // 2
+    )
     for _ in range(3):
         for hidden, want in cases:
             assert same_bits(on_cpu(encode(encoder, hidden)), want)
@@ -542,7 +590,9 @@ def test_weights_stream_from_the_host(large, large_case, layers_that_fit, use_co
     assert resident <= held
     assert held <= resident + buffers + memory["workspace_bytes"] + memory["gate_bytes"] + slack
     assert memory["workspace_bytes"] <= planned["workspace_bytes"] + buffers + slack
-    assert memory["screening_bytes"] == planned["screening_bytes"] == 0  # bfloat16 weights screen for themselves
+    assert (
+        memory["screening_bytes"] == planned["screening_bytes"] == 0
+    )  # bfloat16 weights screen for themselves
     assert encoder.workspace_bytes == memory["workspace_bytes"]
     del encoder
     assert settled_bytes() <= before + MIB, "device memory is not given back"
@@ -585,7 +635,14 @@ def test_bytes_of_the_screening_copies(dtype, screening):
 
 
 @pytest.mark.parametrize(
-    "value, error", [(-1, ValueError), (-(2**70), ValueError), (2**70, ValueError), (1.5, TypeError), ("1", TypeError)]
+    "value, error",
+    [
+        (-1, ValueError),
+        (-(2**70), ValueError),
+        (2**70, ValueError),
+        (1.5, TypeError),
+        ("1", TypeError),
+    ],
 )
 def test_device_weight_bytes_that_make_no_sense(value, error):
     with pytest.raises(error, match="device_weight_bytes") as caught:
@@ -621,7 +678,9 @@ def test_the_second_device_stays_the_second():
     resident = build(layers, second)
     with torch.cuda.device(second):
         streaming = build(layers, "cpu", device_weight_bytes=0)
-    for encoder, (hidden, want) in itertools.product((resident, streaming), zip(cases, wanted, strict=True)):
+    for encoder, (hidden, want) in itertools.product(
+        (resident, streaming), zip(cases, wanted, strict=True)
+    ):
         with pytest.raises(ValueError, match="cuda:1"):
             encode(encoder, hidden)
         there = {i: x.to(second) for i, x in hidden.items()}
@@ -644,12 +703,15 @@ def limited():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(DEVICE).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + more) / total), DEVICE)
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, (torch.cuda.memory_reserved() + more) / total), DEVICE
+        )
 
     yield limit
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "where, options, named",
     [
@@ -662,7 +724,8 @@ def test_out_of_memory_says_what_to_do(limited, where, options, named):
     dtype = torch.bfloat16 if where == "cpu" else torch.float32
     shape = (160 * 1024, 4096)  # 1.25 GiB in bfloat16, more than any workspace
     weights = TranscoderWeights(
-        torch.zeros(shape, dtype=dtype, device=where), torch.zeros(shape[0], dtype=dtype, device=where)
+        torch.zeros(shape, dtype=dtype, device=where),
+        torch.zeros(shape[0], dtype=dtype, device=where),
     )
     hidden = torch.zeros(2, shape[1], device=DEVICE)
     before = settled_bytes()
@@ -690,16 +753,24 @@ def operands(kind, m, n, size, seed):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, device=DEVICE)
 
-    if kind == "cancelling":  # every row of a with every row of b: pairs that cancel, then a rest that does not
+    if (
+        kind == "cancelling"
+    ):  # every row of a with every row of b: pairs that cancel, then a rest that does not
         half = size // 2
         a, b = draw(m, half), draw(n, half)
-        a, b = torch.cat([a, a, draw(m, size - 2 * half)], 1), torch.cat([b, -b, draw(n, size - 2 * half)], 1)
+        a, b = (
+            torch.cat([a, a, draw(m, size - 2 * half)], 1),
+            torch.cat([b, -b, draw(n, size - 2 * half)], 1),
+        )
         order = torch.randperm(size, generator=generator, device=DEVICE)
         a, b = a[:, order], b[:, order]
     elif kind == "same sign":
         a, b = draw(m, size).abs() + 0.1, draw(n, size).abs() + 0.1
     elif kind == "wide":
-        a, b = (draw(rows, size) * torch.exp2((10 * draw(rows, size)).round().clamp(-30, 30)) for rows in (m, n))
+        a, b = (
+            draw(rows, size) * torch.exp2((10 * draw(rows, size)).round().clamp(-30, 30))
+            for rows in (m, n)
+        )
     else:
         a, b = draw(m, size), draw(n, size)
     return a.bfloat16(), b.bfloat16()
@@ -708,7 +779,7 @@ def operands(kind, m, n, size, seed):
 @pytest.mark.parametrize("kind", ["random", "same sign", "cancelling", "wide"])
 @pytest.mark.parametrize("size", [33, 64, 100, 576, 1000, 2048, 5120, 16384])
 def test_bfloat16_product_stays_within_its_bound(kind, size):
-    """|product - exact| <= gamma * sum |a b| for every pair, whatever the shape of the product and torch's switches."""
+    """|product - exact| <= gamma * sum |a b| for every pair, for any shape and torch's switches."""
     gamma = 1.25 * (size + 16) * 2.0**-22
     for seed, (m, n) in enumerate([(9, 8), (16, 4096), (64, 1000), (512, 16384), (512, 333)]):
         a, b = operands(kind, m, n, size, seed)
@@ -726,16 +797,16 @@ def test_bfloat16_product_stays_within_its_bound(kind, size):
 
 def hard_rows(size, dtype):
     """[16, size]: broken, huge, tiny, empty, equal and one-sided rows among plain ones."""
-    most, least = (6e4, 1e-7) if dtype == torch.float16 else (1e30, 1e-39)
+    max_value, min_value = (6e4, 1e-7) if dtype == torch.float16 else (1e30, 1e-39)
     x = normal(16, size, seed=3)
     x[1, size // 2], x[2, 0], x[3, -1] = math.nan, math.inf, -math.inf
-    x[4] *= most / x[4].abs().max()
-    x[5] *= least
+    x[4] *= max_value / x[4].abs().max()
+    x[5] *= min_value
     x[6], x[7] = 0.0, -0.0
     x[8], x[9] = x[0], x[0]
     x[10], x[11] = 1.0, -1.0
     x[12, 1:] = 0.0
-    x[13, 3] = most
+    x[13, 3] = max_value
     return x.to(DEVICE, dtype)
 
 
@@ -759,7 +830,9 @@ def test_hard_rows(weight_dtype, hidden_dtype, screening):
             assert same_bits(got[1], got[0]) and same_bits(got[2], got[0])
         for number, hidden in enumerate(hard.split(1)):  # whatever stands beside a row
             alone = encode(encoder, {0: hidden})[0]
-            assert all(same_bits(alone[name][0], whole[0][name][number]) for name in RESULTS), f"row {number}"
+            assert all(same_bits(alone[name][0], whole[0][name][number]) for name in RESULTS), (
+                f"row {number}"
+            )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

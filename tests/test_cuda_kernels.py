@@ -1,12 +1,11 @@
-"""The CUDA path against the float64 oracle, on any machine: its own steps, with kernels whose threads run as CPU threads."""
+"""The CUDA path against the float64 oracle, on any machine: its threads run as CPU threads."""
 
 import math
-import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import sparse_transcoder
 import torch
 from oracle import check, make_layer, normal, same_bits
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
@@ -20,37 +19,51 @@ def kernels(tmp_path_factory):
     if not (ROOT / "csrc/cuda/chunk.cpp").exists():
         pytest.skip("the sources are not beside the tests")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    launches = re.compile(r"kernel<<<(.*?), threads, 0, static_cast<cudaStream_t>\(stream\)>>>\((.*?)\);", re.DOTALL)
-    files = [ROOT / "tests/cuda_on_cpu/encode.cpp", ROOT / "tests/cuda_on_cpu/streams.cpp"]
-    for name, count in (("prepare", 2), ("select", 4)):
-        source = (ROOT / f"csrc/cuda/kernels/{name}.cu").read_text()
-        source, found = launches.subn(r"launch(\1, threads, stream, [=] { kernel(\2); });", source)
-        assert found == count
-        files.append(folder / f"{name}.cpp")
-        files[-1].write_text(source)
-    library = Path(sparse_transcoder.__file__).parent
-    folders = [
-        ROOT / "tests/cuda_on_cpu",
-        ROOT / "csrc",
-        ROOT / "csrc/include",
-        TORCH / "include",
-    ]
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-Wl,-Bsymbolic"]
-    libraries = [library / "lib/libsparse_transcoder.so", TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so"]
+    files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
+    wing = ("backend", "chunk", "streams", "weight_copy")
+    files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
+    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer")]
+    steps = ("prepare", "product_few_rows", "select")
+    files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
+    places = ("tests/cuda_on_cpu", "csrc", "csrc/include")
+    folders = [*(ROOT / place for place in places), TORCH / "include"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", *(f"-I{path}" for path in folders)]
+
+    def compiled(file):
+        made = folder / f"{file.parent.name}_{file.stem}.o"
+        subprocess.run(["g++", *flags, "-xc++", "-c", file, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, files))
+    libraries = [TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so"]
     made = folder / "cuda_on_cpu.so"
-    subprocess.run(["g++", *flags, *(f"-I{path}" for path in folders), *files, *libraries, "-o", made], check=True)
+    command = ["g++", "-shared", "-pthread", "-Wl,-Bsymbolic", *objects, *libraries, "-o", made]
+    subprocess.run(command, check=True)
     torch.ops.load_library(made)
     return torch.ops.cuda_on_cpu
 
 
-def encode(kernels, hidden, layer, top_k, tau, screening=True, chunk=8, scores=512, room=64, lists=256):
-    """scores: floats of a tile; room: of a list, beyond what is gated at a time; lists: in all, a row has several if it can."""
+def encode(
+    kernels, hidden, layer, top_k, tau, screening=True, chunk=8, scores=512, room=64, lists=256
+):
+    """The result of the CUDA path with buffers of these sizes.
+
+    scores: the floats of a tile. room: the room of a list beyond what is gated at a time. lists:
+    the number of all lists; a row has several if it can.
+    """
     batched = hidden if hidden.ndim == 3 else hidden[None]
     fields = [layer.get(name) for name in ("threshold", "k", "input_bias", "ln_weight", "ln_bias")]
     options = (top_k, tau, screening, chunk, scores, room, lists)
-    values, ids, sparsity = kernels.encode(batched, layer["W_enc"], layer["b_enc"], *fields, *options)
+    values, ids, sparsity = kernels.encode(
+        batched, layer["W_enc"], layer["b_enc"], *fields, *options
+    )
     k, lead = values.shape[-1], hidden.shape[:-1]
-    return {"activations": values.view(*lead, k), "indices": ids.view(*lead, k), "sparsity": sparsity.view(lead)}
+    return {
+        "activations": values.view(*lead, k),
+        "indices": ids.view(*lead, k),
+        "sparsity": sparsity.view(lead),
+    }
 
 
 def check_bits(got, hidden, layer, top_k, tau):
@@ -133,8 +146,11 @@ def test_broken_huge_and_tied_rows(kernels, tokens):
 @pytest.mark.parametrize("tokens", [3, 9])
 @pytest.mark.parametrize("lost_by", ["rows", "weights", "sums"])
 def test_margins_hold_at_their_worst(kernels, tokens, lost_by):
-    """What bfloat16 takes from a row lies along the weights, or the reverse, or all terms of a sum have one sign: each feature is
-    active by a hair."""
+    """Each feature is active by a hair.
+
+    What bfloat16 takes from a row lies along the weights, or the reverse, or all terms of a sum
+    have one sign.
+    """
     size, tau = 64, 1.0
     x = normal(tokens, size, seed=3)
     W = (x - x.bfloat16().float()).sign() * 0.25  # exact in bfloat16
@@ -143,7 +159,10 @@ def test_margins_hold_at_their_worst(kernels, tokens, lost_by):
     if lost_by == "sums":
         x, W = torch.full((tokens, size), 0.5), torch.full((tokens, size), 0.25)
     exact = (x.double() * W.double()).sum(1)
-    layer = {"W_enc": torch.cat([W, -W]), "b_enc": torch.cat([tau - exact + 1e-5, tau + exact + 1e-5]).float()}
+    layer = {
+        "W_enc": torch.cat([W, -W]),
+        "b_enc": torch.cat([tau - exact + 1e-5, tau + exact + 1e-5]).float(),
+    }
     check_bits(encode(kernels, x, layer, 4, tau), x, layer, 4, tau)
 
 
@@ -155,7 +174,11 @@ def test_any_strides(kernels):
 
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_layer_norm_and_input_bias(kernels, tokens):
-    fields = {"input_bias": normal(48, seed=7), "ln_weight": normal(48, seed=8), "ln_bias": normal(48, seed=9)}
+    fields = {
+        "input_bias": normal(48, seed=7),
+        "ln_weight": normal(48, seed=8),
+        "ln_bias": normal(48, seed=9),
+    }
     layer = make_layer(100, 48, **fields)
     hidden = normal(tokens, 48, seed=10)
     check(encode(kernels, hidden, layer, 20, 0.5, chunk=4), hidden, layer, 20, 0.5)
@@ -173,7 +196,9 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
     assert begin[0] == 0 and begin[-1] == len(features) == len(values)
     counts = begin.diff()
     rows = torch.arange(tokens).repeat_interleave(counts)
-    assert all((part.diff() > 0).all() for part in features.split(counts.tolist())), "not ascending in a row"
+    assert all((part.diff() > 0).all() for part in features.split(counts.tolist())), (
+        "not ascending in a row"
+    )
     assert features[rows == 2].tolist() == [0] and values[rows == 2].isnan().all()
     dense = torch.zeros(tokens, 300).index_put((rows, features), values)
     activations, indices = dense.sort(dim=-1, descending=True, stable=True)
@@ -194,7 +219,7 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
         ([2, 2, 2, 2], [0, 0, 0], True, None),  # seen, captured, replayed
         ([1, 2, 1, 2, 1], [0, 0, 0], True, None),
         ([2, 2], [0, 0, 0], False, None),
-        ([11, 3, 11], [0, 0, 0], True, None),  # three chunks a layer
+        ([11, 3, 11], [0, 0, 0], True, None),  # three chunks per layer
         ([9, 2], [1, 1, 1], True, None),
         ([2, 9, 2], [0, 1, 1], False, None),
         ([9, 9], [0, 1, 1], True, 5),  # the first call fails when most of it is under way
@@ -205,12 +230,22 @@ def test_streams(kernels, rows, streamed, use_graphs, failing, seed):
     for layer in layers:
         layer["b_enc"][:] = 0
     hidden = [
-        normal(count, 16, seed=100 * call + i)[None] for call, count in enumerate(rows) for i in range(len(layers))
+        normal(count, 16, seed=100 * call + i)[None]
+        for call, count in enumerate(rows)
+        for i in range(len(layers))
     ]
     callers = [call % 2 + 1 for call in range(len(rows))]
     weights = [layer["W_enc"] for layer in layers]
     got = kernels.encode_calls(
-        weights, streamed, hidden, callers, 5, 4, use_graphs, seed, -1 if failing is None else failing
+        weights,
+        streamed,
+        hidden,
+        callers,
+        5,
+        4,
+        use_graphs,
+        seed,
+        -1 if failing is None else failing,
     )
     for i, x in enumerate(hidden):
         if failing is not None and i < len(layers):

@@ -4,8 +4,24 @@ import math
 
 import pytest
 import torch
-from oracle import FLOATS, SCREENINGS, check, expected, integers, make_layer, normal, on, pre_activations, same_bits
-from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, encode_single_layer, reference
+from oracle import (
+    FLOATS,
+    SCREENINGS,
+    check,
+    expected,
+    integers,
+    make_layer,
+    normal,
+    on,
+    pre_activations,
+    same_bits,
+)
+from sparse_transcoder import (
+    SparseTranscoderEncoder,
+    TranscoderWeights,
+    encode_single_layer,
+    reference,
+)
 
 EDGES = (1, 31, 32, 33, 63, 64, 65, 100)
 
@@ -18,7 +34,9 @@ def encode(hidden, layer, top_k, tau, **options):
 def exact(hidden, layer, top_k, tau, **options):
     """For whole-number data: the stable sort itself, bit for bit."""
     got = encode(hidden, layer, top_k, tau, **options)
-    for name, want in zip(("activations", "indices", "sparsity"), expected(hidden, layer, top_k, tau), strict=True):
+    for name, want in zip(
+        ("activations", "indices", "sparsity"), expected(hidden, layer, top_k, tau), strict=True
+    ):
         assert same_bits(got[name].cpu(), want), name
 
 
@@ -115,11 +133,25 @@ def next_down(value):
         ([-1.0, -0.0, 0.0, 1e-45, 0.5], {}, 5, 0.0, [4, 3, 0, 1, 2], 2),
         ([-1.0, -0.0, 0.0, 1e-45, 0.5], {}, 5, -2.0, [4, 3, 0, 1, 2], 2),
         # JumpReLU is strict, per feature
-        ([0.5, 0.5, 0.5, 2.0], {"threshold": [0.5, next_down(0.5), next_up(0.5), 2.0]}, 4, 0.0, [1, 0, 2, 3], 1),
+        (
+            [0.5, 0.5, 0.5, 2.0],
+            {"threshold": [0.5, next_down(0.5), next_up(0.5), 2.0]},
+            4,
+            0.0,
+            [1, 0, 2, 3],
+            1,
+        ),
         ([1.0, 1.0, next_up(1.0)], {"threshold": [1.0, 0.5, 1.0]}, 3, 1.0, [2, 1, 0], 2),
         ([0.5, 1.0, 2.0], {"threshold": [0.1, 0.1, 0.1]}, 3, 1.0, [2, 1, 0], 2),
         # ... and never negative, nor zero
-        ([-0.5, 0.0, 0.25, -0.0], {"threshold": [-1.0, -1.0, -1.0, -1.0]}, 4, -5.0, [2, 0, 1, 3], 1),
+        (
+            [-0.5, 0.0, 0.25, -0.0],
+            {"threshold": [-1.0, -1.0, -1.0, -1.0]},
+            4,
+            -5.0,
+            [2, 0, 1, 3],
+            1,
+        ),
         # the checkpoint's k below, at and above top_k; ties at its cut go to the lower id
         ([1.0, 3.0, 2.0, 4.0], {"k": 2}, 4, 0.0, [3, 1, 0, 2], 2),
         ([1.0, 3.0, 2.0, 4.0], {"k": 3}, 2, 0.0, [3, 1], 3),
@@ -154,7 +186,7 @@ def test_rules_by_hand(device, values, fields, top_k, tau, ids, kept, tokens):
 
 @pytest.mark.parametrize("top_k", [1, 5, 33, 400])
 def test_every_feature_sits_on_its_gate(device, top_k):
-    """Whole-number values, thresholds among them: one wrong compare, strict or inclusive, changes most counts."""
+    """Whole numbers with thresholds among them: a wrong strict compare changes most counts."""
     layer = {"W_enc": integers(321, 48, seed=1), "b_enc": integers(321, seed=2)}
     hidden = integers(60, 48, seed=3).to(device)
     for tau in (0.0, 1.0, 6.0):
@@ -197,10 +229,13 @@ def test_ties(device, layer, screening):
 
 @pytest.mark.parametrize("screening", SCREENINGS)
 def test_duplicate_rows_tie_wherever_they_stand(device, screening):
-    """Rounded sums, too, are the same for the same row: at any place in a tile, beside any neighbour."""
+    """A row has the same rounded sums at any place in a tile, beside any neighbour."""
     copies = [0, 1, 63, 64, 65, 500, 511, 512, 1023, 1024, 1025, 2047, 4095, 4096, 4097, 4998, 4999]
     layer = make_layer(5000, 77)
-    layer["W_enc"][copies], layer["b_enc"][copies] = layer["W_enc"][13].clone(), layer["b_enc"][13].clone()
+    layer["W_enc"][copies], layer["b_enc"][copies] = (
+        layer["W_enc"][13].clone(),
+        layer["b_enc"][13].clone(),
+    )
     layer["b_enc"][[*copies, 13]] += 6.0
     for tokens in (1, 70):
         hidden = normal(tokens, 77, seed=4).to(device)
@@ -215,7 +250,7 @@ def test_duplicate_rows_tie_wherever_they_stand(device, screening):
 
 
 def ramp(features, step):
-    """Pre-activations that rise (or fall) by a fixed step from feature to feature, for hidden states of ones."""
+    """Pre-activations that rise or fall by one step per feature, for hidden states of ones."""
     return {
         "W_enc": (1 + step * torch.arange(features)[:, None] / 64).repeat(1, 64) / 64,
         "b_enc": torch.zeros(features),
@@ -254,13 +289,25 @@ def mostly_silent():
         (make_layer(6000, 64, kind="jumprelu"), 30 * normal(300, 64)),
         (make_layer(6000, 64), torch.cat([torch.zeros(1, 64), normal(3, 64), torch.zeros(2, 64)])),
     ],
-    ids=["rising", "falling", "near ties", "near gate", "silent", "spiky", "outlier input", "dense", "zero rows"],
+    ids=[
+        "rising",
+        "falling",
+        "near ties",
+        "near gate",
+        "silent",
+        "spiky",
+        "outlier input",
+        "dense",
+        "zero rows",
+    ],
 )
 @pytest.mark.parametrize("screening", SCREENINGS)
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_hard_rows(device, layer, hidden, screening, tau):
     hidden = hidden.to(device)
-    encoder = SparseTranscoderEncoder({0: TranscoderWeights(**on(layer, device))}, 50, tau, screening=screening)
+    encoder = SparseTranscoderEncoder(
+        {0: TranscoderWeights(**on(layer, device))}, 50, tau, screening=screening
+    )
     check(encoder.encode_layer(0, hidden), hidden, layer, 50, tau, unit=False)
     check(encoder.encode_layer(0, hidden[:1]), hidden[:1], layer, 50, tau, unit=False)
 
@@ -270,7 +317,11 @@ def test_hard_rows(device, layer, hidden, screening, tau):
 
 def scaled(weights=1.0, **factors):
     layer = make_layer(400, 48)
-    return {**layer, "W_enc": layer["W_enc"] * weights, "b_enc": layer["b_enc"] * factors.get("bias", weights)}
+    return {
+        **layer,
+        "W_enc": layer["W_enc"] * weights,
+        "b_enc": layer["b_enc"] * factors.get("bias", weights),
+    }
 
 
 def strong_features():
@@ -330,14 +381,24 @@ def with_element(value):
 def test_scales(device, layer, hidden, tau, screening):
     hidden = hidden.to(device)
     for top_k in (20, 400):
-        check(encode(hidden, layer, top_k, tau, screening=screening), hidden, layer, top_k, tau, unit=False)
+        check(
+            encode(hidden, layer, top_k, tau, screening=screening),
+            hidden,
+            layer,
+            top_k,
+            tau,
+            unit=False,
+        )
 
 
 @pytest.mark.parametrize("screening", SCREENINGS)
 def test_overflow_to_infinity_is_a_value_like_others(device, screening):
     layer = fixed([1.0, 1.0, 2.0], W_enc=torch.tensor([[3e38], [-3e38], [1.0]]))
     got = encode(torch.tensor([[100.0], [1.0]], device=device), layer, 3, 1.0, screening=screening)
-    assert got["activations"].tolist() == [[math.inf, 102.0, 0.0], [torch.tensor(3e38).item(), 3.0, 0.0]]
+    assert got["activations"].tolist() == [
+        [math.inf, 102.0, 0.0],
+        [torch.tensor(3e38).item(), 3.0, 0.0],
+    ]
     assert got["indices"].tolist() == [[0, 2, 1], [0, 2, 1]]
     assert got["sparsity"].tolist() == [torch.tensor(2 / 3).item()] * 2
 
@@ -365,7 +426,10 @@ def test_a_bad_row_spoils_itself_alone(device, bad, kind, screening):
     got = encode(hidden, layer, 20, 0.5, screening=screening)
     check(got, hidden, layer, 20, 0.5)
     others = [row for row in range(70) if row not in spoiled]
-    assert all(same_bits(got[name][others], clean[name][others]) for name in ("activations", "indices", "sparsity"))
+    assert all(
+        same_bits(got[name][others], clean[name][others])
+        for name in ("activations", "indices", "sparsity")
+    )
 
 
 def test_a_bad_row_is_seen_even_by_zero_weights(device):
@@ -470,17 +534,21 @@ def test_hidden_that_requires_grad(device):
         hidden = leaf.detach() * 2
         check(encoder.encode_layer(0, hidden), hidden, layer, 10, 0.5)
     with torch.no_grad():
-        assert same_bits(encoder.encode_layer(0, leaf * 2), encoder.encode_layer(0, leaf.detach() * 2))
+        assert same_bits(
+            encoder.encode_layer(0, leaf * 2), encoder.encode_layer(0, leaf.detach() * 2)
+        )
 
 
 def test_results_are_the_callers_own(device):
-    """A later call does not write into an earlier result, and nothing given to the encoder is changed."""
+    """A later call leaves earlier results alone, and nothing given to the encoder is changed."""
     layer = on(make_layer(130, 24, kind="jumprelu"), device)
     given = {name: value.clone() for name, value in layer.items()}
     encoder = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, 10, 0.5)
     hidden = normal(30, 24).to(device)
     first = encoder.encode_layer(0, hidden)
-    kept = {name: value.clone() if torch.is_tensor(value) else value for name, value in first.items()}
+    kept = {
+        name: value.clone() if torch.is_tensor(value) else value for name, value in first.items()
+    }
     encoder.encode_layer(0, normal(30, 24, seed=1).to(device))
     encoder.encode_all_layers({0: -hidden})
     assert same_bits(first, kept)
@@ -501,7 +569,10 @@ def test_input_bias_is_subtracted(device, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("hidden_size", [1, 24, 65, 800])
 def test_layer_norm(device, dtype, hidden_size):
-    norm = {"ln_weight": 1 + 0.3 * normal(hidden_size, seed=7), "ln_bias": 0.3 * normal(hidden_size, seed=8)}
+    norm = {
+        "ln_weight": 1 + 0.3 * normal(hidden_size, seed=7),
+        "ln_bias": 0.3 * normal(hidden_size, seed=8),
+    }
     layer = make_layer(130, hidden_size, **norm)
     hidden = (3 * normal(30, hidden_size) + 1).to(device, dtype)
     check(encode(hidden, layer, 10, 0.5), hidden, layer, 10, 0.5)
@@ -509,11 +580,19 @@ def test_layer_norm(device, dtype, hidden_size):
 
 @pytest.mark.parametrize(
     "hidden",
-    [normal(9, 64) + 50, 1e-3 * normal(9, 64), torch.full((9, 64), 7.0), torch.zeros(9, 64), 1e3 * normal(9, 64)],
+    [
+        normal(9, 64) + 50,
+        1e-3 * normal(9, 64),
+        torch.full((9, 64), 7.0),
+        torch.zeros(9, 64),
+        1e3 * normal(9, 64),
+    ],
     ids=["far from zero", "eps matters", "constant", "zero", "large"],
 )
 def test_layer_norm_on_hard_rows(device, hidden):
-    layer = make_layer(130, 64, ln_weight=1 + 0.3 * normal(64, seed=7), ln_bias=0.3 * normal(64, seed=8))
+    layer = make_layer(
+        130, 64, ln_weight=1 + 0.3 * normal(64, seed=7), ln_bias=0.3 * normal(64, seed=8)
+    )
     hidden = hidden.to(device)
     check(encode(hidden, layer, 10, 0.1), hidden, layer, 10, 0.1)
 
@@ -536,7 +615,9 @@ def test_scattering_a_result_gives_the_masked_matrix(device, top_k):
 
 def test_top_k_none_takes_each_layers_own(device):
     layers = {1: make_layer(100, 24, kind="topk", k=7), 2: make_layer(60, 24, kind="topk", k=30)}
-    encoder = SparseTranscoderEncoder({i: TranscoderWeights(**on(w, device)) for i, w in layers.items()}, None, 0.0)
+    encoder = SparseTranscoderEncoder(
+        {i: TranscoderWeights(**on(w, device)) for i, w in layers.items()}, None, 0.0
+    )
     hidden = normal(20, 24).to(device)
     for i, got in encoder.encode_all_layers({1: hidden, 2: hidden}).items():
         check(got, hidden, layers[i], layers[i]["k"], 0.0)
@@ -553,7 +634,9 @@ def test_layers_of_different_kind_size_and_dtype(device):
     encoder = SparseTranscoderEncoder(
         {i: TranscoderWeights(**on(w, device), layer=i) for i, w in layers.items()}, 40, 0.5
     )
-    hidden = {i: normal(2, 3 + i, w["W_enc"].shape[1], seed=i).to(device) for i, w in layers.items()}
+    hidden = {
+        i: normal(2, 3 + i, w["W_enc"].shape[1], seed=i).to(device) for i, w in layers.items()
+    }
     got = encoder.encode_all_layers(hidden)
     assert set(got) == set(layers)
     for i, layer in layers.items():
@@ -562,7 +645,9 @@ def test_layers_of_different_kind_size_and_dtype(device):
         check(got[i], hidden[i], layer, 40, 0.5)
 
 
-@pytest.mark.parametrize("single", [encode_single_layer, SparseTranscoderEncoder.encode_single_layer])
+@pytest.mark.parametrize(
+    "single", [encode_single_layer, SparseTranscoderEncoder.encode_single_layer]
+)
 @pytest.mark.parametrize("lead", [(5,), (2, 9), (0, 3)])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_encode_single_layer(device, single, lead, dtype):
@@ -579,7 +664,13 @@ def test_encode_single_layer(device, single, lead, dtype):
 def test_defaults():
     layer = make_layer(130, 24)
     hidden = normal(30, 24)
-    check(SparseTranscoderEncoder({0: TranscoderWeights(**layer)}).encode_layer(0, hidden), hidden, layer, 20, 1.0)
+    check(
+        SparseTranscoderEncoder({0: TranscoderWeights(**layer)}).encode_layer(0, hidden),
+        hidden,
+        layer,
+        20,
+        1.0,
+    )
 
 
 # The package's own specification
@@ -589,10 +680,18 @@ def test_defaults():
 @pytest.mark.parametrize("top_k", [1, 20, 200])
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_reference_agrees_with_the_oracle(kind, top_k, tau):
-    layer = make_layer(130, 24, kind=kind, ln_weight=1 + 0.3 * normal(24, seed=7), ln_bias=0.3 * normal(24, seed=8))
+    layer = make_layer(
+        130, 24, kind=kind, ln_weight=1 + 0.3 * normal(24, seed=7), ln_bias=0.3 * normal(24, seed=8)
+    )
     hidden = normal(2, 15, 24)
     values, ids, sparsity = reference.encode(hidden, TranscoderWeights(**layer), top_k, tau)
-    check({"activations": values.float(), "indices": ids, "sparsity": sparsity.float()}, hidden, layer, top_k, tau)
+    check(
+        {"activations": values.float(), "indices": ids, "sparsity": sparsity.float()},
+        hidden,
+        layer,
+        top_k,
+        tau,
+    )
 
     fields = {"threshold": integers(130, low=0, high=9, seed=4)} if kind == "jumprelu" else {}
     whole = {"W_enc": integers(130, 24, seed=1), "b_enc": integers(130, seed=2), **fields}

@@ -26,14 +26,23 @@ NODE_FIELDS = {
 
 
 def feature(layer, index, position, activation, **more):
-    return {"layer": str(layer), "feature": index, "ctx_idx": position, "activation": activation} | more
+    return {
+        "layer": str(layer),
+        "feature": index,
+        "ctx_idx": position,
+        "activation": activation,
+    } | more
 
 
 def full_graph(**changes):
     arguments = {
         "slug": "cats",
         "scan": "a-model",
-        "links": [("E_11_0", "0_3_0", 0.5), ("0_3_0", "25_163839_3", -2), ("25_163839_3", "27_7_3", 1.25)],
+        "links": [
+            ("E_11_0", "0_3_0", 0.5),
+            ("0_3_0", "25_163839_3", -2),
+            ("25_163839_3", "27_7_3", 1.25),
+        ],
         "token_ids": [11, 12, 13, 14],
         "logits": [(7, " mat", 0.75), (8, " hat", 0.25)],
         "n_layers": 26,
@@ -48,7 +57,9 @@ def encoded_features():
     torch.manual_seed(0)
     weights = {layer: TranscoderWeights(torch.randn(48, 8), torch.randn(48)) for layer in (0, 3)}
     encoder = SparseTranscoderEncoder(weights, top_k=5, activation_threshold=0.1)
-    return encoder.extract_attribution_features({layer: torch.randn(1, 4, 8) for layer in weights}, top_k_global=20)
+    return encoder.extract_attribution_features(
+        {layer: torch.randn(1, 4, 8) for layer in weights}, top_k_global=20
+    )
 
 
 def test_schema_by_hand():
@@ -64,7 +75,13 @@ def test_schema_by_hand():
         "schema_version": 1,
         "node_threshold": 0.8,
     }
-    assert graph["qParams"] == {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    assert graph["qParams"] == {
+        "pinnedIds": [],
+        "supernodes": [],
+        "linkType": "both",
+        "clickedId": "",
+        "sg_pos": "",
+    }
     for node in graph["nodes"]:
         assert {name: type(node[name]) for name in NODE_FIELDS} == NODE_FIELDS
     assert [n["node_id"] for n in graph["nodes"]] == [
@@ -78,10 +95,14 @@ def test_schema_by_hand():
 
 
 def test_threshold_is_left_out_where_none_is_given():
-    assert "node_threshold" not in full_graph(node_threshold=None)["metadata"]  # Neuronpedia's schema refuses null
+    assert (
+        "node_threshold" not in full_graph(node_threshold=None)["metadata"]
+    )  # Neuronpedia's schema refuses null
 
 
-@pytest.mark.parametrize(("layer", "index"), [(0, 0), (0, 1), (1, 0), (25, 163839), (127, 2**21), (3, 2**31)])
+@pytest.mark.parametrize(
+    ("layer", "index"), [(0, 0), (0, 1), (1, 0), (25, 163839), (127, 2**21), (3, 2**31)]
+)
 def test_cantor_pair(layer, index):
     node = graph_json([feature(layer, index, 0, 1.0)], TOKENS)["nodes"][0]
     assert node["feature"] == (layer + index) * (layer + index + 1) // 2 + index
@@ -97,9 +118,13 @@ def test_cantor_pair_is_exact_up_to_64_bits():
 
 def test_influence_is_the_share_that_the_stronger_features_hold():
     features = [feature(0, 1, 0, 1.0), feature(0, 2, 0, 6.0), feature(0, 3, 0, 3.0)]
-    assert [n["influence"] for n in graph_json(features, TOKENS)["nodes"]] == pytest.approx([1.0, 0.6, 0.9])
+    assert [n["influence"] for n in graph_json(features, TOKENS)["nodes"]] == pytest.approx(
+        [1.0, 0.6, 0.9]
+    )
     features[0]["influence"] = 11.0
-    assert [n["influence"] for n in graph_json(features, TOKENS)["nodes"]] == pytest.approx([0.55, 0.85, 1.0])
+    assert [n["influence"] for n in graph_json(features, TOKENS)["nodes"]] == pytest.approx(
+        [0.55, 0.85, 1.0]
+    )
     assert [n["activation"] for n in graph_json(features, TOKENS)["nodes"]] == [1.0, 6.0, 3.0]
 
 
@@ -109,20 +134,31 @@ def test_features_of_the_encoder():
     assert len(nodes) == 20
     assert [n["node_id"] for n in nodes] == [f["node_id"] for f in features]
     assert [n["activation"] for n in nodes] == [f["activation"] for f in features]
-    assert [cantor_unpair(n["feature"]) for n in nodes] == [(int(f["layer"]), f["feature"]) for f in features]
+    assert [cantor_unpair(n["feature"]) for n in nodes] == [
+        (int(f["layer"]), f["feature"]) for f in features
+    ]
     assert all(a["influence"] <= b["influence"] for a, b in itertools.pairwise(nodes))
     assert math.isclose(nodes[-1]["influence"], 1.0)
 
 
 def test_one_prompt_of_a_batch():
     features = [feature(0, 1, 0, 1.0, batch_idx=0), feature(0, 1, 0, 2.0, batch_idx=2)]
-    with pytest.raises(ValueError, match="batch_idx must choose one prompt, features come from 0, 2"):
+    with pytest.raises(
+        ValueError, match="batch_idx must choose one prompt, features come from 0, 2"
+    ):
         graph_json(features, TOKENS)
     (node,) = graph_json(features, TOKENS, batch_idx=2)["nodes"]
     assert (node["node_id"], node["activation"]) == ("0_1_0", 2.0)
 
 
-@pytest.mark.parametrize("ids", [torch.tensor([11, 12, 13, 14]), torch.tensor([[11, 12, 13, 14]]), {"input_ids": [11, 12, 13, 14]}])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([11, 12, 13, 14]),
+        torch.tensor([[11, 12, 13, 14]]),
+        {"input_ids": [11, 12, 13, 14]},
+    ],
+)
 def test_token_ids_as_a_model_takes_them(ids):
     assert full_graph(token_ids=ids) == full_graph()
     with pytest.raises(ValueError, match=r"token_ids must be those of one prompt, got \[2, 2\]"):
@@ -130,10 +166,15 @@ def test_token_ids_as_a_model_takes_them(ids):
 
 
 def rows_of_the_viewer(graph):
-    """circuit-tracer's init-cg-link-graph.js: rows 0 to the logits' layer + 1, or to 27 where there are none."""
+    """circuit-tracer's init-cg-link-graph.js: rows 0 to the logits' layer + 1, or to 27 where
+    there are none."""
     logits = [n for n in graph["nodes"] if n["feature_type"] == "logit"]
-    last = max(int(n["layer"]) for n in graph["nodes"] if n["feature_type"] not in ("logit", "embedding"))
-    return (last + 1 if logits else 26) + 2  # util-cg.js moves the logits to the row after the last feature
+    last = max(
+        int(n["layer"]) for n in graph["nodes"] if n["feature_type"] not in ("logit", "embedding")
+    )
+    return (
+        last + 1 if logits else 26
+    ) + 2  # util-cg.js moves the logits to the row after the last feature
 
 
 @pytest.mark.parametrize("layer", [0, 25, 26, 27, 61])
@@ -151,7 +192,10 @@ def test_exclude():
     links = [("0_3_0", "1_4_2", 1.0), ("1_4_2", "1_5_3", 2.0)]
     for exclude, ids in (({11}, [11, 12, 13, 14]), (torch.tensor([1, 0, 0, 0]), None)):
         graph = graph_json(features, TOKENS, links=links, token_ids=ids, exclude=exclude)
-        assert [n["node_id"] for n in graph["nodes"] if n["feature_type"] != "embedding"] == ["1_4_2", "1_5_3"]
+        assert [n["node_id"] for n in graph["nodes"] if n["feature_type"] != "embedding"] == [
+            "1_4_2",
+            "1_5_3",
+        ]
         assert [n["influence"] for n in graph["nodes"]][:2] == [0.75, 1.0]
         assert graph["links"] == [{"source": "1_4_2", "target": "1_5_3", "weight": 2.0}]
     with pytest.raises(ValueError, match="give their ids"):
@@ -171,11 +215,23 @@ def test_no_features():
         ([feature(0, 1, 0, math.inf)], {}, "must be finite"),
         ([feature(0, 1, 0, math.nan, influence=1.0)], {}, "activation must be finite"),
         ([feature(0, 1, 0, 1.0)] * 2, {}, "node 0_1_0 must appear once"),
-        ([], {"links": [("0_1_0", "0_2_0", 1.0)]}, "a link must join nodes of the graph, got 0_1_0"),
-        ([feature(0, 1, 0, 1.0)], {"links": [("0_1_0", "0_1_0", math.nan)]}, "weight must be finite"),
+        (
+            [],
+            {"links": [("0_1_0", "0_2_0", 1.0)]},
+            "a link must join nodes of the graph, got 0_1_0",
+        ),
+        (
+            [feature(0, 1, 0, 1.0)],
+            {"links": [("0_1_0", "0_1_0", math.nan)]},
+            "weight must be finite",
+        ),
         ([], {"token_ids": [1]}, "token_ids must be 4 as tokens, got 1"),
         ([], {"node_threshold": 1.5}, "node_threshold must be 0 to 1"),
-        ([feature(5, 1, 0, 1.0)], {"n_layers": 5}, "n_layers must be above the features' last layer 5, got 5"),
+        (
+            [feature(5, 1, 0, 1.0)],
+            {"n_layers": 5},
+            "n_layers must be above the features' last layer 5, got 5",
+        ),
     ],
 )
 def test_errors(features, arguments, message):
@@ -186,7 +242,11 @@ def test_errors(features, arguments, message):
 
 def test_circuit_tracer_reads_it():
     models = pytest.importorskip("circuit_tracer.frontend.graph_models")
-    for graph in (full_graph(), full_graph(node_threshold=None), graph_json(encoded_features(), TOKENS)):
+    for graph in (
+        full_graph(),
+        full_graph(node_threshold=None),
+        graph_json(encoded_features(), TOKENS),
+    ):
         read = models.Model.model_validate(graph)
         for node in graph["nodes"]:
             models.Node.model_validate(node, strict=True)
@@ -200,4 +260,7 @@ def test_circuit_tracer_makes_the_same_nodes():
     nodes = full_graph()["nodes"]
     assert nodes[1] == Node.feature_node(25, 3, 163839, influence=0.75, activation=3.0).model_dump()
     assert nodes[3] == Node.token_node(1, 12).model_dump()
-    assert nodes[6] == Node.logit_node(3, 7, " mat", 26, target_logit=True, token_prob=0.75).model_dump()
+    assert (
+        nodes[6]
+        == Node.logit_node(3, 7, " mat", 26, target_logit=True, token_prob=0.75).model_dump()
+    )

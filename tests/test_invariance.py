@@ -1,4 +1,4 @@
-"""The same input gives the same bits: whatever the chunks, the batch, the layers beside it, the threads."""
+"""The same input gives the same bits, whatever the chunks, the batch, the layers, the threads."""
 
 import sys
 import threading
@@ -18,10 +18,17 @@ def layers_of(device):
         0: make_layer(FEATURES, HIDDEN),
         1: make_layer(700, HIDDEN, kind="jumprelu", dtype=torch.bfloat16),
         2: make_layer(257, 31, kind="topk"),
-        5: make_layer(65, HIDDEN, ln_weight=1 + 0.3 * normal(HIDDEN, seed=7), ln_bias=0.3 * normal(HIDDEN, seed=8)),
+        5: make_layer(
+            65,
+            HIDDEN,
+            ln_weight=1 + 0.3 * normal(HIDDEN, seed=7),
+            ln_bias=0.3 * normal(HIDDEN, seed=8),
+        ),
         9: make_layer(4100, 64, dtype=torch.float16),
     }
-    layers[0]["W_enc"][1::7] = layers[0]["W_enc"][0].clone()  # ties, and rows whose top k is mostly ties
+    layers[0]["W_enc"][1::7] = layers[0]["W_enc"][
+        0
+    ].clone()  # ties, and rows whose top k is mostly ties
     layers[0]["b_enc"][1::7] = layers[0]["b_enc"][0].clone()
     return {i: TranscoderWeights(**on(layer, device), layer=i) for i, layer in layers.items()}
 
@@ -78,7 +85,9 @@ def test_one_row_alone(device, case):
     encoder = build(device)
     for i in hidden:
         for row in (0, 1, 49, 50, 75, TOKENS - 1):
-            assert same_bits(rows_of(encoder.encode_layer(i, hidden[i][row : row + 1]), 0), rows_of(want[i], row))
+            assert same_bits(
+                rows_of(encoder.encode_layer(i, hidden[i][row : row + 1]), 0), rows_of(want[i], row)
+            )
 
 
 @pytest.mark.parametrize("start, stop", [(0, 2), (1, 34), (3, 67), (40, 105), (100, TOKENS)])
@@ -104,7 +113,9 @@ def test_batch(device, case, batch):
     encoder = build(device)
     for i, rows in hidden.items():
         got = encoder.encode_layer(i, rows.reshape(batch, TOKENS // batch, -1))
-        assert same_bits({name: got[name].flatten(0, 1) for name in RESULTS}, rows_of(want[i], slice(None)))
+        assert same_bits(
+            {name: got[name].flatten(0, 1) for name in RESULTS}, rows_of(want[i], slice(None))
+        )
 
 
 def test_layer_alone_or_among_others(device, case):
@@ -133,7 +144,9 @@ def test_place_in_memory(device, case):
     encoder = build(device)
     for i, rows in hidden.items():
         for shift in (1, 3):
-            held = torch.empty(TOKENS, rows.shape[1] + 5, device=device)[:, shift : shift + rows.shape[1]]
+            held = torch.empty(TOKENS, rows.shape[1] + 5, device=device)[
+                :, shift : shift + rows.shape[1]
+            ]
             assert same_bits(encoder.encode_layer(i, held.copy_(rows)), want[i])
 
 
@@ -178,9 +191,12 @@ def test_eight_threads_on_one_encoder(device, case, use_compile):
                 i = list(hidden)[(number + turn) % len(hidden)]
                 start = 11 * number
                 part = rows_of(want[i], slice(start, None))
-                assert same_bits(rows_of(encoder.encode_layer(i, hidden[i][start:]), slice(None)), part)
                 assert same_bits(
-                    rows_of(encoder.encode_layer(i, hidden[i][start : start + 1]), 0), rows_of(want[i], start)
+                    rows_of(encoder.encode_layer(i, hidden[i][start:]), slice(None)), part
+                )
+                assert same_bits(
+                    rows_of(encoder.encode_layer(i, hidden[i][start : start + 1]), 0),
+                    rows_of(want[i], start),
                 )
                 if turn % 2:
                     assert same_bits(encoder.encode_all_layers(hidden), want)
@@ -197,7 +213,7 @@ def test_eight_threads_on_one_encoder(device, case, use_compile):
 
 
 def test_interpreter_lock_is_released():
-    """While one thread encodes, this one takes the lock again and again: with the lock held it could not, even once."""
+    """While one thread encodes, this one takes the lock, which it could not if it were held."""
     encoder = SparseTranscoderEncoder({0: TranscoderWeights(**make_layer(16384, 256))}, 20)
     hidden = normal(4096, 256)
     begun, done = threading.Event(), threading.Event()

@@ -15,19 +15,25 @@ TOP_K = 20
 
 
 def build(layers, device="cpu", **options):
-    return SparseTranscoderEncoder({i: TranscoderWeights(**on(w, device)) for i, w in layers.items()}, TOP_K, **options)
+    return SparseTranscoderEncoder(
+        {i: TranscoderWeights(**on(w, device)) for i, w in layers.items()}, TOP_K, **options
+    )
 
 
 def allocations(call, device):
-    """Sizes in bytes of what torch's allocator hands out during the call; on CUDA, only how many."""
+    """Sizes in bytes of what torch's allocator hands out during the call; how many on CUDA."""
     if device.type == "cuda":
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         call()
         return [None] * (torch.cuda.memory_stats()["allocation.all.allocated"] - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call()
     events = profile.profiler.kineto_results.events()
-    return sorted(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    return sorted(
+        event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0
+    )
 
 
 def outputs(tokens, layers=1):
@@ -68,7 +74,7 @@ def test_torch_allocates_the_outputs_alone(device, tokens, dtype, kind, view, sc
                 assert got == outputs(tokens, count)
 
 
-# Every thread and every allocator of the process, not torch's alone: the C library's malloc, watched from outside
+# Every thread and every allocator of the process: the C library's malloc, watched from outside.
 
 WATCH = """
 #include <cstddef>
@@ -89,7 +95,9 @@ void* calloc(size_t m, size_t n) { return seen(__libc_calloc(m, n), m * n); }
 void* realloc(void* p, size_t n) { return seen(__libc_realloc(p, n), n); }
 void* memalign(size_t a, size_t n) { return seen(__libc_memalign(a, n), n); }
 void* aligned_alloc(size_t a, size_t n) { return seen(__libc_memalign(a, n), n); }
-int posix_memalign(void** p, size_t a, size_t n) { return (*p = seen(__libc_memalign(a, n), n)) ? 0 : 12; }
+int posix_memalign(void** p, size_t a, size_t n) {
+  return (*p = seen(__libc_memalign(a, n), n)) ? 0 : 12;
+}
 }
 """
 
@@ -115,7 +123,10 @@ def watched(call):
 
 layers = {i: TranscoderWeights(**make_layer(3000 + i, 64)) for i in range(3)}
 encoder = SparseTranscoderEncoder(layers, 20, chunk_size=1024)
-others = {name: SparseTranscoderEncoder(layers, 20, chunk_size=1024, screening=name) for name in ("int8", "int16")}
+others = {
+    name: SparseTranscoderEncoder(layers, 20, chunk_size=1024, screening=name)
+    for name in ("int8", "int16")
+}
 hidden = normal(2500, 64)
 print(json.dumps({
     "one": watched(lambda: encoder.encode_layer(0, hidden)),
@@ -133,7 +144,10 @@ def python(code, **environment):
     tests = os.path.dirname(os.path.abspath(__file__))
     environment = {**os.environ, "PYTHONPATH": tests, "CUDA_VISIBLE_DEVICES": "", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -143,7 +157,9 @@ def python(code, **environment):
 def test_the_process_allocates_the_outputs_alone(tmp_path):
     source, library = tmp_path / "watch.cpp", tmp_path / "watch.so"
     source.write_text(WATCH)
-    subprocess.run([os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    subprocess.run(
+        [os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-O1", "-o", library, source], check=True
+    )
     got = python(COUNT, LD_PRELOAD=str(library))
     assert got["torch"] == [20_000]  # the watch sees what it should
     assert got["one"] == got["int16"] == got["int8"] == outputs(2500)
@@ -175,7 +191,10 @@ def test_workspace_does_not_grow_with_features(device, screening):
 
 
 def test_workspace_grows_with_chunk_size(device):
-    small, large = (build({0: make_layer(3000, 64)}, device, chunk_size=size).workspace_bytes for size in (64, 2048))
+    small, large = (
+        build({0: make_layer(3000, 64)}, device, chunk_size=size).workspace_bytes
+        for size in (64, 2048)
+    )
     assert small < large
 
 
@@ -224,11 +243,14 @@ before += encoder.memory()["screening_bytes"] // 1024
 result = encoder.encode_layer(0, hidden)
 grown = kib("VmHWM") - before
 outputs = sum(result[name].nbytes for name in ("activations", "indices", "sparsity"))
-print(json.dumps({"grown": grown * 1024, "outputs": outputs, "active": result["sparsity"].mean().item()}))
+active = result["sparsity"].mean().item()
+print(json.dumps({"grown": grown * 1024, "outputs": outputs, "active": active}))
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps no resettable peak")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps no resettable peak"
+)
 def test_peak_of_a_long_encode():
     got = python(PEAK)
     assert 0.02 < got["active"] < 0.03  # the features were really looked at

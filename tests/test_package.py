@@ -5,12 +5,20 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sparse_transcoder
 import torch
 
-PUBLIC = {"SparseTranscoderEncoder", "TranscoderWeights", "load_transcoders", "encode_single_layer"}
+EXAMPLES = Path(__file__).parents[1] / "examples" / "transcoders"
+PUBLIC = {
+    "SparseTranscoderEncoder",
+    "TranscoderWeights",
+    "encode_single_layer",
+    "load_transcoders",
+    "save_transcoders",
+}
 
 
 def python(code, *options):
@@ -28,7 +36,8 @@ def test_import_changes_no_setting():
 import torch
 def settings():
     names = ("num_threads", "num_interop_threads", "default_dtype", "float32_matmul_precision")
-    return [getattr(torch, "get_" + name)() for name in names] + [torch.is_grad_enabled(), torch.get_rng_state().sum()]
+    values = [getattr(torch, "get_" + name)() for name in names]
+    return [*values, torch.is_grad_enabled(), torch.get_rng_state().sum()]
 before = settings()
 import sparse_transcoder as s
 weights = s.TranscoderWeights(torch.zeros(9, 4), torch.zeros(9))
@@ -37,6 +46,39 @@ assert settings() == before
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_import_leaves_the_warnings_as_they_are():
+    """The filters, and what torch says about its own sparse tensors."""
+    code = """
+import warnings, torch
+before = list(warnings.filters)
+import sparse_transcoder
+assert warnings.filters == before
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+assert "beta" in str(caught[0].message)
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_encode_sparse_needs_no_warning_filter():
+    """Its tensors are torch's first CSR tensors, made in many threads where warnings are errors."""
+    code = """
+import warnings, torch
+from concurrent.futures import ThreadPoolExecutor
+import sparse_transcoder as s
+encoder = s.SparseTranscoderEncoder({0: s.TranscoderWeights(torch.eye(4), torch.zeros(4))})
+before = list(warnings.filters)
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda n: encoder.encode_sparse(0, 2 * torch.eye(4)), range(32)))
+assert all(torch.equal(one.to_dense(), 2 * torch.eye(4)) for one in found)
+assert warnings.filters == before
+"""
+    done = python(code, "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_names():
@@ -73,8 +115,19 @@ def test_arguments():
     assert arguments(encoder.encode_layer) == [("layer_idx", none), ("hidden", none)]
     assert arguments(encoder.encode_chunked) == [("layer_idx", none), ("hidden", none)]
     assert arguments(encoder.encode_all_layers) == [("hidden_states", none)]
-    assert arguments(encoder.extract_attribution_features) == [("hidden_states", none), ("top_k_global", 100)]
-    single = [("hidden", none), ("W_enc", none), ("b_enc", none), ("top_k", none), ("threshold", none)]
+    assert arguments(encoder.extract_attribution_features) == [
+        ("hidden_states", none),
+        ("top_k_global", 100),
+        ("exclude", None),
+        ("inputs", None),
+    ]
+    single = [
+        ("hidden", none),
+        ("W_enc", none),
+        ("b_enc", none),
+        ("top_k", none),
+        ("threshold", none),
+    ]
     assert arguments(encoder.encode_single_layer) == single
     assert arguments(sparse_transcoder.encode_single_layer) == single
     assert arguments(sparse_transcoder.load_transcoders) == [
@@ -82,11 +135,29 @@ def test_arguments():
         ("layers", None),
         ("device", None),
     ]
+    assert arguments(sparse_transcoder.save_transcoders) == [
+        ("transcoders", none),
+        ("dir", none),
+        ("dtype", None),
+    ]
     weights = arguments(sparse_transcoder.TranscoderWeights)
-    assert weights[:5] == [("W_enc", none), ("b_enc", none), ("W_dec", None), ("b_dec", None), ("layer", 0)]
-    assert {"threshold", "k", "W_skip", "input_bias", "ln_weight", "ln_bias", "hook_in", "hook_out"} <= {
-        n for n, _ in weights[5:]
-    }
+    assert weights[:5] == [
+        ("W_enc", none),
+        ("b_enc", none),
+        ("W_dec", None),
+        ("b_dec", None),
+        ("layer", 0),
+    ]
+    assert {
+        "threshold",
+        "k",
+        "W_skip",
+        "input_bias",
+        "ln_weight",
+        "ln_bias",
+        "hook_in",
+        "hook_out",
+    } <= {n for n, _ in weights[5:]}
 
 
 def test_weights_keep_what_they_are_given():
@@ -105,12 +176,75 @@ def test_weights_keep_what_they_are_given():
     weights = sparse_transcoder.TranscoderWeights(**given)
     for name, value in given.items():
         held = getattr(weights, name)
-        assert held is value or torch.equal(held, value) if torch.is_tensor(value) else held == value
+        assert (
+            held is value or torch.equal(held, value) if torch.is_tensor(value) else held == value
+        )
     bare = sparse_transcoder.TranscoderWeights(given["W_enc"], given["b_enc"])
-    for name in ("W_dec", "b_dec", "threshold", "k", "W_skip", "input_bias", "ln_weight", "ln_bias"):
+    for name in (
+        "W_dec",
+        "b_dec",
+        "threshold",
+        "k",
+        "W_skip",
+        "input_bias",
+        "ln_weight",
+        "ln_bias",
+    ):
         assert getattr(bare, name) is None
     with pytest.raises(TypeError):
-        sparse_transcoder.TranscoderWeights(torch.ones(6, 4), torch.ones(6), None, None, 0, torch.ones(6))
+        sparse_transcoder.TranscoderWeights(
+            torch.ones(6, 4), torch.ones(6), None, None, 0, torch.ones(6)
+        )
+
+
+@pytest.mark.skipif(sparse_transcoder.cuda_kernels, reason="this build has CUDA kernels")
+def test_cuda_is_refused_without_kernels():
+    # Fake tensors stand for those of a CUDA device. They change what torch knows of devices, so
+    # they are made in a process of their own.
+    code = """
+import sparse_transcoder as s, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+def weights(device):
+    return {3: s.TranscoderWeights(torch.empty(8, 4, device=device), torch.zeros(8, device=device))}
+
+def refused(call):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+
+cpu = s.SparseTranscoderEncoder(weights("cpu"))
+with FakeTensorMode():
+    refused(lambda: s.SparseTranscoderEncoder(weights("cuda:0")))
+    hidden = torch.empty(2, 4, device="cuda:0")
+refused(lambda: cpu.encode_layer(3, hidden))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line[: line.index(":", 10)] for line in lines] == [
+        "layer 3: W_enc must be on cpu, got cuda",
+        "layer 3: hidden must be on cpu, got cuda",
+    ]
+    assert all(
+        "has no CUDA kernels" in line and "SPARSE_TRANSCODER_CUDA=ON" in line for line in lines
+    )
+
+
+@pytest.mark.skipif(sparse_transcoder.cuda_kernels, reason="this build has CUDA kernels")
+def test_the_default_device_is_the_cpu_without_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    weights = sparse_transcoder.load_transcoders(EXAMPLES, layers=[5])
+    assert weights[5].W_enc.device.type == "cpu"
+
+
+def test_version_is_the_project_s():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{sparse_transcoder.__version__}"\n' in project
+    config = Path(sparse_transcoder.cmake_prefix_path, "lib", "cmake", "sparse_transcoder")
+    declared = (config / "sparse_transcoderConfigVersion.cmake").read_text()
+    assert f'set(PACKAGE_VERSION "{sparse_transcoder.__version__}")' in declared
 
 
 def test_typed():
@@ -120,7 +254,9 @@ def test_typed():
 def test_cmake_prefix_path():
     found = []
     for folder, _, files in os.walk(sparse_transcoder.cmake_prefix_path):
-        found += [os.path.join(folder, file) for file in files if file.lower().endswith("config.cmake")]
+        found += [
+            os.path.join(folder, file) for file in files if file.lower().endswith("config.cmake")
+        ]
     assert any(os.path.join("lib", "cmake", "sparse_transcoder") in path for path in found), found
 
 

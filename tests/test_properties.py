@@ -36,7 +36,7 @@ def bounded(examples):
 )
 def test_any_layer(tokens, hidden_size, features, top_k, tau, kind, dtypes, decades, options, seed):
     layer = make_layer(features, hidden_size, seed=seed, kind=kind, dtype=dtypes[0])
-    # rows and features whose strengths lie decades apart, beside a quarter of each that stay as they are
+    # Rows and features whose strengths lie decades apart; a quarter of each stays as it is.
     layer["W_enc"][features // 4 :] *= 10.0 ** decades[0]
     hidden = normal(tokens, hidden_size, seed=seed + 9)
     hidden[tokens // 4 :] *= 10.0 ** decades[1]
@@ -60,11 +60,28 @@ def test_any_layer(tokens, hidden_size, features, top_k, tau, kind, dtypes, deca
     options=OPTIONS,
     seed=st.integers(0, 10_000),
 )
-def test_any_scale(tokens, hidden_size, features, top_k, kind, dtypes, scales, spread, strength, bias, options, seed):
-    """Weights and rows of any size, with tails as heavy as may be; thresholds and biases among the activations."""
+def test_any_scale(
+    tokens,
+    hidden_size,
+    features,
+    top_k,
+    kind,
+    dtypes,
+    scales,
+    spread,
+    strength,
+    bias,
+    options,
+    seed,
+):
+    """Weights and rows of any size, heavy tails, thresholds and biases among the activations."""
     layer = make_layer(features, hidden_size, seed=seed, kind=kind, dtype=torch.float32)
-    layer["W_enc"] *= torch.exp(spread[0] * normal(features, hidden_size, seed=seed + 5)) * 10.0 ** scales[0]
-    layer["W_enc"] = layer["W_enc"].clamp(-65000, 65000) if dtypes[0] == torch.float16 else layer["W_enc"]
+    layer["W_enc"] *= (
+        torch.exp(spread[0] * normal(features, hidden_size, seed=seed + 5)) * 10.0 ** scales[0]
+    )
+    layer["W_enc"] = (
+        layer["W_enc"].clamp(-65000, 65000) if dtypes[0] == torch.float16 else layer["W_enc"]
+    )
     layer["W_enc"] = layer["W_enc"].to(dtypes[0])
     hidden = normal(tokens, hidden_size, seed=seed + 9)
     hidden *= torch.exp(spread[1] * normal(tokens, hidden_size, seed=seed + 6)) * 10.0 ** scales[1]
@@ -91,7 +108,9 @@ def test_any_scale(tokens, hidden_size, features, top_k, kind, dtypes, scales, s
     options=OPTIONS,
     seed=st.integers(0, 10_000),
 )
-def test_whole_numbers_to_the_bit(tokens, hidden_size, features, spread, top_k, tau, k, strict, options, seed):
+def test_whole_numbers_to_the_bit(
+    tokens, hidden_size, features, spread, top_k, tau, k, strict, options, seed
+):
     layer = {
         "W_enc": integers(features, hidden_size, low=-spread, high=spread + 1, seed=seed),
         "b_enc": integers(features, seed=seed + 1),
@@ -116,13 +135,15 @@ def test_whole_numbers_to_the_bit(tokens, hidden_size, features, spread, top_k, 
     st.data(),
 )
 def test_any_values_and_any_threshold(values, top_k, data):
-    """Zero weights: the biases are the pre-activations, so every float32 there is comes by, next to its own gate."""
+    """Zero weights: the biases are the pre-activations, any float32, each next to its own gate."""
     tau = data.draw(st.one_of(st.sampled_from(values), st.just(0.0)))
     layer = {"W_enc": torch.zeros(len(values), 3), "b_enc": torch.tensor(values)}
     if data.draw(st.booleans()):
         layer["threshold"] = torch.tensor(data.draw(st.permutations(values)))
     hidden = normal(3, 3)
-    got = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, top_k, tau).encode_layer(0, hidden)
+    got = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, top_k, tau).encode_layer(
+        0, hidden
+    )
     wanted = expected(hidden, layer, top_k, tau)
     for name, want in zip(("activations", "indices", "sparsity"), wanted, strict=True):
         assert same_bits(got[name], want)

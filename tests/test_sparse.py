@@ -1,10 +1,21 @@
-"""encode_sparse and decode against float64: every kept feature, nothing else, and what the decoder makes of it."""
+"""encode_sparse and decode against float64: every kept feature, and what the decoder makes."""
 
 import math
 
 import pytest
 import torch
-from oracle import FLOATS, broken_rows, gates, make_layer, normal, on, pre_activations, same_bits, tolerances, wide
+from oracle import (
+    FLOATS,
+    broken_rows,
+    gates,
+    make_layer,
+    normal,
+    on,
+    pre_activations,
+    same_bits,
+    tolerances,
+    wide,
+)
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
 F, H = 300, 48
@@ -16,16 +27,26 @@ VARIANTS = {
 
 
 def encoder_of(layer, device="cpu", top_k=20, tau=0.5, **options):
-    return SparseTranscoderEncoder({0: TranscoderWeights(**on(layer, device))}, top_k, tau, **options)
+    return SparseTranscoderEncoder(
+        {0: TranscoderWeights(**on(layer, device))}, top_k, tau, **options
+    )
 
 
 def check_sparse(found, hidden, layer, tau):
-    """Assert the form, that every surely kept feature is there and no other, and every value; return the dense matrix."""
+    """Assert the form, every value, and that just the kept features are there; return it dense."""
     features = layer["W_enc"].shape[0]
     rows = hidden.shape[:-1].numel()
-    assert (found.layout, found.dtype, found.shape) == (torch.sparse_csr, torch.float32, (rows, features))
+    assert (found.layout, found.dtype, found.shape) == (
+        torch.sparse_csr,
+        torch.float32,
+        (rows, features),
+    )
     assert found.device == hidden.device and not found.requires_grad
-    begins, ids, values = found.crow_indices().cpu(), found.col_indices().cpu(), found.values().cpu()
+    begins, ids, values = (
+        found.crow_indices().cpu(),
+        found.col_indices().cpu(),
+        found.values().cpu(),
+    )
     assert begins.dtype == ids.dtype == torch.int64
     assert begins[0] == 0 and begins[-1] == len(ids) == len(values)
     row_of = torch.arange(rows).repeat_interleave(begins.diff())
@@ -33,7 +54,9 @@ def check_sparse(found, hidden, layer, tau):
     assert (ids[1:] > ids[:-1])[same_row].all(), "features do not ascend in a row"
 
     broken = broken_rows(hidden)
-    assert torch.equal(row_of[broken[row_of]], broken.nonzero().flatten()), "a broken row must have one entry"
+    assert torch.equal(row_of[broken[row_of]], broken.nonzero().flatten()), (
+        "a broken row must have one entry"
+    )
     assert values[broken[row_of]].isnan().all() and (ids[broken[row_of]] == 0).all()
     dense = torch.zeros(rows, features)
     dense[row_of, ids] = values
@@ -51,7 +74,7 @@ def check_sparse(found, hidden, layer, tau):
 
 
 def check_decoded(got, dense, layer, hidden, dtype=torch.float32):
-    """got [N, n * H] against W_dec @ dense + b_dec + W_skip @ x, each within 1e-5 of its largest partial sums."""
+    """got [N, n * H] is W_dec @ dense + b_dec + W_skip @ x, within 1e-5 of its partial sums."""
     acts, W_dec = wide(dense), wide(layer["W_dec"])
     want, size = acts @ W_dec.T, acts.abs() @ W_dec.abs().T
     if layer.get("b_dec") is not None:
@@ -78,7 +101,9 @@ def test_every_kept_feature(device, kind, variant, tau):
     layer = make_layer(F, H, kind=kind, **VARIANTS[variant])
     for tokens in (1, 70):
         hidden = normal(tokens, H, seed=5).to(device)
-        dense = check_sparse(encoder_of(layer, device, 20, tau).encode_sparse(0, hidden), hidden, layer, tau)
+        dense = check_sparse(
+            encoder_of(layer, device, 20, tau).encode_sparse(0, hidden), hidden, layer, tau
+        )
         assert (dense > 0).any() == (tau < 100)
 
 
@@ -124,7 +149,9 @@ def test_chunks_batches_and_neighbours_do_not_matter(device):
         for part in ("crow_indices", "col_indices", "values"):
             assert same_bits(getattr(got, part)(), getattr(want, part)()), part
     encoder = encoder_of(layer, device)
-    alone = torch.cat([encoder.encode_sparse(0, row[None]).to_dense() for row in hidden.reshape(-1, H)])
+    alone = torch.cat(
+        [encoder.encode_sparse(0, row[None]).to_dense() for row in hidden.reshape(-1, H)]
+    )
     assert same_bits(alone, want.to_dense())
 
 
@@ -142,7 +169,10 @@ def test_strides_and_gradients(device, strided):
     hidden = strided(normal(3, 11, H, seed=8).to(device)).requires_grad_()
     found = encoder_of(layer, device).encode_sparse(0, hidden)
     check_sparse(found, hidden, layer, 0.5)
-    assert same_bits(found.to_dense(), encoder_of(layer, device).encode_sparse(0, hidden.detach().clone()).to_dense())
+    assert same_bits(
+        found.to_dense(),
+        encoder_of(layer, device).encode_sparse(0, hidden.detach().clone()).to_dense(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk"])
@@ -155,7 +185,9 @@ def test_broken_rows(device, kind, value):
     found = encoder.encode_sparse(0, hidden.to(device))
     dense = check_sparse(found, hidden.to(device), layer, 0.5)
     sound = hidden.isfinite().all(1)
-    assert same_bits(dense[sound], encoder.encode_sparse(0, hidden[sound].to(device)).to_dense().cpu())
+    assert same_bits(
+        dense[sound], encoder.encode_sparse(0, hidden[sound].to(device)).to_dense().cpu()
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, H), (2, 0, H), (0, 3, H)])
@@ -165,11 +197,15 @@ def test_no_rows(device, shape):
     found = encoder.encode_sparse(0, torch.zeros(shape, device=device))
     assert found.shape == (0, F) and found.values().numel() == 0
     assert encoder.decode(0, found).shape == (0, H)
-    assert encoder.decode(0, encoder.encode_layer(0, torch.zeros(shape, device=device))).shape == shape
+    assert (
+        encoder.decode(0, encoder.encode_layer(0, torch.zeros(shape, device=device))).shape == shape
+    )
 
 
 def test_rows_without_features(device):
-    layer = make_layer(F, H, b_enc=torch.full((F,), -1e6), W_dec=normal(H, F), b_dec=normal(H, seed=3))
+    layer = make_layer(
+        F, H, b_enc=torch.full((F,), -1e6), W_dec=normal(H, F), b_dec=normal(H, seed=3)
+    )
     encoder = encoder_of(layer, device)
     found = encoder.encode_sparse(0, normal(5, H).to(device))
     assert found.crow_indices().tolist() == [0] * 6
@@ -191,18 +227,28 @@ def test_decode(device, kind, parts, dtype):
     encoder = encoder_of(layer, device)
     top, sparse = encoder.encode_layer(0, hidden), encoder.encode_sparse(0, hidden)
     x = hidden if "W_skip" in parts else None
-    dense = torch.zeros(33, F).scatter(1, top["indices"].cpu().view(33, -1), top["activations"].cpu().view(33, -1))
+    dense = torch.zeros(33, F).scatter(
+        1, top["indices"].cpu().view(33, -1), top["activations"].cpu().view(33, -1)
+    )
     got = encoder.decode(0, top, x)
     assert got.shape == hidden.shape and not got.requires_grad
     check_decoded(got.view(33, H), dense, layer, hidden)
     check_decoded(encoder.decode(0, sparse, x), sparse.to_dense().cpu(), layer, hidden)
-    assert same_bits(encoder.decode(0, top, hidden), got)  # where there is no skip connection hidden plays no part
+    assert same_bits(
+        encoder.decode(0, top, hidden), got
+    )  # where there is no skip connection hidden plays no part
 
 
 @pytest.mark.parametrize("bias", [H, 3 * H])
 def test_decode_of_a_cross_layer_transcoder(device, bias):
-    """[3 * H, F]: rows of layers 4, 5 and 6. A bias of [H] and the skip connection belong to the layer itself."""
-    layer = make_layer(F, H, W_dec=normal(3 * H, F, seed=10), b_dec=normal(bias, seed=11), W_skip=normal(H, H, seed=12))
+    """[3 * H, F]: rows of layers 4, 5 and 6. A bias [H] and the skip belong to the layer itself."""
+    layer = make_layer(
+        F,
+        H,
+        W_dec=normal(3 * H, F, seed=10),
+        b_dec=normal(bias, seed=11),
+        W_skip=normal(H, H, seed=12),
+    )
     weights = TranscoderWeights(**on(layer, device), layer=4)
     encoder = SparseTranscoderEncoder({4: weights}, 20, 0.5)
     hidden = normal(2, 6, H, seed=13).to(device)
@@ -222,7 +268,9 @@ def test_decode_does_not_depend_on_the_batch(device):
     got = encoder.decode(0, found)
     check_decoded(got, found.to_dense().cpu(), layer, hidden)
     for row in (0, 8):
-        assert same_bits(encoder.decode(0, encoder.encode_sparse(0, hidden[row : row + 1]))[0], got[row])
+        assert same_bits(
+            encoder.decode(0, encoder.encode_sparse(0, hidden[row : row + 1]))[0], got[row]
+        )
 
 
 def test_decode_of_broken_rows(device):
@@ -233,7 +281,8 @@ def test_decode_of_broken_rows(device):
     found = encoder.encode_sparse(0, hidden)
     check_decoded(encoder.decode(0, found), found.to_dense().cpu(), layer, hidden)
     assert (
-        encoder.decode(0, encoder.encode_layer(0, hidden)).isnan().any(1).tolist() == [False] * 2 + [True] + [False] * 3
+        encoder.decode(0, encoder.encode_layer(0, hidden)).isnan().any(1).tolist()
+        == [False] * 2 + [True] + [False] * 3
     )
 
 
@@ -244,22 +293,42 @@ def csr(begins, ids, values, shape):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (lambda f, x: (f, None), ValueError, "layer 0: the skip connection needs the hidden states, got none"),
-        (lambda f, x: (f, x[:2]), ValueError, "layer 0: hidden must have the features' 3 rows, got [2, 48]"),
+        (
+            lambda f, x: (f, None),
+            ValueError,
+            "layer 0: the skip connection needs the hidden states, got none",
+        ),
+        (
+            lambda f, x: (f, x[:2]),
+            ValueError,
+            "layer 0: hidden must have the features' 3 rows, got [2, 48]",
+        ),
         (lambda f, x: (f, x[:, :5]), ValueError, "layer 0: hidden must be [.., 48], got [3, 5]"),
         (
             lambda f, x: (f.to_dense(), x),
             TypeError,
             "features must be an encode result or sparse CSR, got torch.strided",
         ),
-        (lambda f, x: (3, x), TypeError, "features must be an encode result or sparse CSR, got int"),
+        (
+            lambda f, x: (3, x),
+            TypeError,
+            "features must be an encode result or sparse CSR, got int",
+        ),
         (
             lambda f, x: (csr([0, 1, 1, 1], [300], [1.0], (3, F)), x),
             ValueError,
             "features must be in [0, 300), got 300",
         ),
-        (lambda f, x: (csr([0, 1, 1, 1], [-1], [1.0], (3, F)), x), ValueError, "features must be in [0, 300), got -1"),
-        (lambda f, x: (csr([0, 2, 1, 1], [1], [1.0], (3, F)), x), ValueError, "row_begin must ascend from 0"),
+        (
+            lambda f, x: (csr([0, 1, 1, 1], [-1], [1.0], (3, F)), x),
+            ValueError,
+            "features must be in [0, 300), got -1",
+        ),
+        (
+            lambda f, x: (csr([0, 2, 1, 1], [1], [1.0], (3, F)), x),
+            ValueError,
+            "row_begin must ascend from 0",
+        ),
         (lambda f, x: (f.double(), x), TypeError, "activations must be float32, got float64"),
     ],
 )

@@ -1,4 +1,5 @@
 // The Python module: names, defaults, docstrings and error types. No logic.
+#include <ATen/ops/_sparse_csr_tensor_unsafe.h>
 #include <pybind11/stl.h>
 #include <sparse_transcoder/engine.h>
 #include <torch/csrc/Exceptions.h>
@@ -30,6 +31,20 @@ void translate(std::exception_ptr exception) {
   } catch (const c10::Error& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
   }
+}
+
+// torch says once per process that sparse CSR tensors are in beta. The handler is the thread's own
+// and drops that sentence, so that no warning filter decides whether encode_sparse succeeds.
+class SilentHandler : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+at::Tensor to_csr(const SparseFeatures& found, int64_t features) {
+  SilentHandler silent;
+  const c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  return at::_sparse_csr_tensor_unsafe(found.row_begin, found.features, found.activations,
+                                       {found.row_begin.numel() - 1, features},
+                                       found.activations.options().layout(at::kSparseCsr));
 }
 
 }  // namespace
@@ -80,12 +95,18 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("hook_out", &LayerWeights::hook_out)
       .def_readonly("source", &LayerWeights::source);
 
+  m.def("cuda_kernels", &cuda_kernels, "Whether this build has CUDA kernels.");
   m.def("load_weights", &load_weights, py::arg("dir"), py::arg("layers"), py::arg("device"),
         release_gil(),
         "Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers "
         "is empty.");
   m.def("read_safetensors", &read_safetensors, py::arg("path"), release_gil(),
         "The tensors of a safetensors file, memory-mapped: nothing but the header is read here.");
+
+  m.def(
+      "cpu_instruction_set", &cpu_instruction_set,
+      "The instruction set that encodes on the CPU: the best of this machine, or the one that the "
+      "environment variable SPARSE_TRANSCODER_CPU names.");
 
   py::enum_<Screening>(m, "Screening", "Which approximate arithmetic finds the candidates.")
       .value("auto", Screening::automatic)
@@ -95,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Explanation>(m, "Explanation",
                           "What a call did; see sparse_transcoder.SparseTranscoderEncoder.explain.")
+      .def_readonly("instruction_set", &Explanation::instruction_set)
       .def_readonly("rows", &Explanation::rows)
       .def_readonly("features", &Explanation::features)
       .def_readonly("fallback_rows", &Explanation::fallback_rows)
@@ -122,7 +144,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("features"), py::arg("activations"))
       .def_readonly("row_begin", &SparseFeatures::row_begin)
       .def_readonly("features", &SparseFeatures::features)
-      .def_readonly("activations", &SparseFeatures::activations);
+      .def_readonly("activations", &SparseFeatures::activations)
+      .def("to_csr", &to_csr, py::arg("features"), "A sparse CSR tensor [N, features].");
 
   py::class_<Memory>(m, "Memory", "Bytes an engine holds.")
       .def_readonly("weight_bytes", &Memory::weight_bytes)

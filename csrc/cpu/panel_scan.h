@@ -1,422 +1,316 @@
-// One lane streams over its features for all rows of a job, panel after panel:
+// One worker streams over a range of features for all rows of a block, panel by panel:
 //
-//   screen    approximate products; a pair whose upper bound misses its gate is gone. int8, int16
-//   or float32 (screening.h) refine    what survived int8 is multiplied again in int16: sure pairs
-//   are counted, those under the running k-th best are gone rescore   the rest is computed exactly.
-//   This value alone decides whether a feature is active, and its rank
+//   screen     makes approximate products in int8, int16 or float32. A pair whose upper bound
+//              misses its gate is gone.
+//   rescreen   multiplies again in int16 what survived int8. Surely active pairs are counted; those
+//              of them under the running k-th best are gone.
+//   compute    computes the rest exactly. This value alone decides whether a feature is active, and
+//              its rank.
 //
-// No stage rules out a pair that could count, so the result does not depend on the arithmetic, the
-// panels or their order.
+// No stage rules out a pair that could count. So the result depends neither on the arithmetic, nor
+// on the panels and their order.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <chrono>
 #include <cmath>
-#include <limits>
-#include <utility>
 
-#include "backend.h"
+#include "bounds.h"
+#include "cpu/collectors.h"
+#include "cpu/kernels/gate-inl.h"
+#include "cpu/row_block.h"
 
-namespace sparse_transcoder {
+namespace sparse_transcoder::cpu {
 
-// Rows [first_row, first_row + rows) of one request, in slots [slot, slot + rows).
-struct Job {
-  const Request* request;
-  int64_t first_row, rows, slot;
-  Choice choice;
-
-  const Layer& layer() const { return *request->layer; }
-};
-
-// Features [first, last) of a job; `first` is at a panel's begin.
-struct Unit {
-  const Job* job;
-  int64_t first, last;
-};
-
-inline float* hidden_row(const Workspace& w, const Job& job, int64_t row) {
-  return w.hidden + job.slot * w.plan.hidden_size + row * job.layer().hidden_size;
-}
-inline int8_t* int8_row(const Workspace& w, const Job& job, int64_t row) {
-  return w.int8 + job.slot * w.plan.int8_bytes +
-         row * job.choice.planes * cpu::Int8Layout(job.layer().hidden_size).row_bytes();
-}
-inline int16_t* int16_row(const Workspace& w, const Job& job, int64_t row) {
-  return w.int16 + job.slot * w.plan.int16_stride +
-         row * cpu::int16_stride(job.layer().hidden_size);
-}
-inline bool is_finite(const RowMargin& margin) { return !std::isnan(margin.float32.per_norm); }
-inline bool is_screened(const RowMargin& margin) { return std::isfinite(margin.float32.per_norm); }
-
-enum Phase { prepare_phase, screen_phase, refine_phase, rescore_phase, finish_phase };
-
-// Adds the time since the last call to a phase, where a call is to be explained.
-class Stopwatch {
+// Collector: see collectors.h. It gets every active feature of each row that may be of use to it,
+// ascending but for those that it deferred.
+template <typename Collector>
+class PanelScan {
  public:
-  Stopwatch(Tally& tally, bool running) : tally_(tally), running_(running) { last_ = now(); }
-  void add_to(Phase phase) {
-    if (!running_) return;
-    const Clock::time_point time = now();
-    tally_.ms[phase] += std::chrono::duration<double, std::milli>(time - last_).count();
-    last_ = time;
-  }
+  PanelScan(const Workspace& workspace, const FeatureRange& range, int64_t worker)
+      : PanelScan(workspace, range, worker, Collector{workspace, *range.block, worker}) {}
 
- private:
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point now() const { return running_ ? Clock::now() : Clock::time_point(); }
-  Tally& tally_;
-  const bool running_;
-  Clock::time_point last_;
-};
-
-struct SurvivorList {
-  Survivor* pairs;
-  int64_t size;
-
-  void push(Survivor survivor) { pairs[size++] = survivor; }
-};
-
-// Computes a layer's activations exactly.
-class Exact {
- public:
-  explicit Exact(const Layer& layer)
-      : dot_(cpu::cpu_kernels().dot[static_cast<int>(layer.dtype)]),
-        weights_(static_cast<const char*>(layer.W_enc.const_data_ptr())),
-        bias_(layer.bias.const_data_ptr<float>()),
-        size_(layer.hidden_size),
-        row_bytes_(layer.hidden_size * layer.W_enc.element_size()) {}
-
-  // Of up to dot_rows rows.
-  void activations(const float* const* x, int64_t rows, int64_t feature, float* values) const {
-    double sums[cpu::dot_rows];
-    dot_(x, rows, weights(feature), size_, sums);
-    for (int64_t r = 0; r < rows; ++r) values[r] = static_cast<float>(sums[r] + bias_[feature]);
-  }
-  float activation(const float* x, int64_t feature) const {
-    float value;
-    activations(&x, 1, feature, &value);
-    return value;
-  }
-  const char* weights(int64_t feature) const { return weights_ + feature * row_bytes_; }
-  int64_t row_bytes() const { return row_bytes_; }
-
- private:
-  void (*dot_)(const float* const*, int64_t, const void*, int64_t, double*);
-  const char* weights_;
-  const float* bias_;
-  int64_t size_, row_bytes_;
-};
-
-// Starts to bring memory into the cache.
-inline void fetch(const void* begin, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(static_cast<const char*>(begin) + i, 0, 2);
-}
-
-// Sink: keep(row, feature, activation) gets every active feature, ascending in each row, whose
-// activation can reach bound(row), but for those that defer(row, feature with its bounds) takes
-// over; active(row) is the row's counter of active features.
-template <typename Sink>
-class Scan {
- public:
-  Scan(const Workspace& w, const Unit& unit, int64_t lane, Sink sink)
-      : w_(w),
-        unit_(unit),
-        job_(*unit.job),
-        layer_(job_.layer()),
-        sink_(sink),
-        kernel_(cpu::cpu_kernels()),
-        layout_(layer_.hidden_size),
-        gate_(layer_.gate_at(0)),
-        margin_(w.margin + job_.slot),
-        scale_(w.int16_scale + job_.slot),
-        exact_(layer_),
-        scores_(w.scores + lane * w.plan.scores()),
-        candidates_(w.candidates + lane * w.plan.panel),
-        masks_(w.masks + lane * w.plan.job_rows),
-        packed_(w.packed + lane * cpu::panel_features * w.plan.int16_stride),
-        tally_(w.tally[lane]),
-        watch_(tally_, w.timed) {
-    Survivor* survivors = w.survivors + lane * 3 * w.plan.survivors();
-    for (SurvivorList* list : {&fresh_, &refined_, &spare_}) {
-      *list = {survivors, 0};
-      survivors += w.plan.survivors();
-    }
-    if (layer_.copies.int16.defined()) {
-      int16_ = layer_.copies.int16.template const_data_ptr<int16_t>();
-      int16_scale_ = layer_.copies.int16_scale.template const_data_ptr<float>();
-      int16_residual_ = layer_.copies.int16_residual.template const_data_ptr<float>();
-    }
-  }
+  PanelScan(const Workspace& workspace, const FeatureRange& range, int64_t worker,
+            Collector collector)
+      : workspace_(workspace),
+        range_(range),
+        collector_(collector),
+        kernels_(active_kernels()),
+        bounds_(layer().bounds.from(layer(), 0)),
+        int16_(layer().copies.int16_rows()),
+        exact_(layer()),
+        buffers_(workspace.workers[worker]),
+        queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
+        watch_(*buffers_.counters, workspace.timed) {}
 
   void run() {
-    // A panel with many survivors goes through the dense screen, with the next ones; then int8 is
-    // tried again.
+    // Panels that the dense screen takes after one with many survivors; then int8 is tried again.
     constexpr int64_t retry = 15;
-    const Choice choice = job_.choice;
-    const int64_t wide = choice.sparse == Arithmetic::float32 ? w_.plan.panel : cpu::panel_features;
+    const ScreenType sparse = screen().sparse;
+    const int64_t tile_features =
+        sparse == ScreenType::float32 ? workspace_.plan.tile_features : panel_features;
     int64_t dense_panels = 0;
-    for (int64_t first = unit_.first; first < unit_.last; first += wide) {
-      const int64_t count = std::min(wide, unit_.last - first);
-      if (choice.sparse == Arithmetic::int8 && dense_panels == 0) {
-        if (!screen_int8(first, count)) dense_panels = retry;
+    for (int64_t first = range_.first; first < range_.last; first += tile_features) {
+      const Tile tile = {first, std::min(tile_features, range_.last - first)};
+      if (sparse == ScreenType::int8 && dense_panels == 0) {
+        if (!screen_int8(tile)) dense_panels = retry;
       } else {
-        screen_densely(first, count);
+        screen_densely(tile);
         if (dense_panels > 0) --dense_panels;
       }
     }
-    settle();
+    empty_queue();
   }
 
  private:
-  // False where too many pairs survived int8: the rows have had the dense screen instead. Survivors
-  // wait for the next panel to be refined, and for the one after that to be rescored: meanwhile
-  // what this reads of their features is on its way from memory.
-  bool screen_int8(int64_t first, int64_t count) {
-    const auto* panel = layer_.copies.int8.template const_data_ptr<uint8_t>() +
-                        first / cpu::panel_features * layout_.panel_bytes();
-    const uint64_t all = count == cpu::panel_features ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-    const int64_t rows = job_.rows;
-    look_ahead(first + count < unit_.last ? panel + layout_.panel_bytes() : nullptr);
-    kernel_.screen_int8(layout_, int8_row(w_, job_, 0), rows, job_.choice.planes, panel,
-                        gate_.surely_out_below + first, masks_, ahead_);
-    for (int64_t row = 0; row < rows; ++row) {
-      const RowMargin& margin = margin_[row];
-      for (uint64_t mask = is_screened(margin) ? masks_[row] & all
-                           : is_finite(margin) ? all
-                                               : 0;
-           mask != 0; mask &= mask - 1) {
-        const auto feature = static_cast<uint32_t>(first + __builtin_ctzll(mask));
-        spare_.push({static_cast<int32_t>(row), feature << 1 | 1});
-      }
-    }
+  const RowBlock& block() const { return *range_.block; }
+  const PreparedLayer& layer() const { return *block().layer; }
+  const ScreenChoice& screen() const { return block().screen; }
+  Counters& counters() const { return *buffers_.counters; }
+  FeatureBounds bounds_from(int64_t feature) const {
+    return {bounds_.norm + feature, bounds_.bias + feature, bounds_.min_active + feature,
+            bounds_.surely_out_below + feature, bounds_.surely_in_from + feature};
+  }
+
+  // False where too many pairs survive int8. Then the rows have had the dense screen instead.
+  bool screen_int8(Tile panel) {
+    const Int8Layout layout(layer().hidden_size);
+    const uint8_t* weights = layer().copies.int8.template const_data_ptr<uint8_t>() +
+                             panel.first / panel_features * layout.panel_bytes();
+    const bool last = panel.first + panel.count >= range_.last;
+    plan_prefetches(last ? nullptr : weights + layout.panel_bytes(), layout.panel_bytes());
+    kernels_.screen_int8({layout, int8_row(workspace_, block(), 0), block().row_count,
+                          screen().planes, weights, bounds_.surely_out_below + panel.first},
+                         buffers_.masks, prefetcher_);
+    take_masks(panel);
     watch_.add_to(screen_phase);
-    if (spare_.size > job_.choice.dense_share * static_cast<double>(rows * count)) {
-      spare_.size = 0;
-      settle();
-      screen_densely(first, count);
+    const int64_t pairs = block().row_count * panel.count;
+    const int64_t survivors = queue_.incoming().size;
+    if (survivors > screen().max_share * static_cast<double>(pairs)) {
+      queue_.incoming().size = 0;
+      empty_queue();
+      screen_densely(panel);
       return false;
     }
-    tally_.pairs[static_cast<int>(Arithmetic::int8)] += rows * count;
-    tally_.survivors += spare_.size;
-    advance(first, count);
+    counters().pairs[static_cast<int>(ScreenType::int8)] += pairs;
+    counters().survivors += survivors;
+    advance(panel);
     return true;
   }
 
-  // Rescores what is refined, refines what is fresh, and takes what is in spare_, of features
-  // [first, first + count), as fresh.
-  void advance(int64_t first, int64_t count) {
-    rescore(refined_);
-    watch_.add_to(rescore_phase);
-    sort(spare_, first, count, refined_);
-    std::swap(refined_, fresh_);
-    if (int16_) refine(refined_);
-    watch_.add_to(refine_phase);
-  }
-
-  void settle() {
-    advance(0, 0);
-    advance(0, 0);
-  }
-
-  // Moves pairs of features [first, first + count) by feature, so that what is read of one serves
-  // many rows. The rows of a feature keep their order.
-  void sort(SurvivorList& from, int64_t first, int64_t count, SurvivorList& to) {
-    uint32_t* begin = candidates_;
-    std::fill(begin, begin + count, 0);
-    for (int64_t i = 0; i < from.size; ++i) ++begin[from.pairs[i].id() - first];
-    for (int64_t f = 0, sum = 0; f < count; ++f)
-      sum += std::exchange(begin[f], static_cast<uint32_t>(sum));
-    for (int64_t i = 0; i < from.size; ++i)
-      to.pairs[begin[from.pairs[i].id() - first]++] = from.pairs[i];
-    to.size = std::exchange(from.size, 0);
-  }
-
-  // Pairs of the list from i on that are of one feature, up to dot_rows.
-  int64_t alike(const SurvivorList& list, int64_t i) const {
-    const int64_t most = std::min(list.size - i, cpu::dot_rows), feature = list.pairs[i].id();
-    int64_t count = 1;
-    while (count < most && list.pairs[i + count].id() == feature) ++count;
-    return count;
-  }
-
-  void look_ahead(const uint8_t* next_panel) {
-    constexpr int64_t many_rows = 7;  // with fewer, the screen itself is a stream through memory
-    ahead_.clear();
-    const int64_t stride = cpu::int16_stride(layer_.hidden_size);
-    const auto add_each = [&](const SurvivorList& list, const char* rows, int64_t row_bytes) {
-      uint64_t added = 0;  // a list is of one panel
-      for (int64_t i = 0; i < list.size; ++i) {
-        const int64_t feature = list.pairs[i].id();
-        const uint64_t bit = uint64_t{1} << feature % cpu::panel_features;
-        if (!(added & bit)) ahead_.add(rows + feature * row_bytes, row_bytes);
-        added |= bit;
-      }
-    };
-    add_each(refined_, exact_.weights(0), exact_.row_bytes());
-    if (int16_)
-      add_each(fresh_, reinterpret_cast<const char*>(int16_), 2 * stride);
-    else
-      add_each(fresh_, exact_.weights(0), exact_.row_bytes());
-    if (next_panel && job_.rows * job_.choice.planes >= many_rows)
-      ahead_.add(next_panel, layout_.panel_bytes());
-  }
-
-  // Leaves those that int16 cannot settle: as CpuKernels::candidates does, for pairs from all over.
-  void refine(SurvivorList& list) {
-    const int64_t size = layer_.hidden_size, stride = cpu::int16_stride(size);
-    const int16_t* rows = int16_row(w_, job_, 0);
-    auto* products = reinterpret_cast<int64_t*>(scores_);
-    for (int64_t i = 0, count = 0; i < list.size; i += count) {
-      count = alike(list, i);
-      const int16_t* x[cpu::dot_rows];
-      for (int64_t j = 0; j < count; ++j) x[j] = rows + list.pairs[i + j].row * stride;
-      kernel_.dot_int16(x, count, int16_ + list.pairs[i].id() * stride, size, products + i);
+  // Queues the pairs that the int8 screen let through, and every pair of a row too large to screen.
+  void take_masks(Tile panel) {
+    const uint64_t all =
+        panel.count == panel_features ? ~uint64_t{0} : (uint64_t{1} << panel.count) - 1;
+    const RowMargin* margins = &margin(workspace_, block(), 0);
+    for (int64_t row = 0; row < block().row_count; ++row) {
+      uint64_t mask = margins[row].is_screened() ? buffers_.masks[row] & all
+                      : margins[row].is_finite() ? all
+                                                 : 0;
+      for (; mask != 0; mask &= mask - 1)
+        queue_.incoming().push({row, panel.first + __builtin_ctzll(mask), true});
     }
+  }
+
+  // What the next stages of the queue, and the next panel, will read.
+  void plan_prefetches(const uint8_t* next_panel, int64_t panel_bytes) {
+    // With fewer rows the screen itself is a stream through memory.
+    constexpr int64_t many_rows = 7;
+    prefetcher_.clear();
+    prefetch_features(queue_.rescreened(), exact_.weights(0), exact_.row_bytes());
+    if (int16_.rows != nullptr)
+      prefetch_features(queue_.screened(), reinterpret_cast<const char*>(int16_.rows),
+                        2 * int16_.stride);
+    else
+      prefetch_features(queue_.screened(), exact_.weights(0), exact_.row_bytes());
+    if (next_panel != nullptr && block().row_count * screen().planes >= many_rows)
+      prefetcher_.add(next_panel, panel_bytes);
+  }
+
+  // Adds the weights of every feature of a list, whose pairs are of one panel.
+  void prefetch_features(const SurvivorList& list, const char* weights, int64_t row_bytes) {
+    uint64_t added = 0;
+    for (int64_t i = 0; i < list.size; ++i) {
+      const int64_t feature = list.pairs[i].feature();
+      const uint64_t bit = uint64_t{1} << feature % panel_features;
+      if (!(added & bit)) prefetcher_.add(weights + feature * row_bytes, row_bytes);
+      added |= bit;
+    }
+  }
+
+  // Computes the pairs that were rescreened, moves the queue on, and rescreens those that were
+  // screened. The pairs coming in are of this tile.
+  void advance(Tile tile) {
+    compute_exact(queue_.rescreened());
+    watch_.add_to(compute_phase);
+    queue_.advance(tile);
+    if (int16_.rows != nullptr) rescreen(queue_.rescreened());
+    watch_.add_to(rescreen_phase);
+  }
+
+  void empty_queue() {
+    advance({0, 0});
+    advance({0, 0});
+  }
+
+  // Makes the int16 products of a list's pairs.
+  void multiply_int16(const SurvivorList& list) {
+    const int16_t* rows = int16_row(workspace_, block(), 0);
+    for (int64_t i = 0, count = 0; i < list.size; i += count) {
+      count = list.run_length(i);
+      const int16_t* x[dot_rows];
+      for (int64_t j = 0; j < count; ++j) x[j] = rows + list.pairs[i + j].row() * int16_.stride;
+      kernels_.dot_int16(x, count, int16_.rows + list.pairs[i].feature() * int16_.stride,
+                         layer().hidden_size, buffers_.products + i);
+    }
+  }
+
+  // Leaves the pairs that int16 cannot settle.
+  void rescreen(SurvivorList& list) {
+    multiply_int16(list);
+    const RowMargin* margins = &margin(workspace_, block(), 0);
+    const Int16Scale* scales = &int16_scale(workspace_, block(), 0);
     int64_t kept = 0;
     for (int64_t i = 0; i < list.size; ++i) {
-      const int64_t row = list.pairs[i].row, feature = list.pairs[i].id();
+      const int64_t row = list.pairs[i].row(), feature = list.pairs[i].feature();
       const float score =
-          static_cast<float>(products[i]) * (scale_[row].scale * int16_scale_[feature]);
-      const Margin margin = margin_[row].int16;
-      const float slack =
-          margin.per_norm * gate_.norm[feature] + margin.per_residual * int16_residual_[feature];
-      const float upper = score + slack;
-      const bool sure = score - slack >= gate_.surely_in_from[feature];
-      list.pairs[kept] = {list.pairs[i].row, static_cast<uint32_t>(feature << 1) | !sure};
-      kept += !(upper < gate_.surely_out_below[feature]);  // as likely as not: no branch
+          static_cast<float>(buffers_.products[i]) * (scales[row].scale * int16_.scale[feature]);
+      const Gate<Scalar> gate(
+          bounds_, feature, score,
+          margin_at<Scalar>(margins[row].int16, bounds_.norm, int16_.error, feature));
+      const bool sure = gate.surely_active();
+      list.pairs[kept] = {row, feature, !sure};
+      kept += gate.may_be_active();  // about half of them may be, so without a branch
       if (!sure) continue;
-      ++sink_.active(row);
-      if (upper < sink_.bound(row) - gate_.bias[feature]) --kept;
+      ++collector_.active_count(row);
+      if (!gate.may_reach(collector_.min_value(row))) --kept;
     }
     list.size = kept;
   }
 
-  // Computes the pairs exactly, and keeps those that are active.
-  void rescore(SurvivorList& list) {
+  // Computes the pairs exactly, and gives those that are active to the collector.
+  void compute_exact(SurvivorList& list) {
     for (int64_t i = 0, count = 0; i < list.size; i += count) {
-      count = alike(list, i);
-      const float* x[cpu::dot_rows];
-      for (int64_t j = 0; j < count; ++j) x[j] = hidden_row(w_, job_, list.pairs[i + j].row);
-      const int64_t feature = list.pairs[i].id();
-      float values[cpu::dot_rows];
+      count = list.run_length(i);
+      const float* x[dot_rows];
+      for (int64_t j = 0; j < count; ++j)
+        x[j] = hidden_row(workspace_, block(), list.pairs[i + j].row());
+      const int64_t feature = list.pairs[i].feature();
+      float values[dot_rows];
       exact_.activations(x, count, feature, values);
       for (int64_t j = 0; j < count; ++j) {
-        const bool ambiguous = list.pairs[i + j].feature & 1;
-        tally_.ambiguous += ambiguous;
-        if (!(values[j] >= gate_.min_active[feature])) continue;
-        sink_.active(list.pairs[i + j].row) += ambiguous;  // the others are counted already
-        sink_.keep(list.pairs[i + j].row, feature, values[j]);
+        const Survivor& pair = list.pairs[i + j];
+        counters().ambiguous += pair.ambiguous();
+        if (!(values[j] >= bounds_.min_active[feature])) continue;
+        // The surely active ones are counted already.
+        collector_.active_count(pair.row()) += pair.ambiguous();
+        collector_.add(pair.row(), feature, values[j]);
       }
     }
-    tally_.rescored += list.size;
+    counters().computed += list.size;
     list.size = 0;
   }
 
-  // A panel in the arithmetic that does not care how many survive. No pair waits here, nor may any
-  // from before.
-  void screen_densely(int64_t first, int64_t count) {
-    tally_.pairs[static_cast<int>(job_.choice.dense)] += job_.rows * count;
-    if (job_.choice.dense == Arithmetic::int16)
-      screen_int16(first, count);
+  // Screens in the arithmetic whose speed does not depend on how many pairs survive. The queue must
+  // be empty, and is left empty.
+  void screen_densely(Tile tile) {
+    counters().pairs[static_cast<int>(screen().dense)] += block().row_count * tile.count;
+    if (screen().dense == ScreenType::int16)
+      screen_int16(tile);
     else
-      screen_float32(first, count);
+      screen_float32(tile);
   }
 
-  void screen_int16(int64_t first, int64_t count) {
-    const int64_t stride = cpu::int16_stride(layer_.hidden_size),
-                  next = first + cpu::panel_features;
-    ahead_.clear();
-    if (busy_) ahead_.add(exact_.weights(first), count * exact_.row_bytes());
-    if (next < unit_.last)
-      ahead_.add(reinterpret_cast<const char*>(int16_ + next * stride),
-                 2 * stride * std::min(cpu::panel_features, unit_.last - next));
-    kernel_.product_int16(int16_row(w_, job_, 0), scale_, job_.rows, int16_ + first * stride,
-                          int16_scale_ + first, count, layer_.hidden_size, packed_, scores_,
-                          ahead_);
+  void screen_int16(Tile panel) {
+    const int64_t next = panel.first + panel_features;
+    prefetcher_.clear();
+    if (weights_needed_)
+      prefetcher_.add(exact_.weights(panel.first), panel.count * exact_.row_bytes());
+    if (next < range_.last)
+      prefetcher_.add(int16_.rows + next * int16_.stride,
+                      2 * int16_.stride * std::min(panel_features, range_.last - next));
+    kernels_.product_int16(
+        {int16_row(workspace_, block(), 0), &int16_scale(workspace_, block(), 0), block().row_count,
+         int16_.rows + panel.first * int16_.stride, int16_.scale + panel.first, panel.count,
+         layer().hidden_size, buffers_.int16_panel},
+        buffers_.scores, prefetcher_);
     watch_.add_to(screen_phase);
-    const int64_t before = tally_.rescored;
-    for (int64_t row = 0; row < job_.rows; ++row)
-      gate(row, scores_ + row * cpu::panel_features, first, count, int16_residual_ + first,
-           margin_[row].int16);
-    rescore_spare(first, count);
-    busy_ = tally_.rescored - before >= count;
-    watch_.add_to(rescore_phase);
+    const int64_t before = counters().computed;
+    for (int64_t row = 0; row < block().row_count; ++row)
+      gate_row(row, panel,
+               {buffers_.scores + row * panel_features, int16_.error,
+                margin(workspace_, block(), row).int16});
+    compute_incoming(panel);
+    weights_needed_ = counters().computed - before >= panel.count;
+    watch_.add_to(compute_phase);
   }
 
-  void screen_float32(int64_t first, int64_t count) {
-    const auto product = kernel_.product[static_cast<int>(layer_.dtype)];
-    for (int64_t begin = 0; begin < job_.rows; begin += w_.plan.block) {
-      const int64_t rows = std::min(w_.plan.block, job_.rows - begin);
-      product(hidden_row(w_, job_, begin), rows, exact_.weights(first), count, layer_.hidden_size,
-              scores_);
+  void screen_float32(Tile tile) {
+    const auto product = kernels_.product[static_cast<int>(layer().dtype)];
+    const int64_t tile_rows = workspace_.plan.tile_rows;
+    for (int64_t first = 0; first < block().row_count; first += tile_rows) {
+      const int64_t rows = std::min(tile_rows, block().row_count - first);
+      product(hidden_row(workspace_, block(), first), rows, exact_.weights(tile.first), tile.count,
+              layer().hidden_size, buffers_.scores);
       watch_.add_to(screen_phase);
       for (int64_t r = 0; r < rows; ++r)
-        gate(begin + r, scores_ + r * count, first, count, gate_.norm + first,
-             margin_[begin + r].float32);
-      rescore_spare(first, count);
-      watch_.add_to(rescore_phase);
+        gate_row(first + r, tile,
+                 {buffers_.scores + r * tile.count, bounds_.norm,
+                  margin(workspace_, block(), first + r).float32});
+      compute_incoming(tile);
+      watch_.add_to(compute_phase);
     }
   }
 
-  // What is to be computed of the row goes into spare_.
-  void gate(int64_t row, const float* scores, int64_t first, int64_t count, const float* residual,
-            Margin margin) {
-    if (!is_finite(margin_[row])) return;
-    if (spare_.size + count > w_.plan.survivors()) rescore_spare(first, count);
-    const FeatureBounds gate = {gate_.norm + first, gate_.bias + first, gate_.min_active + first,
-                                gate_.surely_out_below + first, gate_.surely_in_from + first};
-    const int64_t found = kernel_.candidates(scores, gate, residual, count, margin,
-                                             sink_.bound(row), candidates_, &sink_.active(row));
+  // One row's scores of a tile, with what bounds their error.
+  struct RowScores {
+    const float* scores;
+    const float* residual;  // of all features
+    Margin margin;
+  };
+
+  // Queues what must be computed of one row.
+  void gate_row(int64_t row, Tile tile, const RowScores& of) {
+    if (!margin(workspace_, block(), row).is_finite()) return;
+    if (!queue_.has_room(tile.count)) compute_incoming(tile);
+    const int64_t found =
+        kernels_.gate_row({of.scores, bounds_from(tile.first), of.residual + tile.first, tile.count,
+                           of.margin, collector_.min_value(row)},
+                          buffers_.candidates, &collector_.active_count(row));
     for (int64_t i = 0; i < found; ++i) {
-      const int64_t position = candidates_[i] >> 1, feature = first + position;
-      const bool ambiguous = candidates_[i] & 1;
-      if (!ambiguous) {
-        // A feature surely active waits for a better bound. Its own bounds allow for their
-        // roundings as Layer's do.
-        const float slack =
-            margin.per_norm * gate_.norm[feature] + margin.per_residual * residual[position];
-        const double value = double{scores[position]} + gate_.bias[feature];
-        const double rounding = (std::abs(value) + slack + layer_.largest_bias) * 0x1p-20 +
-                                underflow(layer_.hidden_size);
-        if (sink_.defer(row, {static_cast<float>(value - slack - rounding),
-                              static_cast<float>(value + slack + rounding),
-                              static_cast<uint32_t>(feature)}))
-          continue;
-      }
-      spare_.push({static_cast<int32_t>(row), static_cast<uint32_t>(feature << 1) | ambiguous});
+      const int64_t position = buffers_.candidates[i] >> 1, feature = tile.first + position;
+      const bool ambiguous = buffers_.candidates[i] & 1;
+      if (!ambiguous && collector_.defer(row, deferred(feature, of.scores[position], of))) continue;
+      queue_.incoming().push({row, feature, ambiguous});
     }
   }
 
-  void rescore_spare(int64_t first, int64_t count) {
-    sort(spare_, first, count, refined_);
-    rescore(refined_);
+  // A surely active feature, which may wait for a better k-th best. Its interval allows for the
+  // roundings of its own ends.
+  DeferredFeature deferred(int64_t feature, float score, const RowScores& of) const {
+    const float margin = margin_at<Scalar>(of.margin, bounds_.norm, of.residual, feature);
+    const double value = double{score} + bounds_.bias[feature];
+    const double rounding = (std::abs(value) + margin + layer().max_bias) * kth_best_rounding +
+                            underflow(layer().hidden_size);
+    return {static_cast<float>(value - margin - rounding),
+            static_cast<float>(value + margin + rounding), static_cast<uint32_t>(feature)};
   }
 
-  const Workspace& w_;
-  const Unit& unit_;
-  const Job& job_;
-  const Layer& layer_;
-  Sink sink_;
-  const cpu::CpuKernels& kernel_;
-  const cpu::Int8Layout layout_;
-  const FeatureBounds gate_;
-  const RowMargin* margin_;
-  const cpu::Int16Scale* scale_;
-  const Exact exact_;
-  const int16_t* int16_ = nullptr;
-  const float* int16_scale_ = nullptr;
-  const float* int16_residual_ = nullptr;
-  float* scores_;
-  uint32_t* candidates_;
-  uint64_t* masks_;
-  cpu::Ahead ahead_;
-  bool busy_ = false;  // whether most of the last panel's weights were needed to rescore
-  SurvivorList fresh_, refined_, spare_;  // what the screen let through; what int16 did; empty
-  int16_t* packed_;
-  Tally& tally_;
+  void compute_incoming(Tile tile) {
+    queue_.advance_to_end(tile);
+    compute_exact(queue_.rescreened());
+  }
+
+  const Workspace& workspace_;
+  const FeatureRange& range_;
+  const Collector collector_;
+  const KernelTable& kernels_;
+  const FeatureBounds bounds_;
+  const Int16Rows int16_;
+  const ExactDot exact_;
+  const WorkerBuffers& buffers_;
+  SurvivorQueue queue_;
+  Prefetcher prefetcher_;
   Stopwatch watch_;
+  bool weights_needed_ = false;  // whether most stored weights of the last panel were read
 };
 
-}  // namespace sparse_transcoder
+}  // namespace sparse_transcoder::cpu

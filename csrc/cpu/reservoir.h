@@ -1,5 +1,4 @@
-// The running top-k of one row: a list of keys that is cut back to the k best whenever it is full,
-// and one of features that are not worth computing before more is known.
+// The running k best features of one row.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +8,8 @@
 
 namespace sparse_transcoder::cpu {
 
-// A kept activation and its feature as one integer: larger value first, then lower index. The value
-// is positive, so its bits order.
+// An activation and its feature as one integer, which orders by larger value, then by lower
+// feature. The value is positive, so its bits order as it does.
 inline uint64_t make_key(float value, int64_t feature) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -26,60 +25,70 @@ inline float key_value(uint64_t key) {
 
 inline int64_t key_feature(uint64_t key) { return static_cast<uint32_t>(~key); }
 
-// Slots a list needs so that cutting it back to k costs constant time per key.
-inline int64_t list_capacity(int64_t k, int64_t features) {
+// Keys that a reservoir holds at once. There is so much room beside the k best that dropping the
+// others costs constant time per key.
+inline int64_t reservoir_capacity(int64_t k, int64_t features) {
   return std::min(features, std::max(2 * k, k + 64));
 }
 
-// An active feature whose activation is not computed yet: it lies in [lower, upper].
-struct Bounded {
+// An active feature whose activation is not computed yet. It lies in [lower, upper].
+struct DeferredFeature {
   float lower, upper;
   uint32_t feature;
 };
 
-struct TopList {
-  uint64_t* keys;  // [capacity]
-  Bounded* open;   // [capacity]
-  int64_t size, open_size;
-  uint64_t least;    // every key at or under this has k better ones; 0 while that is not known
-  float open_least;  // k features of `open` reached this; 0 while that is not known
-  int64_t certain;   // active features counted so far
+// Features come in any order. Those with a known activation are keys; those that may never be worth
+// computing are deferred.
+struct Reservoir {
+  uint64_t* keys;             // [capacity]
+  DeferredFeature* deferred;  // [capacity]
+  int64_t k, capacity;
+  int64_t size = 0, deferred_count = 0;
+  uint64_t kth_best = 0;        // a key at or under this has k better ones; 0 while unknown
+  float deferred_kth_best = 0;  // k deferred features reach this; 0 while unknown
+  int64_t active_count = 0;     // active features of the row that were met so far
+  int64_t written = 0;          // entries of the row that were written, where all are
 
-  void cut(int64_t k) {
-    if (size <= k) return;
-    std::nth_element(keys, keys + k - 1, keys + size, std::greater<>());
-    size = k;
-    least = keys[k - 1];
+  // An activation that k features reach; 0 while unknown.
+  float min_activation() const {
+    return std::max(kth_best == 0 ? 0 : key_value(kth_best), deferred_kth_best);
   }
 
-  void push(uint64_t key, int64_t k, int64_t capacity) {
-    if (key <= least) return;
+  void add(uint64_t key) {
+    if (key <= kth_best) return;
     if (size == capacity) {
-      cut(k);
-      if (key <= least) return;
+      shrink_to_k();
+      if (key <= kth_best) return;
     }
     keys[size++] = key;
   }
 
-  // Drops the open features that k others surely beat.
-  void thin(int64_t k) {
-    if (open_size <= k) return;
-    std::nth_element(open, open + k - 1, open + open_size,
-                     [](const Bounded& a, const Bounded& b) { return a.lower > b.lower; });
-    open_least = std::max(open_least, open[k - 1].lower);
-    open_size = std::remove_if(open, open + open_size,
-                               [this](const Bounded& b) { return b.upper < open_least; }) -
-                open;
+  void shrink_to_k() {
+    if (size <= k) return;
+    std::nth_element(keys, keys + k - 1, keys + size, std::greater<>());
+    size = k;
+    kth_best = keys[k - 1];
   }
 
-  // Whether there was room: otherwise the open features must be computed first.
-  bool defer(const Bounded& feature, int64_t k, int64_t capacity) {
-    if (open_size == capacity) {
-      thin(k);
-      if (open_size > capacity - (capacity - k) / 2) return false;
+  // False where there is no room: the deferred features must be computed first.
+  bool defer(const DeferredFeature& feature) {
+    if (deferred_count == capacity) {
+      drop_beaten();
+      if (deferred_count > capacity - (capacity - k) / 2) return false;
     }
-    if (!(feature.upper < open_least)) open[open_size++] = feature;
+    if (!(feature.upper < deferred_kth_best)) deferred[deferred_count++] = feature;
     return true;
+  }
+
+  // Drops the deferred features that k others surely beat.
+  void drop_beaten() {
+    if (deferred_count <= k) return;
+    std::nth_element(
+        deferred, deferred + k - 1, deferred + deferred_count,
+        [](const DeferredFeature& a, const DeferredFeature& b) { return a.lower > b.lower; });
+    deferred_kth_best = std::max(deferred_kth_best, deferred[k - 1].lower);
+    const auto beaten = [this](const DeferredFeature& f) { return f.upper < deferred_kth_best; };
+    deferred_count = std::remove_if(deferred, deferred + deferred_count, beaten) - deferred;
   }
 };
 

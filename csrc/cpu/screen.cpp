@@ -1,134 +1,49 @@
 #include "cpu/screen.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <sys/mman.h>
+#include <c10/util/Exception.h>
 
-#include "cpu/thread_pool.h"
-#include "layer.h"
+#include <cstdlib>
+#include <sstream>
+#include <string>
 
-namespace sparse_transcoder {
-namespace {
+namespace sparse_transcoder::cpu {
 
-constexpr double int16_share = 0.2;  // as CpuKernels::dense_share, for the int16 screen
+ScreenChoice choose_screen(const WeightCopies& copies, const Crossovers& crossovers,
+                           int64_t row_count) {
+  ScreenChoice choice = {};
+  choice.dense = copies.int16.defined() ? ScreenType::int16 : ScreenType::float32;
+  choice.sparse =
+      copies.int8.defined() && row_count <= crossovers.int8_rows ? ScreenType::int8 : choice.dense;
+  choice.planes = row_count <= crossovers.two_planes_rows ? 2 : 1;
+  choice.max_share =
+      choice.dense == ScreenType::int16 ? crossovers.max_share_int16 : crossovers.max_share_float32;
+  return choice;
+}
 
-// Memory in huge pages where the system gives them: rows are read from all over it.
-at::Tensor allocate(at::IntArrayRef shape, at::ScalarType type, const std::string& who) {
-  int64_t bytes = c10::elementSize(type);
-  for (const int64_t size : shape) bytes *= size;
-  at::Tensor memory;
-  try {
-    memory = at::empty(shape, type);
-  } catch (const c10::Error&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the screening copy needs ",
-                     bytes, " bytes; screening \"off\" makes none");
+Crossovers active_crossovers() {
+  Crossovers crossovers = active_kernels().crossovers;
+  const char* variable = std::getenv("SPARSE_TRANSCODER_CROSSOVERS");
+  std::istringstream settings(variable == nullptr ? "" : variable);
+  for (std::string setting; settings >> setting;) {
+    std::istringstream value(setting.substr(setting.find('=') + 1));
+    const std::string name = setting.substr(0, setting.find('='));
+    if (name == "int8_rows")
+      value >> crossovers.int8_rows;
+    else if (name == "two_planes_rows")
+      value >> crossovers.two_planes_rows;
+    else if (name == "max_share_float32")
+      value >> crossovers.max_share_float32;
+    else if (name == "max_share_int16")
+      value >> crossovers.max_share_int16;
+    else
+      value.setstate(std::ios::failbit);
+    TORCH_CHECK_VALUE(value && value.eof(),
+                      "SPARSE_TRANSCODER_CROSSOVERS must hold name=value with the names "
+                      "int8_rows, "
+                      "two_planes_rows, max_share_float32 and max_share_int16, got ",
+                      setting);
   }
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return memory;
+  return crossovers;
 }
 
-}  // namespace
-
-int64_t ScreeningCopies::bytes() const {
-  int64_t bytes = 0;
-  for (const at::Tensor* t : {&int8, &int16, &int16_scale, &int16_residual, &bf16})
-    if (t->defined()) bytes += t->nbytes();
-  return bytes;
-}
-
-ScreeningCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who,
-                            at::Tensor& norms) {
-  const cpu::CpuKernels& kernel = cpu::cpu_kernels();
-  const int64_t F = W_enc.size(0), H = W_enc.size(1), stride = cpu::int16_stride(H);
-  const Dtype dtype = kernel_dtype(W_enc.scalar_type());
-  const cpu::Int8Layout layout(H);
-  constexpr int64_t panel = cpu::panel_features;
-  const int64_t panels = (F + panel - 1) / panel;
-  // Weights of two bytes are their own sharper screen: an int16 copy would save nothing.
-  const bool want_int8 = (screening == Screening::int8 || screening == Screening::automatic) &&
-                         H <= cpu::Int8Layout::most_inputs;
-  const bool want_int16 =
-      screening == Screening::int16 ||
-      (screening == Screening::automatic && kernel.fast_int16 && dtype == Dtype::float32);
-  const int64_t parts = (H + cpu::int16_depth(H) - 1) / cpu::int16_depth(H);
-  const auto int16_roundoff = static_cast<float>((8 + 2 * parts) * 0x1p-24);
-  ScreeningCopies copies;
-  if (want_int8) copies.int8 = allocate({panels, layout.panel_bytes()}, at::kByte, who);
-  if (want_int16) {
-    copies.int16 = allocate({F, stride}, at::kShort, who);
-    copies.int16_scale = at::empty({F}, at::kFloat);
-    copies.int16_residual = at::empty({F}, at::kFloat);
-  }
-  norms = at::empty({F}, at::kDouble);
-  const auto* weights = static_cast<const char*>(W_enc.const_data_ptr());
-  double* norm = norms.mutable_data_ptr<double>();
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    const DefaultFloatingPoint environment;
-    std::vector<float> wide(panel * H);
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * panel, count = std::min(panel, F - first);
-      kernel.widen[static_cast<int>(dtype)](weights + first * H * W_enc.element_size(), wide.data(),
-                                            count * H);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* w = wide.data() + i * H;
-        kernel.dot[0](&w, 1, w, H, norm + first + i);
-        norm[first + i] = std::sqrt(norm[first + i]);
-        if (!want_int16) continue;
-        const auto scale = kernel.quantise_int16(
-            w, H, copies.int16.mutable_data_ptr<int16_t>() + (first + i) * stride);
-        copies.int16_scale.mutable_data_ptr<float>()[first + i] = scale.scale;
-        // The score is rounded four times, and once more in each part, of a product of norms.
-        copies.int16_residual.mutable_data_ptr<float>()[first + i] =
-            scale.residual + scale.norm * int16_roundoff;
-      }
-      if (want_int8)
-        kernel.quantise_panel(layout, wide.data(), count,
-                              copies.int8.mutable_data_ptr<uint8_t>() + p * layout.panel_bytes());
-    }
-  });
-  return copies;
-}
-
-void add_bf16_copy(ScreeningCopies& copies, const at::Tensor& W_enc, const std::string& who,
-                   at::Tensor& norm) {
-  constexpr double largest_residual =
-      0x1p-9;  // half a unit in the last of bfloat16's 8 bits: of numbers in its normal range
-  try {
-    copies.bf16 = at::empty(W_enc.sizes(), W_enc.options().dtype(at::kBFloat16));
-  } catch (const c10::OutOfMemoryError&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, who, ": out of memory: the screening copy needs ",
-                     2 * W_enc.numel(), " bytes on ", W_enc.device(),
-                     "; screening \"off\" makes none, and a lower device_weight_bytes needs less");
-  }
-  const int64_t features = W_enc.size(0),
-                block = std::max<int64_t>(1, (int64_t{1} << 20) / W_enc.size(1));
-  at::Tensor residual = at::empty({features}, W_enc.options().dtype(at::kDouble));
-  for (int64_t first = 0; first < features; first += block) {
-    const int64_t count = std::min(block, features - first);
-    const at::Tensor rows = W_enc.narrow(0, first, count);
-    at::Tensor copy = copies.bf16.narrow(0, first, count);
-    copy.copy_(rows);
-    residual.narrow(0, first, count)
-        .copy_(at::linalg_vector_norm(rows.to(at::kDouble) - copy.to(at::kDouble), 2, {1}));
-  }
-  residual.mul_(1 + 0x1p-20);
-  const double share =
-      std::clamp((residual / norm.to(at::kDouble)).max().item<double>(), 0x1p-30, largest_residual);
-  copies.bf16_residual = static_cast<float>(share * (1 + 0x1p-20));
-  norm = at::maximum(norm, (residual / share).to(at::kFloat));
-}
-
-Choice choose_screen(const ScreeningCopies& copies, int64_t rows) {
-  const cpu::CpuKernels& kernel = cpu::cpu_kernels();
-  const Arithmetic dense = copies.int16.defined() ? Arithmetic::int16 : Arithmetic::float32;
-  const bool int8 = copies.int8.defined() && rows <= kernel.int8_rows;
-  return {int8 ? Arithmetic::int8 : dense, dense, rows <= kernel.two_planes_rows ? 2 : 1,
-          dense == Arithmetic::int16 ? int16_share : kernel.dense_share};
-}
-
-}  // namespace sparse_transcoder
+}  // namespace sparse_transcoder::cpu

@@ -5,36 +5,38 @@
 #include <algorithm>
 #include <system_error>
 
-namespace sparse_transcoder {
+#include "floating_point.h"
 
-struct Lanes::Call {
+namespace sparse_transcoder::cpu {
+
+struct ThreadPool::Call {
   const Body& body;
-  const int64_t lanes, units;
-  std::atomic<int64_t> next{0};
-  int64_t joined = 1,
-          active =
-              0;  // lanes given out, the caller's first; workers inside now. Guarded by the mutex.
+  const int64_t workers, task_count;
+  std::atomic<int64_t> next_task{0};
+  // The mutex guards these two.
+  int64_t joined = 1;  // workers that were ever inside; the caller is the first
+  int64_t inside = 0;  // threads of the pool that are inside now
 
-  void drain(int64_t lane) {
+  void work_as(int64_t worker) {
     const DefaultFloatingPoint environment;
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;)
-      body(lane, unit);
+    for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < task_count;)
+      body(worker, task);
   }
 };
 
-Lanes::Lanes(int64_t workers) : process_(getpid()), state_(std::make_unique<State>()) {
+ThreadPool::ThreadPool(int64_t threads) : process_(getpid()), state_(std::make_unique<State>()) {
   try {
-    for (int64_t i = 0; i < workers; ++i)
-      state_->workers.emplace_back([&state = *state_] { work(state); });
+    for (int64_t i = 0; i < threads; ++i)
+      state_->threads.emplace_back([&state = *state_] { work(state); });
   } catch (const std::system_error&) {
-    // The system gives no more threads: fewer workers are slower and nothing else.
+    // The system gives no more threads. Fewer are slower and nothing else.
   }
 }
 
-Lanes::~Lanes() {
+ThreadPool::~ThreadPool() {
   if (forked()) {
-    // Its threads and those who wait are the parent's, its mutex may be locked for ever: it cannot
-    // be taken apart here.
+    // The threads and those who wait for them are the parent's, and the mutex may be locked for
+    // ever. So the state cannot be taken apart here.
     state_.release();
     return;
   }
@@ -43,42 +45,42 @@ Lanes::~Lanes() {
     state_->stop = true;
   }
   state_->work.notify_all();
-  for (std::thread& worker : state_->workers) worker.join();
+  for (std::thread& thread : state_->threads) thread.join();
 }
 
-bool Lanes::forked() const { return getpid() != process_; }
+bool ThreadPool::forked() const { return getpid() != process_; }
 
-void Lanes::run(int64_t lanes, int64_t units, const Body& body) {
-  Call call{body, std::min(lanes, units), units};
-  if (call.lanes <= 1 || forked()) return call.drain(0);
+void ThreadPool::run(int64_t workers, int64_t task_count, const Body& body) {
+  Call call{body, std::min(workers, task_count), task_count};
+  if (call.workers <= 1 || forked()) return call.work_as(0);
   State& state = *state_;
   {
     std::lock_guard lock(state.mutex);
-    state.open.push_back(&call);
+    state.calls.push_back(&call);
   }
-  for (int64_t lane = 1; lane < call.lanes; ++lane) state.work.notify_one();
-  call.drain(0);
+  for (int64_t worker = 1; worker < call.workers; ++worker) state.work.notify_one();
+  call.work_as(0);
   std::unique_lock lock(state.mutex);
-  state.open.erase(std::remove(state.open.begin(), state.open.end(), &call), state.open.end());
-  state.done.wait(lock, [&call] { return call.active == 0; });
+  state.calls.erase(std::remove(state.calls.begin(), state.calls.end(), &call), state.calls.end());
+  state.done.wait(lock, [&call] { return call.inside == 0; });
 }
 
-void Lanes::work(State& state) {
+void ThreadPool::work(State& state) {
   std::unique_lock lock(state.mutex);
   while (true) {
-    state.work.wait(lock, [&state] { return state.stop || !state.open.empty(); });
+    state.work.wait(lock, [&state] { return state.stop || !state.calls.empty(); });
     if (state.stop) return;
-    Call* call = state.open.front();
-    const int64_t lane = call->joined++;
-    if (call->joined == call->lanes) state.open.erase(state.open.begin());
-    ++call->active;
+    Call* call = state.calls.front();
+    const int64_t worker = call->joined++;
+    if (call->joined == call->workers) state.calls.erase(state.calls.begin());
+    ++call->inside;
     lock.unlock();
-    call->drain(lane);
+    call->work_as(worker);
     lock.lock();
-    // A call with no unit left must not be joined again.
-    state.open.erase(std::remove(state.open.begin(), state.open.end(), call), state.open.end());
-    if (--call->active == 0) state.done.notify_all();
+    // A call with no task left must not be joined again.
+    state.calls.erase(std::remove(state.calls.begin(), state.calls.end(), call), state.calls.end());
+    if (--call->inside == 0) state.done.notify_all();
   }
 }
 
-}  // namespace sparse_transcoder
+}  // namespace sparse_transcoder::cpu

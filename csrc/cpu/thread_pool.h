@@ -1,8 +1,7 @@
-// CPU lanes: worker threads that an engine's calls share.
+// Worker threads that the calls of one engine share.
 #pragma once
 
 #include <atomic>
-#include <cfenv>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -11,46 +10,33 @@
 #include <thread>
 #include <vector>
 
-namespace sparse_transcoder {
+namespace sparse_transcoder::cpu {
 
-// The default floating-point environment, for a scope: flushed subnormals or another rounding on
-// the caller's thread would give bits that the workers' do not.
-class DefaultFloatingPoint {
+class ThreadPool {
  public:
-  DefaultFloatingPoint() {
-    std::fegetenv(&callers_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatingPoint() { std::fesetenv(&callers_); }
-  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  // Called as body(worker, task). It must not throw. Workers are numbered from 0 in each call, and
+  // no number is on two threads at once.
+  using Body = std::function<void(int64_t worker, int64_t task)>;
 
- private:
-  std::fenv_t callers_;
-};
+  // Starts this many threads, or as many as the system gives.
+  explicit ThreadPool(int64_t threads);
+  ~ThreadPool();
 
-class Lanes {
- public:
-  // Called as body(lane, unit); must not throw. A lane is never on two threads at once.
-  using Body = std::function<void(int64_t lane, int64_t unit)>;
-
-  explicit Lanes(int64_t workers);
-  ~Lanes();
-
-  // Calls body for every unit in [0, units) on at most `lanes` threads, the caller's among them,
-  // and returns when all are done. Many callers may be inside at once: workers join whichever call
-  // has a lane free. A caller never waits for a worker that has not joined, so a call also finishes
-  // where there are none. Threads do not follow a fork: in a child the caller works alone. Every
-  // lane has the default floating-point environment, whatever the caller's.
-  void run(int64_t lanes, int64_t units, const Body& body);
+  // Calls body for every task in [0, task_count) on at most `workers` threads, the caller's among
+  // them, and returns when all are done. Many callers may be inside at once: a thread joins
+  // whichever call still wants workers. A caller never waits for a thread that has not joined, so a
+  // call also ends where there are none. Threads do not follow a fork: in a child the caller works
+  // alone. Every worker has the default floating-point environment, whatever the caller's is.
+  void run(int64_t workers, int64_t task_count, const Body& body);
 
  private:
   struct Call;
   struct State {
     std::mutex mutex;
     std::condition_variable work, done;
-    std::vector<Call*> open;  // calls that another worker may join
+    std::vector<Call*> calls;  // those that another thread may join
     bool stop = false;
-    std::vector<std::thread> workers;
+    std::vector<std::thread> threads;
   };
   static void work(State& state);
   bool forked() const;
@@ -59,4 +45,4 @@ class Lanes {
   std::unique_ptr<State> state_;
 };
 
-}  // namespace sparse_transcoder
+}  // namespace sparse_transcoder::cpu

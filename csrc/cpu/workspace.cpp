@@ -2,18 +2,21 @@
 
 #include <ATen/ATen.h>
 
-namespace sparse_transcoder {
+namespace sparse_transcoder::cpu {
 namespace {
 
-// Hands out aligned slices: a first pass with no storage measures, a second assigns.
-class Carver {
+constexpr int64_t alignment = 64;
+
+// Hands out aligned slices of one storage. Without a storage it measures.
+class Arena {
  public:
-  explicit Carver(char* base) : base_(base) {}
+  explicit Arena(char* base) : base_(base) {}
 
   template <typename T>
   void take(T*& slice, int64_t count) {
     slice = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    used_ += (bytes + alignment - 1) / alignment * alignment;
   }
 
   int64_t used() const { return used_; }
@@ -23,41 +26,50 @@ class Carver {
   int64_t used_ = 0;
 };
 
-int64_t carve(Workspace& w, const Plan& plan, char* base) {
-  Carver carver(base);
-  carver.take(w.hidden, plan.rows * plan.hidden_size);
-  carver.take(w.int8, plan.rows * plan.int8_bytes);
-  carver.take(w.int16, plan.rows * plan.int16_stride);
-  carver.take(w.int16_scale, plan.rows);
-  carver.take(w.margin, plan.rows);
-  carver.take(w.lists, plan.rows * plan.lanes);
-  carver.take(w.keys, plan.rows * plan.lanes * plan.capacity);
-  carver.take(w.open, plan.rows * plan.lanes * plan.capacity);
-  carver.take(w.scores, plan.lanes * plan.scores());
-  carver.take(w.candidates, plan.lanes * plan.panel);
-  carver.take(w.masks, plan.lanes * plan.job_rows);
-  carver.take(w.survivors, plan.lanes * 3 * plan.survivors());
-  carver.take(w.packed, plan.lanes * cpu::panel_features * plan.int16_stride);
-  carver.take(w.rotated, plan.lanes * plan.int8_inputs);
-  carver.take(w.tally, plan.lanes);
-  carver.take(w.merged, plan.lanes * plan.lanes * plan.capacity);
-  carver.take(w.merged_open, plan.lanes * plan.lanes * plan.capacity);
-  return carver.used();
+void place(WorkerBuffers& worker, const Plan& plan, Arena& arena) {
+  arena.take(worker.scores, plan.score_count());
+  arena.take(worker.products, plan.product_count());
+  arena.take(worker.candidates, plan.tile_features);
+  arena.take(worker.positions, plan.tile_features);
+  arena.take(worker.masks, plan.max_block_rows);
+  arena.take(worker.survivors, 3 * plan.survivor_capacity());
+  arena.take(worker.int16_panel, panel_features * plan.int16_stride);
+  arena.take(worker.rotated, plan.int8_inputs);
+  arena.take(worker.merged_keys, plan.workers * plan.capacity);
+  arena.take(worker.merged_deferred, plan.workers * plan.capacity);
+  arena.take(worker.winners, plan.max_k);
+  arena.take(worker.counters, 1);
+}
+
+// Places every buffer in the storage at `base`, and returns the bytes that they take.
+int64_t place(Workspace& workspace, const Plan& plan, char* base) {
+  Arena arena(base);
+  const int64_t reservoirs = plan.max_rows * plan.workers;
+  arena.take(workspace.hidden, plan.max_rows * plan.hidden_size);
+  arena.take(workspace.int8, plan.max_rows * plan.int8_row_bytes);
+  arena.take(workspace.int16, plan.max_rows * plan.int16_stride);
+  arena.take(workspace.int16_scales, plan.max_rows);
+  arena.take(workspace.margins, plan.max_rows);
+  arena.take(workspace.reservoirs, reservoirs);
+  arena.take(workspace.keys, reservoirs * plan.capacity);
+  arena.take(workspace.deferred, reservoirs * plan.capacity);
+  for (WorkerBuffers& worker : workspace.workers) place(worker, plan, arena);
+  return arena.used();
 }
 
 }  // namespace
 
-Workspace::Workspace(const Plan& plan) : plan(plan) {
-  bytes = carve(*this, plan, nullptr);
+Workspace::Workspace(const Plan& plan) : plan(plan), workers(plan.workers) {
+  bytes = place(*this, plan, nullptr);
   try {
-    storage_ = at::empty({bytes + 64}, at::kByte);
+    storage_ = at::empty({bytes + alignment}, at::kByte);
   } catch (const c10::Error&) {
     TORCH_CHECK_WITH(OutOfMemoryError, false, "out of memory: the workspace needs ", bytes,
-                     " bytes; a lower chunk_size needs less, got chunk_size ", plan.rows);
+                     " bytes; a lower chunk_size needs less, got chunk_size ", plan.max_rows);
   }
-  auto address = reinterpret_cast<uintptr_t>(storage_.mutable_data_ptr());
-  carve(*this, plan, reinterpret_cast<char*>((address + 63) / 64 * 64));
-  std::fill(tally, tally + plan.lanes, Tally{});
+  const auto address = reinterpret_cast<uintptr_t>(storage_.mutable_data_ptr());
+  place(*this, plan, reinterpret_cast<char*>((address + alignment - 1) / alignment * alignment));
+  for (const WorkerBuffers& worker : workers) *worker.counters = {};
 }
 
-}  // namespace sparse_transcoder
+}  // namespace sparse_transcoder::cpu

@@ -1,124 +1,87 @@
-// Every buffer of a call, planned once when the engine is built and borrowed by calls.
+// Every buffer of a CPU call, planned when the engine is built and borrowed by calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <functional>
-#include <memory>
-#include <mutex>
+#include <cmath>
 #include <vector>
 
+#include "cpu/counters.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/reservoir.h"
+#include "cpu/survivors.h"
 
-namespace sparse_transcoder {
+namespace sparse_transcoder::cpu {
 
-// What the buffers depend on; nothing here grows with the number of tokens.
+// What the buffers depend on. Nothing here grows with the number of tokens.
 struct Plan {
-  int64_t rows;          // rows in flight, over all jobs of a wave
-  int64_t lanes;         // workers; each row keeps one list per lane
-  int64_t block, panel;  // rows and features screened at a time in float32
-  int64_t hidden_size;   // the largest; of the layers that have such a copy, for the next three
-  int64_t int8_bytes;    // of a row, both planes
-  int64_t int8_inputs;
-  int64_t int16_stride;  // elements of a row
-  int64_t job_rows;      // rows of a job, at most
-  int64_t top_k;         // the largest
-  int64_t capacity;      // keys a list holds
+  int64_t max_rows;        // rows of a batch
+  int64_t max_block_rows;  // rows of a RowBlock
+  int64_t workers;         // each row has one reservoir per worker
+  // The float32 screen multiplies this many rows and features at a time.
+  int64_t tile_rows, tile_features;
+  int64_t hidden_size;     // the largest of all layers
+  int64_t int8_row_bytes;  // with both planes; 0 where no layer has an int8 copy
+  int64_t int8_inputs;     // 0 where no layer has an int8 copy
+  int64_t int16_stride;    // elements per row; 0 where no layer has an int16 copy
+  int64_t max_k;           // features that a reservoir keeps
+  int64_t capacity;        // keys that a reservoir holds
 
-  int64_t survivors() const { return std::max(job_rows * cpu::panel_features, panel); }
-  // Also of the survivors' int64 products.
-  int64_t scores() const { return (std::max(block * panel, 2 * survivors()) + 15) / 16 * 16; }
+  int64_t survivor_capacity() const {
+    return std::max(max_block_rows * panel_features, tile_features);
+  }
+  int64_t score_count() const {
+    return std::max(tile_rows * tile_features, max_block_rows * panel_features);
+  }
+  int64_t product_count() const { return int16_stride == 0 ? 0 : survivor_capacity(); }
 };
 
-// A pair that a screen let through.
-struct Survivor {
-  int32_t row;       // of the job
-  uint32_t feature;  // << 1 | ambiguous: too near its gate to be counted unseen
-
-  int64_t id() const { return feature >> 1; }
-};
-
-// How far a row's scores are from its exact dot products. float32: NaN marks a row that is not
-// finite, infinity one too large to screen.
+// How far a row's scores are from its exact dot products.
 struct RowMargin {
   Margin float32, int16;
+
+  // A row with NaN or Inf has no results.
+  bool is_finite() const { return !std::isnan(float32.per_norm); }
+  // A row too large to screen has an infinite margin: every feature is computed.
+  bool is_screened() const { return std::isfinite(float32.per_norm); }
 };
 
-// What a lane did in a call; see Explanation.
-struct Tally {
-  int64_t pairs[3], survivors, ambiguous, rescored, fallback_rows;
-  double ms[5];
+// What one worker needs for itself.
+struct WorkerBuffers {
+  float* scores;                     // [plan.score_count()]
+  int64_t* products;                 // [plan.product_count()] int16 products of the pairs of a list
+  uint32_t* candidates;              // [tile_features]
+  uint32_t* positions;               // [tile_features]
+  uint64_t* masks;                   // [max_block_rows] int8 survivors of a panel
+  Survivor* survivors;               // [3, plan.survivor_capacity()]
+  int16_t* int16_panel;              // [64, int16_stride]
+  float* rotated;                    // [int8_inputs]
+  uint64_t* merged_keys;             // [workers, capacity]
+  DeferredFeature* merged_deferred;  // [workers, capacity]
+  int64_t* winners;                  // [max_k] indices of a row's best features
+  Counters* counters;                // [1]
 };
 
-// Buffers of one CPU call. Rows are addressed by their slot, 0 <= slot < plan.rows.
+// Rows are addressed by their workspace_row, 0 <= workspace_row < plan.max_rows.
 struct Workspace {
   explicit Workspace(const Plan& plan);
 
-  Plan plan;
-  float* hidden;                 // [rows, hidden_size] normed float32 rows
-  int8_t* int8;                  // [rows, int8_bytes]
-  int16_t* int16;                // [rows, int16_stride]
-  cpu::Int16Scale* int16_scale;  // [rows]
-  RowMargin* margin;             // [rows]
-  cpu::TopList* lists;           // [rows, lanes]
-  uint64_t* keys;                // [rows, lanes, capacity] what the lists hold
-  cpu::Bounded* open;            // [rows, lanes, capacity]
-  float* scores;                 // [lanes, plan.scores()]
-  uint32_t* candidates;          // [lanes, panel]
-  uint64_t* masks;               // [lanes, job_rows]
-  Survivor* survivors;           // [lanes, 3, plan.survivors()]
-  int16_t* packed;               // [lanes, 64 * int16_stride]
-  float* rotated;                // [lanes, int8_inputs]
-  Tally* tally;                  // [lanes]
-  uint64_t* merged;              // [lanes, lanes * capacity]
-  cpu::Bounded* merged_open;     // [lanes, lanes * capacity]
+  const Plan plan;
+  float* hidden;              // [max_rows, hidden_size] normed float32 rows
+  int8_t* int8;               // [max_rows, int8_row_bytes]
+  int16_t* int16;             // [max_rows, int16_stride]
+  Int16Scale* int16_scales;   // [max_rows]
+  RowMargin* margins;         // [max_rows]
+  Reservoir* reservoirs;      // [max_rows, workers]
+  uint64_t* keys;             // [max_rows, workers, capacity] what the reservoirs hold
+  DeferredFeature* deferred;  // [max_rows, workers, capacity]
+  std::vector<WorkerBuffers> workers;
   int64_t bytes;
-  bool timed = false;  // whether the lanes look at the clock
+  bool timed = false;  // whether the workers look at the clock
 
  private:
   at::Tensor storage_;
 };
 
-// Workspaces not in use. Borrowing makes a new one only when every other is out.
-template <typename T>
-class Pool {
- public:
-  using Handle = std::unique_ptr<T, std::function<void(T*)>>;
-
-  explicit Pool(std::function<std::unique_ptr<T>()> make) : make_(std::move(make)) { borrow(); }
-
-  Handle borrow() {
-    std::unique_ptr<T> item;
-    {
-      std::lock_guard lock(mutex_);
-      if (!idle_.empty()) {
-        item = std::move(idle_.back());
-        idle_.pop_back();
-      }
-    }
-    if (!item) {
-      item = make_();
-      std::lock_guard lock(mutex_);
-      bytes_ += item->bytes;
-    }
-    return Handle(item.release(), [this](T* returned) {
-      std::lock_guard lock(mutex_);
-      idle_.emplace_back(returned);
-    });
-  }
-
-  int64_t bytes() const {
-    std::lock_guard lock(mutex_);
-    return bytes_;
-  }
-
- private:
-  std::function<std::unique_ptr<T>()> make_;
-  mutable std::mutex mutex_;
-  std::vector<std::unique_ptr<T>> idle_;
-  int64_t bytes_ = 0;
-};
-
-}  // namespace sparse_transcoder
+}  // namespace sparse_transcoder::cpu

@@ -1,6 +1,8 @@
-// What the CUDA path leaves to torch's kernels, on the current stream.
+#include "cuda/products.h"
+
 #include <ATen/ATen.h>
 
+#include "cuda/kernels/kernels.h"
 #include "cuda/streams.h"
 
 namespace sparse_transcoder {
@@ -13,5 +15,13 @@ void multiply(at::Tensor out, const at::Tensor& left, const at::Tensor& right) {
 }
 
 void copy_to(at::Tensor to, const at::Tensor& from) { to.copy_(from, /*non_blocking=*/true); }
+
+at::Tensor pinned(const at::Tensor& from) {
+  void* memory = nullptr;
+  check_cuda(cuda::allocate_pinned(&memory, from.nbytes()));
+  const at::Tensor copy = at::from_blob(memory, from.sizes(), cuda::free_pinned, from.options());
+  copy.copy_(from);
+  return copy;
+}
 
 }  // namespace sparse_transcoder

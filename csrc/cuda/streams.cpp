@@ -7,10 +7,13 @@
 
 #include <algorithm>
 
+#include "cuda/products.h"
+
 namespace sparse_transcoder {
 namespace {
 
-constexpr size_t most_graphs = 64;     // further shapes run as they are
+constexpr size_t max_graphs = 64;      // further shapes run as they are
+constexpr int max_failures = 3;        // of making a shape's graph
 constexpr int64_t filling_rows = 256;  // from which on a product fills the device
 
 c10::impl::VirtualGuardImpl guard_of(at::Device device) {
@@ -25,16 +28,12 @@ void* native(const c10::Stream& stream) {
   return guard_of(stream.device()).getStreamNativeHandle(stream);
 }
 
-int64_t multiprocessors_of(at::Device device) {
-  const c10::DeviceGuard guard(device);
-  int count = 0;
-  check_cuda(cuda::multiprocessors(&count));
-  return count;
-}
-
 }  // namespace
 
-void check_cuda(int status) { TORCH_CHECK(status == 0, "a CUDA call failed: error ", status); }
+void check_cuda(int status) {
+  TORCH_CHECK(status == 0, "a CUDA call failed: ", cuda::error_name(status), ": ",
+              cuda::error_text(status));
+}
 
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
@@ -52,40 +51,64 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
   margin = take(plan.rows, at::kFloat);
   scores = take(plan.scores, at::kFloat);
   widened = take(plan.widened, at::kFloat);
-  open = take(plan.lists * plan.capacity, at::kLong);
-  keys = take(plan.lists * (plan.k + plan.capacity), at::kLong);
+  deferred = take(plan.lists * plan.capacity, at::kLong);
+  exact = take(plan.lists * (plan.k + plan.capacity), at::kLong);
   sorted = take(plan.rows * plan.sorted, at::kLong);
-  open_size = take(plan.lists, at::kInt);
-  keys_size = take(plan.lists, at::kInt);
-  certain = take(plan.lists, at::kInt);
-  least = take(plan.lists, at::kLong);
+  deferred_count = take(plan.lists, at::kInt);
+  exact_count = take(plan.lists, at::kInt);
+  active_count = take(plan.lists, at::kInt);
+  kth_best = take(plan.lists, at::kLong);
 }
 
-WeightStream::WeightStream(int64_t slot_bytes, at::Device device)
+cuda::CandidateLists CudaBuffers::lists(int64_t groups, int64_t capacity, int64_t k) const {
+  const auto keys = [](const at::Tensor& tensor) {
+    return static_cast<uint64_t*>(tensor.mutable_data_ptr());
+  };
+  const auto counts = [](const at::Tensor& tensor) { return tensor.mutable_data_ptr<int>(); };
+  return {keys(deferred),
+          keys(exact),
+          keys(sorted),
+          counts(deferred_count),
+          counts(exact_count),
+          counts(active_count),
+          keys(kth_best),
+          static_cast<int>(groups),
+          static_cast<int>(capacity),
+          static_cast<int>(k)};
+}
+
+WeightStream::WeightStream(int64_t staging_bytes, at::Device device)
     : copies_(new_stream(device)), filled_{c10::Event(device.type()), c10::Event(device.type())} {
   const c10::StreamGuard guard(copies_);
   const c10::InferenceMode normal(false);  // as in CudaBuffers
   try {
-    for (at::Tensor& slot : slots_)
-      slot = at::empty({slot_bytes}, at::TensorOptions(at::kByte).device(device));
+    for (at::Tensor& staging : staging_)
+      staging = at::empty({staging_bytes}, at::TensorOptions(at::kByte).device(device));
   } catch (const c10::OutOfMemoryError&) {
     TORCH_CHECK_WITH(OutOfMemoryError, false,
-                     "out of memory: two buffers for streamed weights need ", 2 * slot_bytes,
+                     "out of memory: two buffers for streamed weights need ", 2 * staging_bytes,
                      " bytes on ", device, "; a lower device_weight_bytes leaves more for them");
+  }
+}
+
+WeightStream::~WeightStream() {
+  try {
+    copies_.synchronize();       // the host memory that is read may be freed next
+  } catch (const c10::Error&) {  // the device is gone
   }
 }
 
 at::Tensor WeightStream::load(const at::Tensor& pinned, const std::vector<c10::Stream>& streams) {
   for (const c10::Event& emptied : emptied_[turn_]) emptied.block(copies_);
-  const at::Tensor slot =
-      slots_[turn_].narrow(0, 0, pinned.nbytes()).view(pinned.scalar_type()).view(pinned.sizes());
+  const at::Tensor staging =
+      staging_[turn_].narrow(0, 0, pinned.nbytes()).view(pinned.scalar_type()).view(pinned.sizes());
   {
     const c10::StreamGuard guard(copies_);
-    copy_to(slot, pinned);
+    copy_to(staging, pinned);
   }
   filled_[turn_].record(copies_);
   for (const c10::Stream& stream : streams) filled_[turn_].block(stream);
-  return slot;
+  return staging;
 }
 
 void WeightStream::release(const std::vector<c10::Stream>& streams) {
@@ -95,82 +118,99 @@ void WeightStream::release(const std::vector<c10::Stream>& streams) {
   turn_ = 1 - turn_;
 }
 
-CudaLanes::CudaLanes(const CudaPlan& plan, at::Device device)
-    : bytes(plan.lanes * CudaBuffers::bytes(plan) +
-            plan.layers * static_cast<int64_t>(sizeof(cuda::Io))),
+CudaStreams::CudaStreams(const CudaPlan& plan, at::Device device)
+    : bytes(plan.streams * CudaBuffers::bytes(plan) +
+            plan.layers * static_cast<int64_t>(sizeof(cuda::LayerPointers))),
       plan_(plan),
       device_(device),
       fork_(device.type()),
       start_(device.type()) {
+  for (int64_t i = 0; i < plan.streams; ++i) streams_.push_back(new_stream(device));
+  take_buffers();
+}
+
+CudaStreams::CudaStreams(const CudaPlan& plan, const CudaStreams& others)
+    : bytes(0),
+      plan_(plan),
+      device_(others.device_),
+      streams_(others.streams_.begin(), others.streams_.begin() + plan.streams),
+      fork_(device_.type()),
+      start_(device_.type()) {
+  take_buffers();
+}
+
+void CudaStreams::take_buffers() {
+  const int64_t pointer_bytes = plan_.layers * static_cast<int64_t>(sizeof(cuda::LayerPointers));
   try {
-    for (int64_t i = 0; i < plan.lanes; ++i) {
-      streams_.push_back(new_stream(device));
-      done_.emplace_back(device.type());
-      const c10::StreamGuard guard(streams_.back());
-      buffers_.emplace_back(plan, device);
+    for (const c10::Stream& stream : streams_) {
+      done_.emplace_back(device_.type());
+      const c10::StreamGuard guard(stream);
+      buffers_.emplace_back(plan_, device_);
     }
     const c10::StreamGuard guard(streams_.front());
-    io_ = at::empty({plan.layers * static_cast<int64_t>(sizeof(cuda::Io))},
-                    at::TensorOptions(at::kByte).device(device));
+    pointers_ = at::empty({pointer_bytes}, at::TensorOptions(at::kByte).device(device_));
   } catch (const c10::OutOfMemoryError&) {
     TORCH_CHECK_WITH(
-        OutOfMemoryError, false, "out of memory: the workspace needs ", bytes, " bytes on ", device,
-        "; a lower chunk_size or device_weight_bytes needs less, got chunk_size ", plan.chunk);
+        OutOfMemoryError, false, "out of memory: the workspace needs ",
+        plan_.streams * CudaBuffers::bytes(plan_) + pointer_bytes, " bytes on ", device_,
+        "; a lower chunk_size or device_weight_bytes needs less, got chunk_size ", plan_.chunk);
   }
 }
 
-CudaLanes::~CudaLanes() {
+CudaStreams::~CudaStreams() {
   try {
     streams_.front().synchronize();  // a graph may be running
   } catch (const c10::Error&) {      // the device is gone, and its memory with it
     return;
   }
   for (const auto& [shape, graph] : graphs_)
-    if (graph) cuda::destroy_graph(graph);
+    if (graph.executable) cuda::destroy_graph(graph.executable);
 }
 
-const cuda::Io* CudaLanes::io(size_t request) const {
-  return static_cast<const cuda::Io*>(io_.const_data_ptr()) + request;
+cuda::LayerPointers* CudaStreams::pointers(size_t request) const {
+  return static_cast<cuda::LayerPointers*>(pointers_.mutable_data_ptr()) + request;
 }
 
-void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weights,
-                       bool use_graphs) {
+void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream* weights,
+                         bool use_graphs) {
   const c10::Stream caller = guard_of(device_).getStream(device_), &first = streams_.front();
   fork_.record(caller);
   fork_.block(first);
   const c10::StreamGuard guard(first);
-  std::vector<cuda::Io> io;
+  std::vector<cuda::LayerPointers> values;
   Shape shape;
   bool small = true;
-  for (const Request& request : requests) {
+  for (const CudaRequest& request : requests) {
     const at::Tensor& h = request.hidden;
-    h.record_stream(
-        first);  // every lane joins it; the outputs are the caller's stream's, which waits for it
-    io.push_back({h.const_data_ptr(),
-                  h.size(1),
-                  {h.stride(0), h.stride(1), h.stride(2)},
-                  request.out.activations.mutable_data_ptr<float>(),
-                  request.out.indices.mutable_data_ptr<int64_t>(),
-                  request.out.sparsity.mutable_data_ptr<float>()});
+    values.push_back({h.const_data_ptr(),
+                      h.size(1),
+                      {h.stride(0), h.stride(1), h.stride(2)},
+                      request.out.activations.mutable_data_ptr<float>(),
+                      request.out.indices.mutable_data_ptr<int64_t>(),
+                      request.out.sparsity.mutable_data_ptr<float>()});
     shape.insert(shape.end(),
-                 {request.layer->id, request.rows(), static_cast<int64_t>(h.scalar_type())});
-    small &= request.rows() <= cuda::few_rows && !request.layer->streamed;
+                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.scalar_type())});
+    small &= request.row_count() <= cuda::few_rows && !request.prepared->streamed;
   }
-  for (size_t i = 0; i < io.size(); i += cuda::most_io)
-    check_cuda(cuda::set_io(io.data() + i, std::min<int64_t>(io.size() - i, cuda::most_io),
-                            const_cast<cuda::Io*>(this->io(i)), native(first)));
+  cuda::Queue queue = {native(first)};
+  for (size_t i = 0; i < values.size(); i += cuda::max_layer_pointers)
+    check_cuda(cuda::set_layer_pointers(
+        values.data() + i, std::min<int64_t>(values.size() - i, cuda::max_layer_pointers),
+        pointers(i), queue));
   const auto join = [&] {
     done_.front().record(first);
     done_.front().block(caller);
   };
   try {
-    // Without cuBLAS, whose workspaces others share, work can be captured: the second time that it
-    // is seen, when every kernel has been loaded.
-    void* graph = use_graphs && small ? graph_of(shape, requests) : nullptr;
-    if (graph)
-      check_cuda(cuda::launch_graph(graph, native(first)));
-    else
+    // Own kernels alone can be put into a graph, and few rows need no others.
+    const bool may_repeat = use_graphs && small;
+    void* graph = may_repeat ? graph_of(shape, requests) : nullptr;
+    if (graph) {
+      check_cuda(cuda::launch_graph(graph, queue.stream));
+    } else {
       enqueue(requests, weights);
+      if (may_repeat) remember(shape);
+    }
   } catch (...) {
     join();
     throw;
@@ -178,48 +218,56 @@ void CudaLanes::encode(const std::vector<Request>& requests, WeightStream* weigh
   join();
 }
 
-void* CudaLanes::graph_of(const Shape& shape, const std::vector<Request>& requests) {
-  if (graphs_.size() >= most_graphs && !graphs_.contains(shape)) {
-    std::erase_if(graphs_, [](const auto& known) { return !known.second; });
-    if (graphs_.size() >= most_graphs) return nullptr;
-  }
-  const auto [known, fresh] = graphs_.try_emplace(shape, nullptr);
-  if (!fresh && !known->second) known->second = capture(requests);
-  return known->second;
+void CudaStreams::remember(const Shape& shape) {
+  if (graphs_.size() >= max_graphs)
+    std::erase_if(graphs_, [](const auto& known) { return !known.second.executable; });
+  if (graphs_.size() < max_graphs) graphs_.try_emplace(shape);
 }
 
-void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weights) {
+void* CudaStreams::graph_of(const Shape& shape, const std::vector<CudaRequest>& requests) {
+  const auto known = graphs_.find(shape);
+  if (known == graphs_.end()) return nullptr;
+  Graph& graph = known->second;
+  if (!graph.executable && graph.failures < max_failures) {
+    graph.executable = make_graph(requests);
+    if (!graph.executable) ++graph.failures;
+  }
+  return graph.executable;
+}
+
+void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream* weights) {
   int64_t chunks = 0, most_rows = 0;
-  for (const Request& request : requests) {
+  for (const CudaRequest& request : requests) {
     const int64_t rows = chunk_rows(request, plan_);
-    chunks += (request.rows() + rows - 1) / rows;
+    chunks += (request.row_count() + rows - 1) / rows;
     most_rows = std::max(most_rows, rows);
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
   // multiplies. More tiles of scores would not stay in L2.
-  const int64_t lanes = std::min<int64_t>(
+  const int64_t stream_count = std::min<int64_t>(
       {static_cast<int64_t>(streams_.size()), chunks, most_rows >= filling_rows ? 2 : chunks});
-  const std::vector<c10::Stream> streams(streams_.begin(), streams_.begin() + lanes);
+  const std::vector<c10::Stream> streams(streams_.begin(), streams_.begin() + stream_count);
   std::unique_lock<std::mutex> turn;
   if (weights) turn = std::unique_lock(weights->mutex);
   start_.record(streams_.front());
-  for (int64_t lane = 1; lane < lanes; ++lane) start_.block(streams[lane]);
+  for (int64_t i = 1; i < stream_count; ++i) start_.block(streams[i]);
   const auto join = [&] {
-    for (int64_t lane = 1; lane < lanes; ++lane) {
-      done_[lane].record(streams[lane]);
-      done_[lane].block(streams_.front());
+    for (int64_t i = 1; i < stream_count; ++i) {
+      done_[i].record(streams[i]);
+      done_[i].block(streams_.front());
     }
   };
   try {
-    int64_t lane = 0;
+    int64_t next = 0;
     for (size_t i = 0; i < requests.size(); ++i) {
-      const Layer& layer = *requests[i].layer;
+      const cuda::PreparedLayer& layer = *requests[i].prepared;
       const at::Tensor W_enc = layer.streamed ? weights->load(layer.W_enc, streams) : layer.W_enc;
-      const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
-      for (int64_t first = 0; first < rows; first += chunk, lane = (lane + 1) % lanes) {
-        const c10::StreamGuard guard(streams[lane]);
-        encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, io(i), buffers_[lane],
-                    plan_, native(streams[lane]));
+      const int64_t rows = requests[i].row_count(), chunk = chunk_rows(requests[i], plan_);
+      for (int64_t first = 0; first < rows; first += chunk, next = (next + 1) % stream_count) {
+        const c10::StreamGuard guard(streams[next]);
+        cuda::Queue queue = {native(streams[next])};
+        encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, pointers(i),
+                    buffers_[next], plan_, queue);
       }
       if (layer.streamed) weights->release(streams);
     }
@@ -231,91 +279,26 @@ void CudaLanes::enqueue(const std::vector<Request>& requests, WeightStream* weig
   join();
 }
 
-void* CudaLanes::capture(const std::vector<Request>& requests) {
-  std::vector<void*> streams(std::min(streams_.size(), requests.size()));
-  int status = cuda::begin_capture(streams.data(), streams.size());
-  void* graph = nullptr;
+void* CudaStreams::make_graph(const std::vector<CudaRequest>& requests) const {
+  void *graph = nullptr, *executable = nullptr;
+  if (cuda::make_graph(&graph) != 0) return nullptr;
+  // One branch per set of buffers.
+  std::vector<cuda::Queue> branches(std::min(buffers_.size(), requests.size()));
+  for (cuda::Queue& branch : branches) branch.graph = graph;
   try {
-    check_cuda(status);
     for (size_t i = 0; i < requests.size(); ++i) {
-      const size_t lane = i % streams.size();
-      const int64_t rows = requests[i].rows(), chunk = chunk_rows(requests[i], plan_);
+      const size_t branch = i % branches.size();
+      const int64_t rows = requests[i].row_count(), chunk = chunk_rows(requests[i], plan_);
       for (int64_t first = 0; first < rows; first += chunk)
-        encode_rows(requests[i], first, std::min(chunk, rows - first), requests[i].layer->W_enc,
-                    io(i), buffers_[lane], plan_, streams[lane]);
+        encode_rows(requests[i], first, std::min(chunk, rows - first), requests[i].prepared->W_enc,
+                    pointers(i), buffers_[branch], plan_, branches[branch]);
     }
-  } catch (...) {
-    cuda::end_capture(streams.data(), streams.size(), &graph);
-    if (graph) cuda::destroy_graph(graph);
-    throw;
+  } catch (const c10::Error&) {
+    cuda::finish_graph(graph, &executable);
+    if (executable) cuda::destroy_graph(executable);
+    return nullptr;
   }
-  check_cuda(cuda::end_capture(streams.data(), streams.size(), &graph));
-  return graph;
-}
-
-CudaDevice::CudaDevice(const std::vector<const Layer*>& layers, const Options& options,
-                       at::Device device)
-    : use_graphs(options.use_graphs) {
-  const CudaPlan plan = plan_cuda(layers, options, multiprocessors_of(device));
-  int64_t slot_bytes = 0;
-  for (const Layer* layer : layers)
-    if (layer->streamed) slot_bytes = std::max<int64_t>(slot_bytes, layer->W_enc.nbytes());
-  if (slot_bytes > 0) weights = std::make_unique<WeightStream>(slot_bytes, device);
-  pool = std::make_unique<Pool<CudaLanes>>(
-      [plan, device] { return std::make_unique<CudaLanes>(plan, device); });
-}
-
-void CudaDevice::encode(const std::vector<Request>& requests) const {
-  const at::Device device = requests.front().layer->device;
-  TORCH_CHECK_VALUE(!cuda::is_capturing(native(guard_of(device).getStream(device))),
-                    "encode cannot be captured in a CUDA graph: later calls share its workspace; "
-                    "use_compile replays graphs of its own");
-  pool->borrow()->encode(requests, weights.get(), use_graphs);
-}
-
-int64_t CudaDevice::bytes() const { return pool->bytes() + (weights ? weights->bytes() : 0); }
-
-SparseFeatures encode_sparse_cuda(const Request& request, const Options& options,
-                                  const CudaDevice& device) {
-  const at::Tensor& hidden = request.hidden;
-  const int64_t rows = request.rows();
-  Options one_lane = options;
-  one_lane.lanes = 1;
-  // Encodes some rows with room for k features each.
-  const auto encode = [&](const at::Tensor& some, int64_t k) {
-    Layer layer = *request.layer;
-    layer.top_k = layer.selected = k;
-    CudaLanes lanes(plan_cuda({&layer}, one_lane, multiprocessors_of(hidden.device())),
-                    hidden.device());
-    const auto slots = some.options().dtype(at::kFloat);
-    Features out = {at::empty({some.size(1), k}, slots),
-                    at::empty({some.size(1), k}, slots.dtype(at::kLong)),
-                    at::empty({some.size(1)}, slots)};
-    lanes.encode({{&layer, some, out}}, device.weights.get(), false);
-    return out;
-  };
-  const at::Tensor flat = hidden.reshape({1, rows, hidden.size(2)});
-  const int64_t features = request.layer->features;
-  std::vector<at::Tensor> counts, indices, activations;
-  // Count, then write: with room for the largest count of a chunk, rounded up past the float32
-  // rounding of the fraction.
-  const at::Tensor fractions = encode(flat, 1).sparsity.nan_to_num(0);
-  for (int64_t first = 0; first < rows; first += options.chunk_size) {
-    const int64_t count = std::min(options.chunk_size, rows - first);
-    const at::Tensor some = flat.narrow(1, first, count);
-    const double fraction = fractions.narrow(0, first, count).max().item<double>();
-    const auto k = static_cast<int64_t>(fraction * features * (1 + 0x1p-20)) + 1;
-    const Features top = encode(some, std::min(k, request.layer->most_active));
-    const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
-                     kept = top.activations > 0;
-    kept.narrow(1, 0, 1).logical_or_(broken);
-    const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
-    counts.push_back(kept.sum(1));
-    indices.push_back(ascending.masked_select(ascending < features));
-    activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
-  }
-  return {at::cat({at::zeros({1}, flat.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
-          at::cat(indices), at::cat(activations)};
+  return cuda::finish_graph(graph, &executable) == 0 ? executable : nullptr;
 }
 
 }  // namespace sparse_transcoder

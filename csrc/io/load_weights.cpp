@@ -10,8 +10,8 @@
 #include <fstream>
 #include <set>
 
+#include "check_weights.h"
 #include "io/safetensors.h"
-#include "layer.h"
 
 namespace sparse_transcoder {
 namespace {

@@ -7,11 +7,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <tuple>
 #include <vector>
 
 namespace sparse_transcoder {
@@ -124,7 +126,7 @@ std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
   TORCH_CHECK_VALUE(twice.empty(), path, ": tensor ", twice, " is there twice");
 
   std::map<std::string, at::Tensor> tensors;
-  std::map<int64_t, int64_t> spans;  // begin -> end, to find overlaps
+  std::vector<std::tuple<int64_t, int64_t, std::string>> spans;  // begin, end and name of each
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
     const std::string who = path + ": tensor " + quoted(name);
@@ -151,9 +153,7 @@ std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
                       " bytes, got ", at::IntArrayRef(offsets));
     TORCH_CHECK_VALUE(offsets[1] - offsets[0] == bytes, who, ": shape ", at::IntArrayRef(shape),
                       " needs ", bytes, " bytes, data_offsets span ", offsets[1] - offsets[0]);
-    if (bytes > 0)
-      TORCH_CHECK_VALUE(spans.emplace(offsets[0], offsets[1]).second, who,
-                        ": overlaps another tensor");
+    spans.emplace_back(offsets[0], offsets[1], name);
     char* data = file->data() + header_end + offsets[0];
     at::Tensor tensor =
         at::from_blob(data, shape, [file](void*) {}, at::TensorOptions(dtype->second));
@@ -165,11 +165,19 @@ std::map<std::string, at::Tensor> read_safetensors(const std::string& path) {
     }
     tensors.emplace(name, tensor);
   }
-  int64_t reached = 0;
-  for (const auto& [begin, end] : spans) {
-    TORCH_CHECK_VALUE(begin >= reached, path, ": tensors overlap at byte ", begin);
-    reached = end;
+  // The tensors fill the data without a hole, as the format demands: nothing else can hide in it.
+  std::sort(spans.begin(), spans.end());
+  int64_t filled = 0;
+  for (const auto& [begin, end, name] : spans) {
+    TORCH_CHECK_VALUE(begin >= filled, path, ": tensor ", quoted(name),
+                      " must not overlap another tensor, got bytes ", begin, " to ", end,
+                      " after one that ends at ", filled);
+    TORCH_CHECK_VALUE(begin == filled, path, ": tensor ", quoted(name), " must begin at byte ",
+                      filled, ", where the tensors before it end, got ", begin);
+    filled = end;
   }
+  TORCH_CHECK_VALUE(filled == data_bytes, path, ": the tensors must fill the ", data_bytes,
+                    " bytes after the header, got ", filled);
   return tensors;
 }
 

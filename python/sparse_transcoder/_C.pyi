@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'load_weights', 'read_safetensors']
+__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'cuda_kernels', 'load_weights', 'read_safetensors']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
@@ -121,6 +121,9 @@ class Explanation:
     def finish_ms(self) -> float:
         ...
     @property
+    def instruction_set(self) -> str:
+        ...
+    @property
     def pairs_float32(self) -> int:
         ...
     @property
@@ -169,6 +172,10 @@ class SparseFeatures:
     """
     def __init__(self, row_begin: torch.Tensor, features: torch.Tensor, activations: torch.Tensor) -> None:
         ...
+    def to_csr(self, features: typing.SupportsInt | typing.SupportsIndex) -> torch.Tensor:
+        """
+        A sparse CSR tensor [N, features].
+        """
     @property
     def activations(self) -> torch.Tensor:
         ...
@@ -231,6 +238,14 @@ class Engine:
     @property
     def layers(self) -> list[int]:
         ...
+def cpu_instruction_set() -> str:
+    """
+    The instruction set that encodes on the CPU: the best of this machine, or the one that the environment variable SPARSE_TRANSCODER_CPU names.
+    """
+def cuda_kernels() -> bool:
+    """
+    Whether this build has CUDA kernels.
+    """
 def load_weights(dir: str, layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], device: torch.device) -> dict[int, LayerWeights]:
     """
     Reads layer_{i}.safetensors and config.yaml of a transcoder set; every layer when layers is empty.

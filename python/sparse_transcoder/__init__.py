@@ -1,36 +1,48 @@
-"""Exact, streaming transcoder encoder: hidden states to sparse features, without the dense [tokens, features] matrix."""
+"""Exact, streaming transcoder encoder: hidden states to sparse features, without a dense matrix."""
 
+from importlib.metadata import version as _version
 from pathlib import Path
 
 import torch as _torch
 
-from ._torch_version import TORCH_VERSION as _built
-
-if _torch.__version__.split(".")[:2] != _built.split("."):
+# The package holds a folder for each minor version of torch that it was built against, with _C and
+# the C++ library in it.
+_builds = {path.name[6:]: path for folder in __path__ for path in Path(folder).glob("torch-*")}
+_minor = ".".join(_torch.__version__.split(".")[:2])
+if _minor not in _builds:
     raise ImportError(
-        f"sparse_transcoder was built against torch {_built} and cannot be used with torch {_torch.__version__}: "
-        "install it again in this environment with pip install --no-build-isolation"
+        f"sparse_transcoder was built against torch {' and '.join(sorted(_builds))} "
+        f"and cannot be used with torch {_torch.__version__}: install it again in this environment"
     )
+__path__.append(str(_builds[_minor]))
 
 from . import _C, reference
+from ._C import cpu_instruction_set
 from .capture import Captured, capture
 from .encoder import SparseTranscoderEncoder, encode_single_layer
-from .formats import load_transcoders
+from .formats import load_transcoders, save_transcoders
 from .graph import graph_json
 from .weights import TranscoderWeights
 
-__version__ = "0.1.0"
+__version__ = _version("sparse_transcoder")
 __all__ = [
     "Captured",
     "SparseTranscoderEncoder",
     "TranscoderWeights",
     "capture",
     "cmake_prefix_path",
+    "cpu_instruction_set",
+    "cuda_kernels",
     "encode_single_layer",
     "graph_json",
     "load_transcoders",
     "reference",
+    "save_transcoders",
 ]
 
 cmake_prefix_path = str(Path(_C.__file__).resolve().parent)
-"""Folder for CMAKE_PREFIX_PATH, so that ``find_package(sparse_transcoder CONFIG)`` finds the C++ library."""
+"""Folder for CMAKE_PREFIX_PATH, in which ``find_package(sparse_transcoder CONFIG)`` finds the C++
+library."""
+
+cuda_kernels: bool = _C.cuda_kernels()
+"""Whether this build encodes on CUDA, too; without kernels it encodes on the CPU alone."""

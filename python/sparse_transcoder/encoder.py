@@ -11,66 +11,80 @@ from typing import Any, TypedDict
 import torch
 
 from . import _C
-from .arguments import _at_least, _integer, _number, _positive, _tensor
+from . import _arguments as check
 from .capture import capture_places
+from .graph import attribution_feature
 from .live import Monitor, Step, attach, changes_of, intervene, resolved
 from .places import Decoder, decoder
 from .probe import Place
 from .prompts import Exclude, excluded, prompts_of
-from .weights import TranscoderWeights, _to_native
-
-# torch says once that sparse CSR tensors are in beta, or unchecked; encode_sparse is not the place to say it.
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", category=UserWarning)
-    torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)
+from .weights import TranscoderWeights, to_native
 
 
 class LayerFeatures(TypedDict):
-    """One layer's result for hidden [B, T, H]; without B for hidden [T, H]. K = min(top_k, F)."""
+    """The result of one layer for hidden [B, T, H], or without B for [T, H]; K = min(top_k, F)."""
 
     layer: int
     activations: torch.Tensor
-    """[B, T, K] float32, descending; 0 in slots that no feature fills."""
+    """[B, T, K] float32, descending along K. Ranks that no feature fills hold 0."""
     indices: torch.Tensor
-    """[B, T, K] int64, distinct in a row; ties: lower index first; unfilled slots hold the lowest features that are not kept."""
+    """[B, T, K] int64, distinct in a row. Among ties the lower feature comes first. Ranks that no
+    feature fills hold the lowest features that are not kept."""
     sparsity: torch.Tensor
-    """[B, T] float32, fraction of the F features that are kept, not capped by K."""
+    """[B, T] float32: the fraction of the F features that are kept, not capped by K."""
 
 
 class PositionFeatures(LayerFeatures):
-    """One layer's result for the real positions of a batch of prompts: [N, K] and [N] instead of [B, T, K] and [B, T]."""
+    """The result of one layer for the N real positions of a batch of prompts.
+
+    Its tensors are [N, K] and [N] where those of LayerFeatures are [B, T, K] and [B, T].
+    """
 
     batch_idx: torch.Tensor
-    """[N] int64, the prompt of a position."""
+    """[N] int64: the prompt of each position."""
     ctx_idx: torch.Tensor
-    """[N] int64, the position among the prompt's real tokens, from 0."""
+    """[N] int64: the index of each position among the prompt's real tokens, from 0."""
 
 
 class SparseTranscoderEncoder:
-    """Exact top-k features of many layers, without ever forming the dense [tokens, features] matrix.
+    """Exact top-k features of many layers, without the dense [tokens, features] matrix.
 
-    For each row h: ``pre = norm(h) @ W_enc.T + b_enc``; a feature is kept when its activation (relu, jumprelu or top-k, as the
-    weights declare) is positive and at least ``activation_threshold``; the ``top_k`` largest are returned, ties in favour of the
-    lower feature. Results are the same bit for bit whatever the chunk size, the batch, the layers beside it, or the threads.
-    A row with NaN or Inf gives NaN activations and NaN sparsity in that row alone.
+    For each row h the encoder computes ``pre = norm(h) @ W_enc.T + b_enc``. A feature is kept when
+    its activation (relu, jumprelu or top-k, as the weights declare) is positive and at least
+    ``activation_threshold``. The ``top_k`` largest activations are returned; among ties the lower
+    feature comes first. Results are the same bit for bit whatever the chunk size, the batch, the
+    layers beside it, or the threads. A row with NaN or Inf gives NaN activations and NaN sparsity
+    in that row alone.
 
-    Methods may be called from many threads at once; the interpreter lock is released during the work.
+    Methods may be called from many threads at once, and the interpreter lock is released during the
+    work. An encoder can be pickled and deep-copied: its weights and options travel, and a new
+    engine is built from them. ``copy.copy`` shares the weights.
 
     Args:
         transcoders: {layer: weights}.
-        top_k: features returned per row. None takes each layer's own k from its checkpoint.
-        activation_threshold: the least activation that is kept, inclusive.
-        use_compile: replay captured work for shapes seen before, on CUDA, where a layer has at most 8 rows; no effect on results.
-        chunk_size: rows worked on at a time: bounds the workspace, not the result.
-        screening: which low-precision copies of the encoders find the candidates; no effect on results. "auto": the fastest on
-            this machine, int8 and, for float32 weights, int16 (1 + 2 bytes a weight); "int8" or "int16": that one alone; "off":
-            none. On CUDA all but "off" are bfloat16: a copy of 2 bytes a weight where the weights are not stored so.
-        device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device, also where they are larger
-            than it: encoders that fit in this many bytes, in the order of the layers, are copied there; the others stay in pinned
-            host memory and stream through two device buffers in each call. None: each layer is encoded where its weights are.
+        top_k: the number of features returned per row. None takes each layer's own k from its
+            checkpoint.
+        activation_threshold: the smallest activation that is kept, inclusive.
+        use_compile: replay captured work for shapes seen before, on CUDA, where a layer has at most
+            8 rows. It has no effect on results.
+        chunk_size: the number of rows worked on at a time. It bounds the workspace, not the result.
+        screening: which low-precision copies of the encoders find the candidates. It has no effect
+            on results. "auto" is the fastest on this machine: int8 and, for float32 weights, int16
+            (1 + 2 bytes per weight). "int8" and "int16" are that copy alone. "off" makes no copy.
+            On CUDA all but "off" are bfloat16: a copy of 2 bytes per weight where the weights are
+            not stored so.
+        device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device,
+            also where they are larger than the device. Encoders that fit in this many bytes, in the
+            order of the layers, are copied there. The others stay in pinned host memory and stream
+            through two device buffers in each call. None encodes each layer where its weights are.
 
     Raises:
-        ValueError: an option or a tensor's shape, device or value is wrong; TypeError: a tensor's dtype or an argument's type is.
+        ValueError: an option, or a tensor's shape, device or value, is wrong.
+        TypeError: a tensor's dtype, or an argument's type, is wrong.
+
+    Example:
+        >>> encoder = SparseTranscoderEncoder(load_transcoders("transcoders"), top_k=32)
+        >>> encoder.encode_all_layers({12: hidden})[12]["activations"]  # [B, T, 32]
     """
 
     def __init__(
@@ -85,30 +99,49 @@ class SparseTranscoderEncoder:
         device_weight_bytes: int | None = None,
     ) -> None:
         if not isinstance(transcoders, Mapping):
-            raise TypeError(f"transcoders must map layers to TranscoderWeights, got {type(transcoders).__name__}")
-        for layer, weights in transcoders.items():
-            if not isinstance(weights, TranscoderWeights):
-                raise TypeError(f"layer {layer}: transcoders must hold TranscoderWeights, got {type(weights).__name__}")
-        self.top_k = None if top_k is None else _positive("top_k", top_k)
-        self.activation_threshold = _number("activation_threshold", activation_threshold)
+            name = type(transcoders).__name__
+            raise TypeError(f"transcoders must map layers to TranscoderWeights, got {name}")
+        named = {check.integer("layer", layer): w for layer, w in transcoders.items()}
+        self.top_k = None if top_k is None else check.positive("top_k", top_k)
+        self.activation_threshold = check.number("activation_threshold", activation_threshold)
         self.use_compile = bool(use_compile)
-        self.chunk_size = _positive("chunk_size", chunk_size)
-        if not isinstance(screening, str) or screening not in _C.Screening.__members__:
-            raise ValueError(f"screening must be one of {', '.join(_C.Screening.__members__)}, got {screening!r}")
+        self.chunk_size = check.positive("chunk_size", chunk_size)
+        screenings = _C.Screening.__members__
+        if not isinstance(screening, str) or screening not in screenings:
+            raise ValueError(f"screening must be one of {', '.join(screenings)}, got {screening!r}")
         self.screening = screening
-        self._transcoders = {_integer("layer", layer): weights for layer, weights in transcoders.items()}
+        self.device_weight_bytes = (
+            None
+            if device_weight_bytes is None
+            else check.at_least(0, "device_weight_bytes", device_weight_bytes)
+        )
+        self._transcoders = named
         self._engine = _C.Engine(
-            {layer: _to_native(layer, weights) for layer, weights in self._transcoders.items()},
+            {layer: to_native(layer, weights) for layer, weights in named.items()},
             top_k=self.top_k or 0,
             activation_threshold=self.activation_threshold,
             chunk_size=self.chunk_size,
             lanes=0,
-            screening=_C.Screening.__members__[screening],
+            screening=screenings[screening],
             use_graphs=self.use_compile,
             device_weight_bytes=-1
-            if device_weight_bytes is None
-            else _at_least(0, "device_weight_bytes", device_weight_bytes),
+            if self.device_weight_bytes is None
+            else self.device_weight_bytes,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "transcoders": self._transcoders,
+            "top_k": self.top_k,
+            "activation_threshold": self.activation_threshold,
+            "use_compile": self.use_compile,
+            "chunk_size": self.chunk_size,
+            "screening": self.screening,
+            "device_weight_bytes": self.device_weight_bytes,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SparseTranscoderEncoder.__init__(self, **state)
 
     @property
     def layers(self) -> list[int]:
@@ -120,89 +153,108 @@ class SparseTranscoderEncoder:
 
         Args:
             layer_idx: one of ``layers``.
-            hidden: [B, T, H] or [T, H], float32, bfloat16 or float16, any strides, on the weights' device.
+            hidden: [B, T, H] or [T, H], float32, bfloat16 or float16, of any strides, on the
+                weights' device.
 
         Raises:
-            KeyError: there is no transcoder for the layer. ValueError: hidden has a wrong shape or device.
-            TypeError: hidden is no tensor, or of another dtype.
+            KeyError: the layer has no transcoder.
+            ValueError: hidden has a wrong shape or device.
+            TypeError: hidden is no tensor, or has another dtype.
 
         Example:
             >>> encoder.encode_layer(12, hidden)["indices"]  # [B, T, top_k]
         """
-        layer = _integer("layer_idx", layer_idx)
-        return _result(layer, self._engine.encode(layer, _tensor(layer, hidden)))
+        layer = check.integer("layer_idx", layer_idx)
+        return _result(layer, self._engine.encode(layer, check.tensor(layer, hidden)))
 
     def encode_chunked(self, layer_idx: int, hidden: torch.Tensor) -> LayerFeatures:
-        """The same as :meth:`encode_layer`, which works in chunks by itself; kept for callers of the reference project."""
+        """The same as :meth:`encode_layer`, which works in chunks by itself.
+
+        Callers of the reference project find it under this name.
+        """
         return self.encode_layer(layer_idx, hidden)
 
-    def encode_all_layers(self, hidden_states: Mapping[int, torch.Tensor]) -> dict[int, LayerFeatures]:
+    def encode_all_layers(
+        self, hidden_states: Mapping[int, torch.Tensor]
+    ) -> dict[int, LayerFeatures]:
         """Encode the hidden states of many layers at once, concurrently: {layer: result}.
 
-        Layers that have no transcoder are named in one warning and left out. Arguments and errors as in :meth:`encode_layer`.
+        Layers that have no transcoder are named in one warning and left out. Arguments and errors
+        are those of :meth:`encode_layer`.
         """
         if not isinstance(hidden_states, Mapping):
-            raise TypeError(f"hidden_states must map layers to tensors, got {type(hidden_states).__name__}")
-        hidden = {_integer("layer", layer): rows for layer, rows in hidden_states.items()}
+            name = type(hidden_states).__name__
+            raise TypeError(f"hidden_states must map layers to tensors, got {name}")
+        hidden = {check.integer("layer", layer): rows for layer, rows in hidden_states.items()}
         known = set(self.layers)
         unknown = [layer for layer in hidden if layer not in known]
         if unknown:
-            warnings.warn(f"no transcoder for layers {', '.join(map(str, unknown))}: not encoded", stacklevel=2)
-        encoded = self._engine.encode_all({layer: _tensor(layer, hidden[layer]) for layer in hidden if layer in known})
+            names = ", ".join(map(str, unknown))
+            warnings.warn(f"no transcoder for layers {names}: not encoded", stacklevel=2)
+        encoded = self._engine.encode_all(
+            {layer: check.tensor(layer, hidden[layer]) for layer in hidden if layer in known}
+        )
         return {layer: _result(layer, encoded[layer]) for layer in hidden if layer in known}
 
     def encode_sparse(self, layer_idx: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Every kept feature of every row, however many: a sparse CSR tensor [N, F] float32, N = B * T; ``top_k`` plays no part.
+        """Every kept feature of every row, however many: ``top_k`` plays no part.
 
-        The dense matrix is never formed. A row with NaN or Inf holds one entry, NaN at feature 0. Arguments and errors as in
-        :meth:`encode_layer`.
+        The dense matrix is never formed. A row with NaN or Inf holds one entry, NaN at feature 0.
+        Arguments and errors are those of :meth:`encode_layer`.
+
+        Returns:
+            A sparse CSR tensor [N, F] float32, where N = B * T. It comes without torch's remark
+            that such tensors are in beta.
         """
-        layer = _integer("layer_idx", layer_idx)
-        found = self._engine.encode_sparse(layer, _tensor(layer, hidden))
-        shape = (found.row_begin.numel() - 1, self._transcoders[layer].W_enc.shape[0])
-        return torch.sparse_csr_tensor(
-            found.row_begin, found.features, found.activations, shape, check_invariants=False
-        )
+        layer = check.integer("layer_idx", layer_idx)
+        found = self._engine.encode_sparse(layer, check.tensor(layer, hidden))
+        return found.to_csr(self._transcoders[layer].W_enc.shape[0])
 
     def decode(
-        self, layer_idx: int, features: LayerFeatures | torch.Tensor, hidden: torch.Tensor | None = None
+        self,
+        layer_idx: int,
+        features: LayerFeatures | torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor | dict[int, torch.Tensor]:
-        """Reconstruct what the decoder writes: ``W_dec @ activations + b_dec``, plus ``W_skip @ hidden`` where there is one.
+        """Reconstruct what the decoder writes: ``W_dec @ activations + b_dec``.
+
+        A layer with a skip connection adds ``W_skip @ hidden``.
 
         Args:
             layer_idx: one of ``layers``.
-            features: a result of :meth:`encode_layer`, or of :meth:`encode_sparse`.
-            hidden: the hidden states [.., H] that were encoded; needed, and used, only with a skip connection.
+            features: a result of :meth:`encode_layer`, :meth:`encode_model` or
+                :meth:`encode_sparse`.
+            hidden: the hidden states [.., H] that were encoded. They are needed, and used, only
+                with a skip connection.
 
         Returns:
-            [B, T, H] float32 ([N, H] from a sparse result). A decoder that writes to n layers gives {layer: reconstruction} for
-            this layer and those after it.
+            [B, T, H] float32, or [N, H] where ``features`` has N rows. A decoder that writes to n
+            layers gives {layer: reconstruction} for this layer and those after it.
 
         Raises:
-            KeyError: there is no transcoder for the layer. ValueError: it has no decoder, or shapes do not fit.
+            KeyError: the layer has no transcoder.
+            ValueError: the layer has no decoder, or shapes do not fit.
         """
-        layer = _integer("layer_idx", layer_idx)
-        x = None if hidden is None else _tensor(layer, hidden)
+        layer = check.integer("layer_idx", layer_idx)
+        x = None if hidden is None else check.tensor(layer, hidden)
+        expected = f"layer {layer}: features must be an encode result or sparse CSR"
         if isinstance(features, torch.Tensor):
             if features.layout != torch.sparse_csr:
-                raise TypeError(
-                    f"layer {layer}: features must be an encode result or sparse CSR, got {features.layout}"
-                )
+                raise TypeError(f"{expected}, got {features.layout}")
             parts = (features.crow_indices(), features.col_indices(), features.values())
             y = self._engine.decode_sparse(layer, _C.SparseFeatures(*parts), x)
         elif isinstance(features, Mapping):
             if not {"activations", "indices"} <= features.keys():
-                raise ValueError(f"layer {layer}: features must hold activations and indices, got {list(features)}")
-            activations, indices = (_tensor(layer, features[name], name) for name in ("activations", "indices"))
+                names = list(features)
+                raise ValueError(
+                    f"layer {layer}: features must hold activations and indices, got {names}"
+                )
+            activations = check.tensor(layer, features["activations"], "activations")
+            indices = check.tensor(layer, features["indices"], "indices")
             y = self._engine.decode(layer, activations, indices, x)
         else:
-            raise TypeError(
-                f"layer {layer}: features must be an encode result or sparse CSR, got {type(features).__name__}"
-            )
-        hidden_size = self._transcoders[layer].W_enc.shape[1]
-        if y.shape[-1] == hidden_size:
-            return y
-        return {layer + i: part for i, part in enumerate(y.split(hidden_size, dim=-1))}
+            raise TypeError(f"{expected}, got {type(features).__name__}")
+        return self._by_layer(layer, y)
 
     def extract_attribution_features(
         self,
@@ -212,53 +264,49 @@ class SparseTranscoderEncoder:
         exclude: Exclude | None = None,
         inputs: Any = None,
     ) -> list[dict[str, Any]]:
-        """The strongest features over all layers, batch rows and positions, as attribution graph nodes.
+        """The strongest features over all layers, batch rows and positions, strongest first.
 
-        They are drawn from each position's ``top_k``, strongest first; ties: layer, batch row, position, feature ascending.
+        They are drawn from the ``top_k`` of each position. Among ties the order is that of layer,
+        batch row, position and feature, all ascending. :func:`graph_json` makes a graph of them.
 
         Args:
             hidden_states: {layer: [B, T, H] or [T, H]}.
-            top_k_global: how many nodes at most.
-            exclude: positions to leave out: a mask [B, T] that is true there, a set of token ids, or "special".
-            inputs: the tokens that the hidden states are of, [B, T], or a tokenizer's result with them: needed for all of
-                ``exclude`` but a mask. "special" is what the tokenizer's result marks.
+            top_k_global: the largest number of features.
+            exclude: positions to leave out: a mask [B, T] that is true there, a set of token ids,
+                or "special", which is what a tokenizer's result marks.
+            inputs: the tokens of the hidden states, [B, T] or a tokenizer's result. They are needed
+                for every ``exclude`` but a mask.
 
         Returns:
-            A dict per node: ``node_id`` ("{layer}_{feature}_{ctx_idx}", with "{batch}" after the layer when B > 1), ``feature``,
-            ``layer`` (str), ``batch_idx``, ``ctx_idx``, ``feature_type``, ``influence`` and ``activation`` (both the activation).
+            One dict per feature: ``node_id`` ("{layer}_{feature}_{ctx_idx}", with "{batch}" after
+            the layer when B > 1), ``feature`` (int), ``layer`` (str), ``batch_idx``, ``ctx_idx``,
+            ``feature_type``, ``influence`` and ``activation`` (both are the activation).
         """
-        limit = _positive("top_k_global", top_k_global)
+        limit = check.positive("top_k_global", top_k_global)
         encoded = self.encode_all_layers(hidden_states)
-        # Each layer's strongest, in the order of the tie rule: rows ascending, and features ascending among equals in a row.
+        # The strongest of each layer, in the order of the tie rule: rows ascend, and among equals
+        # of a row features ascend.
         found: list[tuple[float, int, int, int, int, bool]] = []
         for layer in sorted(encoded):
             activations = encoded[layer]["activations"]
             batched = activations if activations.ndim == 3 else activations[None]
             if exclude is not None:
-                out = excluded(exclude, (batched.shape[0], batched.shape[1]), inputs).to(batched.device)
-                batched = batched.masked_fill(out[..., None], 0.0)
+                out = excluded(exclude, (batched.shape[0], batched.shape[1]), inputs)
+                batched = batched.masked_fill(out.to(batched.device)[..., None], 0.0)
             flat = batched.flatten()
-            slots = torch.nonzero(flat > 0).flatten()
-            if slots.numel() > limit:
-                least = torch.topk(flat[slots], limit).values[-1]
-                slots = slots[flat[slots] >= least]
-            indices = encoded[layer]["indices"].flatten()
-            positions, per_row = batched.shape[1], batched.shape[2]
-            for slot, value, feature in zip(slots.tolist(), flat[slots].tolist(), indices[slots].tolist(), strict=True):
-                batch, position = divmod(slot // per_row, positions)
-                found.append((value, layer, batch, position, feature, batched.shape[0] > 1))
-        found.sort(key=lambda node: -node[0])
+            entries = torch.nonzero(flat > 0).flatten()
+            if entries.numel() > limit:
+                kth_best = torch.topk(flat[entries], limit).values[-1]
+                entries = entries[flat[entries] >= kth_best]
+            values = flat[entries].tolist()
+            features = encoded[layer]["indices"].flatten()[entries].tolist()
+            batches, positions, k = batched.shape
+            for entry, value, feature in zip(entries.tolist(), values, features, strict=True):
+                batch, position = divmod(entry // k, positions)
+                found.append((value, layer, batch, position, feature, batches > 1))
+        found.sort(key=lambda entry: -entry[0])
         return [
-            {
-                "node_id": f"{layer}_{batch}_{feature}_{position}" if many else f"{layer}_{feature}_{position}",
-                "feature": feature,
-                "layer": str(layer),
-                "batch_idx": batch,
-                "ctx_idx": position,
-                "feature_type": "cross layer transcoder",
-                "influence": value,
-                "activation": value,
-            }
+            attribution_feature(layer, feature, position, batch, value, many_prompts=many)
             for value, layer, batch, position, feature, many in found[:limit]
         ]
 
@@ -272,27 +320,33 @@ class SparseTranscoderEncoder:
         exact: bool = True,
         exclude: Exclude | None = None,
     ) -> dict[int, PositionFeatures]:
-        """Run a Hugging Face causal model as far as it is needed and encode its hidden states: {layer: result}.
+        """Run a Hugging Face causal model as far as it is needed and encode its hidden states:
+        {layer: result}.
 
-        Hidden states are read where each layer's weights say (``hook_in``); padded positions do not appear. With ``exact`` a
-        batch of prompts gives the same as the prompts one by one, bit for bit. See :func:`sparse_transcoder.capture`.
+        Hidden states are read where each layer's weights say (``hook_in``); padded positions do
+        not appear. With ``exact`` a batch of prompts gives the same as the prompts one by one, bit
+        for bit. See :func:`sparse_transcoder.capture`.
 
         Args:
             model: see :func:`sparse_transcoder.capture`.
             inputs: token ids [B, T] or [T], or a tokenizer's result.
             layers: the layers to encode; None is all that have a transcoder.
-            hook: where to read, for all layers or {layer: place}; needed for layers whose weights record no ``hook_in``. It wins over
-                what they record, with one warning where the two are different places.
+            hook: where to read, for all layers or {layer: place}; needed for layers whose weights
+                record no ``hook_in``. It wins over what they record, with one warning where the
+                two are different places.
             exact: run each prompt by itself, without its padding.
-            exclude: positions that are read but not encoded: "special" (every id that the model's configuration names, and what
-                the tokenizer's result marks), a set of token ids, or a mask [B, T] that is true there. ``ctx_idx`` still counts them.
+            exclude: positions that are read but not encoded: "special" (every id that the model's
+                configuration names, and what the tokenizer's result marks), a set of token ids, or
+                a mask [B, T] that is true there. ``ctx_idx`` still counts them.
 
         Raises:
-            KeyError: there is no transcoder for a layer. ValueError: ``hook`` is missing, the model has no such place, ``exclude``
+            KeyError: there is no transcoder for a layer. ValueError: ``hook`` is missing, the
+                model has no such place, ``exclude``
             leaves nothing, or as in :func:`sparse_transcoder.capture`.
 
         Example:
-            >>> encoder.encode_model(model, tokenizer(prompts, return_tensors="pt", padding=True))[12]["indices"]  # [N, top_k]
+            >>> encoder.encode_model(model, tokenizer(prompts, return_tensors="pt",
+            padding=True))[12]["indices"]  # [N, top_k]
         """
         prompts = prompts_of(inputs)
         keep = None
@@ -302,7 +356,9 @@ class SparseTranscoderEncoder:
             keep = ~excluded(exclude, shape, given, model)[prompts.mask.cpu()]
             if not bool(keep.any()):
                 raise ValueError("exclude must leave at least one position, got none")
-        captured = capture_places(model, prompts, self._places(decoder(model), layers, hook), exact=exact)
+        captured = capture_places(
+            model, prompts, self._places(decoder(model), layers, hook), exact=exact
+        )
         hidden, batch_idx, ctx_idx = captured.hidden, captured.batch_idx, captured.ctx_idx
         if keep is not None:
             hidden = {layer: states[keep.to(states.device)] for layer, states in hidden.items()}
@@ -326,30 +382,39 @@ class SparseTranscoderEncoder:
         on_step: Callable[[Step], None] | None = None,
         keep: int | None = None,
     ) -> Monitor:
-        """Encode every forward pass of a model while a ``with`` block is open: every step of ``generate``, with its KV cache.
+        """Encode every forward pass of a model while a ``with`` block is open: every step of
+        ``generate``, with its KV cache.
 
-        Each pass gives a :class:`~sparse_transcoder.live.Step`: the features of its real positions, equal bit for bit to what
-        encoding the same rows afterwards gives. ``batch_idx`` is the row of that pass, so the beams of a beam search are rows, and
-        what an assistant model's guesses made the model read is there too. Only features are kept, and hidden states of one pass at
-        a time. The model's own output does not change, and its hooks are gone after the block, also on errors.
+        Each pass gives a :class:`~sparse_transcoder.live.Step`: the features of its real
+        positions, equal bit for bit to what encoding the same rows afterwards gives. ``batch_idx``
+        is the row of that pass, so the beams of a beam search are rows, and what an assistant
+        model's guesses made the model read is there too. Only features are kept, and hidden states
+        of one pass at a time. The model's own output does not change, and its hooks are gone after
+        the block, also on errors.
 
         Args:
             model: see :func:`sparse_transcoder.capture`; compiled parts run uncompiled meanwhile.
             layers: the layers to encode; None is all that have a transcoder.
             hook: as in :meth:`encode_model`.
             exclude: "special" or token ids that are not encoded, as in :meth:`encode_model`.
-            on_step: called with each step as it comes; nothing is kept then, so memory is flat however long the text.
-            keep: how many steps ``monitor.steps`` holds at most, the last ones; None is all of them.
+            on_step: called with each step as it comes; nothing is kept then, so memory is flat
+                however long the text.
+            keep: how many steps ``monitor.steps`` holds at most, the last ones; None is all of
+                them.
 
         Raises:
-            KeyError: there is no transcoder for a layer. ValueError: the model has no such place, or ``hook`` is missing.
+            KeyError: there is no transcoder for a layer. ValueError: the model has no such place,
+                or ``hook`` is missing.
 
         Example:
             >>> with encoder.attach(model) as monitor:
             ...     model.generate(**inputs, max_new_tokens=50)
-            >>> monitor.features()[12]["indices"]  # [N, top_k]: the prompt's positions and the generated ones
+            >>> monitor.features()[12]["indices"]  # [N, top_k]: the prompt's positions and the
+            generated ones
         """
-        return attach(self, model, self._places(decoder(model), layers, hook), exclude, on_step, keep)
+        return attach(
+            self, model, self._places(decoder(model), layers, hook), exclude, on_step, keep
+        )
 
     def intervene(
         self,
@@ -360,23 +425,29 @@ class SparseTranscoderEncoder:
         hook: str | Mapping[int, str] | None = None,
         hook_in: str | Mapping[int, str] | None = None,
     ) -> AbstractContextManager[None]:
-        """Change features in every forward pass of a model while a ``with`` block is open, at every position.
+        """Change features in every forward pass of a model while a ``with`` block is open, at
+        every position.
 
-        To what the transcoder writes to (``hook_out``) is added, for each feature, its decoder direction times: the value ("add");
-        the value less the feature's activation there and then ("set"); less that activation ("ablate"). Activations are computed
-        exactly, from what the model holds at ``hook_in`` in the same pass, whatever ``activation_threshold`` is. Hooks are gone
-        after the block, also on errors; the model's weights are never touched.
+        To what the transcoder writes to (``hook_out``) is added, for each feature, its decoder
+        direction times: the value ("add"); the value less the feature's activation there and then
+        ("set"); less that activation ("ablate"). Activations are computed exactly, from what the
+        model holds at ``hook_in`` in the same pass, whatever ``activation_threshold`` is. Hooks
+        are gone after the block, also on errors; the model's weights are never touched.
 
         Args:
             model: see :func:`sparse_transcoder.capture`; compiled parts run uncompiled meanwhile.
-            changes: {layer: {feature: value}}; for "ablate" also {layer: features}, and values play no part.
+            changes: {layer: {feature: value}}; for "ablate" also {layer: features}, and values
+                play no part.
             mode: "add", "set" or "ablate".
-            hook: where to write; needed for layers whose weights record no ``hook_out``, and wins over what they record.
+            hook: where to write; needed for layers whose weights record no ``hook_out``, and wins
+                over what they record.
             hook_in: where "set" and "ablate" read, as ``hook`` of :meth:`encode_model`.
 
         Raises:
-            KeyError: there is no transcoder for a layer. ValueError: it has no W_dec or no such feature, a value is not finite, or
-            the model has no such place, or one that can be read but not written. TypeError: an argument's type is wrong.
+            KeyError: there is no transcoder for a layer. ValueError: it has no W_dec or no such
+                feature, a value is not finite, or
+            the model has no such place, or one that can be read but not written. TypeError: an
+            argument's type is wrong.
 
         Example:
             >>> with encoder.intervene(model, {12: {4071: 8.0}}):
@@ -384,12 +455,16 @@ class SparseTranscoderEncoder:
         """
         wanted = changes_of(self, changes, mode)
         known = decoder(model)
-        reads = self._places(known, [c.layer for c in wanted if c.activations is not None], hook_in, "hook_in")
+        reads = self._places(
+            known, [c.layer for c in wanted if c.activations is not None], hook_in, "hook_in"
+        )
         told: list[str | None] = []
         writes: dict[int, Place] = {}
         for change in wanted:
             for target in change.directions:
-                recorded = self._transcoders[target if target in self._transcoders else change.layer].hook_out
+                recorded = self._transcoders[
+                    target if target in self._transcoders else change.layer
+                ].hook_out
                 writes[target], differs = resolved(known, target, recorded, hook)
                 told.append(differs)
                 known.check_writable(writes[target], target)
@@ -397,48 +472,71 @@ class SparseTranscoderEncoder:
         return intervene(model, wanted, reads, writes)
 
     def _places(
-        self, known: Decoder, layers: Iterable[int] | None, hook: str | Mapping[int, str] | None, what: str = "hook"
+        self,
+        known: Decoder,
+        layers: Iterable[int] | None,
+        hook: str | Mapping[int, str] | None,
+        what: str = "hook",
     ) -> dict[int, Place]:
-        """Where each layer's hidden states are read; one warning where the caller and the weights disagree."""
-        wanted = self.layers if layers is None else [_integer("layer", layer) for layer in layers]
+        """Where each layer's hidden states are read; one warning where the caller and the weights
+        disagree."""
+        wanted = (
+            self.layers if layers is None else [check.integer("layer", layer) for layer in layers]
+        )
         if not wanted and what == "hook":
             raise ValueError("layers must name at least one layer, got none")
-        found = {layer: resolved(known, layer, self._transcoder(layer).hook_in, hook, what) for layer in wanted}
+        found = {
+            layer: resolved(known, layer, self._transcoder(layer).hook_in, hook, what)
+            for layer in wanted
+        }
         _tell("read", [differs for _, differs in found.values()])
         return {layer: place for layer, (place, _) in found.items()}
 
     def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
         """The decoder direction [H] of a feature, float32: what one unit of its activation writes.
 
-        A decoder that writes to n layers gives {layer: direction} for this layer and those after it.
+        A decoder that writes to n layers gives {layer: direction} for this layer and those after
+        it.
 
         Raises:
-            KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature.
+            KeyError: the layer has no transcoder.
+            ValueError: the layer has no W_dec, or no such feature.
         """
-        return self._written(layer, [_integer("feature", feature)], [1.0])
+        return self._written(layer, [check.integer("feature", feature)], [1.0])
 
-    def steer(self, layer: int, strengths: Mapping[int, float]) -> torch.Tensor | dict[int, torch.Tensor]:
-        """The delta [H], float32, to add to what the transcoder writes to: the sum of strength times decoder direction.
+    def steer(
+        self, layer: int, strengths: Mapping[int, float]
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """The delta [H], float32, to add to what the transcoder writes to.
 
-        A decoder that writes to n layers gives {layer: delta} for this layer and those after it.
+        It is the sum of strength times decoder direction. A decoder that writes to n layers gives
+        {layer: delta} for this layer and those after it.
 
         Args:
             layer: one of ``layers``.
-            strengths: {feature: strength}.
+            strengths: {feature: strength}, in units of the feature's activation.
 
         Raises:
-            KeyError: there is no transcoder for the layer. ValueError: it has no W_dec, or no such feature, or a strength is not
-            finite. TypeError: ``strengths`` is no mapping of integers to numbers.
+            KeyError: the layer has no transcoder.
+            ValueError: the layer has no W_dec, or no such feature, or a strength is not finite.
+            TypeError: ``strengths`` is no mapping of integers to numbers.
 
         Example:
             >>> hidden_out += encoder.steer(12, {4071: 8.0, 93: -2.0})
         """
         if not isinstance(strengths, Mapping):
-            raise TypeError(f"strengths must map features to numbers, got {type(strengths).__name__}")
-        named = {_integer("feature", feature): _number("strength", value) for feature, value in strengths.items()}
+            name = type(strengths).__name__
+            raise TypeError(f"strengths must map features to numbers, got {name}")
+        named = {
+            check.integer("feature", feature): check.number("strength", value)
+            for feature, value in strengths.items()
+        }
         for feature, strength in named.items():
             if not math.isfinite(strength):
-                raise ValueError(f"layer {layer}: the strength of feature {feature} must be finite, got {strength}")
+                raise ValueError(
+                    f"layer {layer}: the strength of feature {feature} must be finite, "
+                    f"got {strength}"
+                )
         return self._written(layer, list(named), list(named.values()))
 
     def _transcoder(self, layer: int) -> TranscoderWeights:
@@ -451,41 +549,60 @@ class SparseTranscoderEncoder:
         self, layer: int, features: list[int], strengths: list[float]
     ) -> torch.Tensor | dict[int, torch.Tensor]:
         """The sum of strength times column of W_dec; only these columns are read."""
-        weights = self._transcoder(_integer("layer", layer))
-        if weights.W_dec is None:
+        W_dec = self._transcoder(check.integer("layer", layer)).W_dec
+        if W_dec is None:
             raise ValueError(f"layer {layer}: the weights have no W_dec")
         for feature in features:
-            if not 0 <= feature < weights.W_dec.shape[1]:
-                raise ValueError(f"layer {layer}: feature must be 0 to {weights.W_dec.shape[1] - 1}, got {feature}")
-        columns = torch.tensor(features, dtype=torch.int64, device=weights.W_dec.device)
-        directions = weights.W_dec.detach().index_select(1, columns).float()
-        delta = directions @ directions.new_tensor(strengths)
-        parts = delta.split(weights.W_enc.shape[1])
-        return delta if len(parts) == 1 else {layer + i: part for i, part in enumerate(parts)}
+            if not 0 <= feature < W_dec.shape[1]:
+                raise ValueError(
+                    f"layer {layer}: feature must be 0 to {W_dec.shape[1] - 1}, got {feature}"
+                )
+        columns = torch.tensor(features, dtype=torch.int64, device=W_dec.device)
+        directions = W_dec.detach().index_select(1, columns).float()
+        return self._by_layer(layer, directions @ directions.new_tensor(strengths))
 
-    def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float]:
-        """How :meth:`encode_layer` finds the features of these rows, on the CPU; the result itself is dropped.
+    def _by_layer(
+        self, layer: int, written: torch.Tensor
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """What a decoder wrote, [.., H] as it is, [.., n * H] as {layer: [.., H]} for n layers."""
+        hidden_size = self._transcoders[layer].W_enc.shape[1]
+        if written.shape[-1] == hidden_size:
+            return written
+        parts = torch.split(written, hidden_size, dim=-1)
+        return {layer + i: part for i, part in enumerate(parts)}
+
+    def explain(self, layer_idx: int, hidden: torch.Tensor) -> dict[str, int | float | str]:
+        """How :meth:`encode_layer` finds the features of these rows, on the CPU.
+
+        The result itself is dropped. Arguments and errors are those of :meth:`encode_layer`; hidden
+        that is not on the CPU is a ValueError.
 
         Returns:
-            ``rows`` and ``features``; ``pairs_int8``, ``pairs_int16``, ``pairs_float32``: (row, feature) pairs screened in each
-            arithmetic; ``survivors`` of the int8 screen; ``rescored``: pairs computed exactly, of which ``ambiguous`` were too
-            near their gate to be counted unseen; ``fallback_rows``: rows too large to screen; ``prepare_ms``, ``screen_ms``,
-            ``refine_ms``, ``rescore_ms``, ``finish_ms``: time of each phase, summed over workers.
-
-        Arguments and errors as in :meth:`encode_layer`; ValueError where hidden is not on the CPU.
+            ``rows`` and ``features``; ``pairs_int8``, ``pairs_int16`` and ``pairs_float32``, the
+            (row, feature) pairs screened in each arithmetic; ``survivors`` of the int8 screen;
+            ``rescored``, the pairs computed exactly, of which ``ambiguous`` were too near their
+            gate to be counted unseen; ``fallback_rows``, the rows too large to screen;
+            ``prepare_ms``, ``screen_ms``, ``refine_ms``, ``rescore_ms`` and ``finish_ms``, the
+            milliseconds of each phase, summed over workers; ``instruction_set``, as
+            :func:`cpu_instruction_set` names it.
         """
-        layer = _integer("layer_idx", layer_idx)
-        explanation = self._engine.explain(layer, _tensor(layer, hidden))
-        return {name: getattr(explanation, name) for name in dir(explanation) if not name.startswith("_")}
+        layer = check.integer("layer_idx", layer_idx)
+        explanation = self._engine.explain(layer, check.tensor(layer, hidden))
+        names = [name for name in dir(explanation) if not name.startswith("_")]
+        return {name: getattr(explanation, name) for name in names}
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of all workspaces; they do not grow with the number of tokens, only when calls overlap."""
+        """Bytes of all workspaces. They grow when calls overlap, not with the tokens of a call."""
         return self._engine.memory().workspace_bytes
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: ``weight_bytes`` (shared with the caller), ``gate_bytes`` (per-feature vectors), ``screening_bytes``
-        (low-precision copies) and ``workspace_bytes``."""
+        """Bytes held, by name.
+
+        ``weight_bytes`` are shared with the caller, ``gate_bytes`` are the vectors of one number
+        per feature, ``screening_bytes`` the low-precision copies, and ``workspace_bytes`` the
+        workspaces.
+        """
         memory = self._engine.memory()
         return {name: getattr(memory, name) for name in dir(memory) if name.endswith("_bytes")}
 
@@ -502,21 +619,26 @@ def encode_single_layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encode once with bare weights: relu(hidden @ W_enc.T + b_enc), kept at ``threshold``, top k.
 
-    Each call makes the weights ready anew; for more than one call build a :class:`SparseTranscoderEncoder`.
+    Each call prepares the weights anew. For more than one call build a
+    :class:`SparseTranscoderEncoder`.
 
     Args:
         hidden: [B, T, H] or [T, H].
         W_enc: [F, H].
         b_enc: [F].
-        top_k: features returned per row.
-        threshold: the least activation that is kept, inclusive.
+        top_k: the number of features returned per row.
+        threshold: the smallest activation that is kept, inclusive.
 
     Returns:
-        activations [B, T, K], indices [B, T, K], sparsity [B, T]; K = min(top_k, F).
+        (activations [B, T, K], indices [B, T, K], sparsity [B, T]), with K = min(top_k, F).
+
+    Raises:
+        ValueError: a shape, a device, a value or an option is wrong.
+        TypeError: a dtype or an argument's type is wrong.
     """
-    encoder = SparseTranscoderEncoder(
-        {0: TranscoderWeights(W_enc, b_enc)}, _positive("top_k", top_k), threshold, screening="off"
-    )
+    weights = {0: TranscoderWeights(W_enc, b_enc)}
+    k = check.positive("top_k", top_k)
+    encoder = SparseTranscoderEncoder(weights, k, threshold, screening="off")
     result = encoder.encode_layer(0, hidden)
     return result["activations"], result["indices"], result["sparsity"]
 
@@ -533,4 +655,6 @@ def _result(layer: int, features: _C.Features) -> LayerFeatures:
 def _tell(done: str, differences: Iterable[str | None]) -> None:
     said = [text for text in differences if text is not None]
     if said:
-        warnings.warn(f"hidden states are {done} where the caller says: {'; '.join(said)}", stacklevel=4)
+        warnings.warn(
+            f"hidden states are {done} where the caller says: {'; '.join(said)}", stacklevel=4
+        )

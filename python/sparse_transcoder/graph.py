@@ -11,7 +11,32 @@ import torch
 from .prompts import Exclude, excluded
 
 VIEWER_LAYERS = 27
-"""Layers for which circuit-tracer's viewer has a row in a graph without a logit node."""
+"""The layers that circuit-tracer's viewer has rows for in a graph without a logit node."""
+
+FEATURE_TYPE = "cross layer transcoder"
+"""The viewer's name for a transcoder's feature, also of a transcoder that writes to one layer."""
+
+
+def node_id(layer: int, feature: int, ctx_idx: int, batch_idx: int | None = None) -> str:
+    """The id of a feature's node; with ``batch_idx`` where features of several prompts meet."""
+    batch = "" if batch_idx is None else f"{batch_idx}_"
+    return f"{layer}_{batch}{feature}_{ctx_idx}"
+
+
+def attribution_feature(
+    layer: int, feature: int, ctx_idx: int, batch_idx: int, activation: float, *, many_prompts: bool
+) -> dict[str, Any]:
+    """One entry of :meth:`SparseTranscoderEncoder.extract_attribution_features`."""
+    return {
+        "node_id": node_id(layer, feature, ctx_idx, batch_idx if many_prompts else None),
+        "feature": feature,
+        "layer": str(layer),
+        "batch_idx": batch_idx,
+        "ctx_idx": ctx_idx,
+        "feature_type": FEATURE_TYPE,
+        "influence": activation,
+        "activation": activation,
+    }
 
 
 def graph_json(
@@ -30,59 +55,72 @@ def graph_json(
     batch_idx: int | None = None,
     exclude: Exclude | None = None,
 ) -> dict[str, Any]:
-    """A graph of one prompt as a dict for ``json.dump``, schema_version 1.
+    """The graph of one prompt as a dict for ``json.dump``, with schema_version 1.
 
-    A feature's node has the id ``{layer}_{feature}_{ctx_idx}``; its ``feature`` is the Cantor pair of layer and feature, which
-    needs up to 64 bits; its ``influence`` is the share of the influence that it and all stronger features hold: the viewer shows
-    a node when that is at most its pruning threshold. The viewer takes the number of layers from the logit nodes, and 27 where there
-    are none: a deeper graph without ``logits`` gets one logit node without text and with probability 0.
+    The schema is that of circuit-tracer (https://github.com/safety-research/circuit-tracer) and
+    Neuronpedia. A feature's node has the id ``{layer}_{feature}_{ctx_idx}``. Its ``feature`` is the
+    Cantor pair of layer and feature, which needs up to 64 bits. Its ``influence`` is the share of
+    the influence that this feature and all stronger features hold: the viewer shows a node when
+    that share is at most its pruning threshold. The viewer takes the number of layers from the
+    logit nodes, and 27 where there are none: a deeper graph without ``logits`` gets one logit node
+    with no text and probability 0.
 
     Args:
-        features: from :meth:`SparseTranscoderEncoder.extract_attribution_features`, or dicts with ``layer``, ``feature``,
-            ``ctx_idx``, ``activation``, and optionally ``influence`` (else the activation) and ``batch_idx`` (else 0).
-        tokens: the prompt's tokens as text, T of them.
-        slug: name of the graph. scan: name of the model or transcoders, by which the viewer finds feature descriptions.
-        links: (source node_id, target node_id, weight).
-        token_ids: the tokens' ids, T of them, as integers, a tensor or a tokenizer's result: adds an embedding node
-            ``E_{id}_{ctx_idx}`` for each token.
-        logits: (token id, token, probability), the target first: adds a node ``{n_layers + 1}_{id}_{T - 1}`` for each.
-        n_layers: layers of the model; None is up to the last layer of a feature.
+        features: a result of :meth:`SparseTranscoderEncoder.extract_attribution_features`, or dicts
+            with ``layer``, ``feature``, ``ctx_idx``, ``activation``, and optionally ``influence``
+            (else the activation counts) and ``batch_idx`` (else 0).
+        tokens: the prompt's T tokens as text.
+        slug: the name of the graph.
+        scan: the name of the model or transcoders, by which the viewer finds descriptions.
+        links: (source node_id, target node_id, weight) of each edge.
+        token_ids: the T ids of the tokens: integers, a tensor or a tokenizer's result. Each adds an
+            embedding node ``E_{id}_{ctx_idx}``.
+        logits: (token id, token, probability) of each predicted token, the target first. Each adds
+            a node ``{n_layers + 1}_{id}_{T - 1}``.
+        n_layers: the number of the model's layers. None counts up to the last layer of a feature.
         labels: {(layer, feature): text} for ``clerp``.
-        prompt: the text; None joins the tokens.
+        prompt: the text. None joins the tokens.
         node_threshold: the pruning that the viewer starts with, 0 to 1.
         batch_idx: the prompt to take, where the features come from several.
-        exclude: positions whose features and links to them are left out: a mask [T] that is true there, or by ``token_ids`` a set of
-            ids or "special", which is what a tokenizer's result marks. Their embedding nodes stay.
+        exclude: positions whose features, and the links of these, are left out: a mask [T] that is
+            true there, a set of ids among ``token_ids``, or "special", which is what a tokenizer's
+            result marks. Their embedding nodes stay.
 
     Raises:
-        ValueError: features of several prompts without ``batch_idx``, a position beyond the tokens, a number that is not finite,
-            a node twice, or a link to a node that is not there. KeyError: a feature lacks a key.
+        ValueError: features come from several prompts and ``batch_idx`` is None, a position is
+            beyond the tokens, a number is not finite, a node appears twice, or a link names a node
+            that is not there.
+        KeyError: a feature lacks a key.
 
     Example:
-        >>> json.dump(graph_json(encoder.extract_attribution_features(hidden), tokens, slug="cats", scan="gemma-2-2b"), file)
+        >>> found = encoder.extract_attribution_features(hidden)
+        >>> json.dump(graph_json(found, tokens, slug="cats", scan="gemma-2-2b"), file)
     """
     chosen = list(features)
     prompts = sorted({int(f.get("batch_idx", 0)) for f in chosen})
     if batch_idx is not None:
         chosen = [f for f in chosen if int(f.get("batch_idx", 0)) == batch_idx]
     elif len(prompts) > 1:
-        raise ValueError(f"batch_idx must choose one prompt, features come from {', '.join(map(str, prompts))}")
+        names = ", ".join(map(str, prompts))
+        raise ValueError(f"batch_idx must choose one prompt, features come from {names}")
     if node_threshold is not None and not 0 <= node_threshold <= 1:
         raise ValueError(f"node_threshold must be 0 to 1, got {node_threshold}")
-    ids = None if token_ids is None else _ids(token_ids, len(tokens))
+    ids = [] if token_ids is None else _ids(token_ids, len(tokens))
     dropped: set[str] = set()
     if exclude is not None:
-        out = excluded(exclude, (1, len(tokens)), token_ids)[0].tolist()
-        left = [f for f in chosen if not 0 <= int(f["ctx_idx"]) < len(tokens) or not out[int(f["ctx_idx"])]]
-        kept = {_node_id(f) for f in left}
-        dropped, chosen = {_node_id(f) for f in chosen} - kept, left
+        out = excluded(exclude, (1, len(tokens)), token_ids)[0].nonzero().flatten().tolist()
+        left = [f for f in chosen if int(f["ctx_idx"]) not in out]
+        dropped, chosen = {_id_of(f) for f in chosen} - {_id_of(f) for f in left}, left
 
     nodes = [
-        _feature_node(f, share, len(tokens), labels or {}) for f, share in zip(chosen, _shares(chosen), strict=True)
+        _feature_node(f, share, len(tokens), labels or {})
+        for f, share in zip(chosen, _shares(chosen), strict=True)
     ]
     nodes += [
-        _node(f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding")
-        for position, token in enumerate(ids or ())
+        _node(
+            f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding"
+        )
+        for position, token in enumerate(ids)
     ]
     last = max((int(f["layer"]) for f in chosen), default=-1)
     count = last + 1 if n_layers is None else n_layers
@@ -94,7 +132,14 @@ def graph_json(
             raise ValueError("logits must follow at least one token, got none")
         probability = _finite("a logit's probability", probability)
         nodes.append(
-            _node(f"{count + 1}_{token}_{end}", f"L_{token}-{end}", token, str(count + 1), end, "logit")
+            _node(
+                f"{count + 1}_{token}_{end}",
+                f"L_{token}-{end}",
+                token,
+                str(count + 1),
+                end,
+                "logit",
+            )
             | {
                 "token_prob": probability,
                 "is_target_logit": rank == 0,
@@ -102,8 +147,9 @@ def graph_json(
             }
         )
 
-    if count > VIEWER_LAYERS and not any(node["feature_type"] == "logit" for node in nodes) and end >= 0:
-        nodes.append(_node(f"{count + 1}_-1_{end}", f"L_-1-{end}", -1, str(count + 1), end, "logit"))
+    if count > VIEWER_LAYERS and end >= 0 and nodes[-1]["feature_type"] != "logit":
+        logit_id = f"{count + 1}_-1_{end}"
+        nodes.append(_node(logit_id, f"L_-1-{end}", -1, str(count + 1), end, "logit"))
 
     known: set[str] = set()
     for node in nodes:
@@ -114,10 +160,12 @@ def graph_json(
     for source, target, weight in links:
         if source in dropped or target in dropped:
             continue
-        for node_id in (source, target):
-            if node_id not in known:
-                raise ValueError(f"a link must join nodes of the graph, got {node_id}")
-        edges.append({"source": source, "target": target, "weight": _finite("a link's weight", weight)})
+        for end_id in (source, target):
+            if end_id not in known:
+                raise ValueError(f"a link must join nodes of the graph, got {end_id}")
+        edges.append(
+            {"source": source, "target": target, "weight": _finite("a link's weight", weight)}
+        )
 
     metadata: dict[str, Any] = {
         "slug": slug,
@@ -131,39 +179,46 @@ def graph_json(
         metadata["node_threshold"] = float(node_threshold)
     return {
         "metadata": metadata,
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
         "nodes": nodes,
         "links": edges,
     }
 
 
-def _ids(token_ids: Any, n_tokens: int) -> list[int]:
+def _ids(token_ids: Any, count: int) -> list[int]:
     if isinstance(token_ids, Mapping):
         token_ids = token_ids["input_ids"]
     if isinstance(token_ids, torch.Tensor):
-        if token_ids.ndim > 2 or (token_ids.ndim == 2 and token_ids.shape[0] != 1):
+        if token_ids.ndim == 2 and token_ids.shape[0] == 1:
+            token_ids = token_ids[0]
+        if token_ids.ndim != 1:
             raise ValueError(f"token_ids must be those of one prompt, got {list(token_ids.shape)}")
-        token_ids = token_ids.flatten().tolist()
-    if len(token_ids) != n_tokens:
-        raise ValueError(f"token_ids must be {n_tokens} as tokens, got {len(token_ids)}")
+    if len(token_ids) != count:
+        raise ValueError(f"token_ids must be {count} as tokens, got {len(token_ids)}")
     return [int(token) for token in token_ids]
 
 
+def _id_of(entry: Mapping[str, Any]) -> str:
+    return node_id(int(entry["layer"]), int(entry["feature"]), int(entry["ctx_idx"]))
+
+
 def cantor_pair(layer: int, feature: int) -> int:
-    """One integer for two that are not negative."""
+    """One integer for two integers that are not negative."""
     diagonal = layer + feature
     return diagonal * (diagonal + 1) // 2 + feature
 
 
 def cantor_unpair(pair: int) -> tuple[int, int]:
-    """The layer and feature of :func:`cantor_pair`."""
+    """The layer and the feature that :func:`cantor_pair` made one integer of."""
     diagonal = (math.isqrt(8 * pair + 1) - 1) // 2
     feature = pair - diagonal * (diagonal + 1) // 2
     return diagonal - feature, feature
-
-
-def _node_id(entry: Mapping[str, Any]) -> str:
-    return f"{int(entry['layer'])}_{int(entry['feature'])}_{int(entry['ctx_idx'])}"
 
 
 def _feature_node(
@@ -173,22 +228,27 @@ def _feature_node(
     if layer < 0 or feature < 0:
         raise ValueError(f"layer and feature must not be negative, got {layer} and {feature}")
     if not 0 <= position < n_tokens:
-        raise ValueError(f"ctx_idx of feature {layer}_{feature} must be 0 to {n_tokens - 1} as tokens, got {position}")
+        raise ValueError(
+            f"ctx_idx of feature {layer}_{feature} must be 0 to {n_tokens - 1} as tokens, "
+            f"got {position}"
+        )
     pair = cantor_pair(layer, feature)
     if pair >= 2**63:
         raise ValueError(f"feature {layer}_{feature} does not fit 64 bits as a Cantor pair")
-    return _node(
-        _node_id(entry), f"{layer}_{feature}-0", pair, str(layer), position, "cross layer transcoder"
-    ) | {
+    js_id = f"{layer}_{feature}-0"
+    node = _node(node_id(layer, feature, position), js_id, pair, str(layer), position, FEATURE_TYPE)
+    return node | {
         "clerp": labels.get((layer, feature), ""),
         "influence": share,
         "activation": _finite("activation", entry["activation"]),
     }
 
 
-def _node(node_id: str, js_id: str, feature: int, layer: str, position: int, kind: str) -> dict[str, Any]:
+def _node(
+    identity: str, js_id: str, feature: int, layer: str, position: int, kind: str
+) -> dict[str, Any]:
     return {
-        "node_id": node_id,
+        "node_id": identity,
         "jsNodeId": js_id,
         "feature": int(feature),
         "layer": layer,
@@ -205,14 +265,14 @@ def _node(node_id: str, js_id: str, feature: int, layer: str, position: int, kin
 
 
 def _shares(features: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For each feature the share of all influence that it and the stronger ones hold."""
+    """For each feature, the share of all influence that it and the stronger features hold."""
     strengths = [abs(_finite("influence", f.get("influence", f["activation"]))) for f in features]
     total = math.fsum(strengths)
     shares = [0.0] * len(strengths)
     running = 0.0
-    for place in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
-        running += strengths[place]
-        shares[place] = min(running / total, 1.0) if total else 1.0
+    for position in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
+        running += strengths[position]
+        shares[position] = min(running / total, 1.0) if total else 1.0
     return shares
 
 

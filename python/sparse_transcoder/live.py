@@ -1,4 +1,5 @@
-"""Read and change features while a model runs: what ``SparseTranscoderEncoder.attach`` and ``intervene`` do."""
+"""Read and change features while a model runs: what ``SparseTranscoderEncoder.attach`` and
+``intervene`` do."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .arguments import _at_least, _integer, _number
+from . import _arguments as check
 from .places import Decoder, shaped, watching, writing
 from .probe import Place, uncompiled, unwrapped
 from .prompts import Exclude, excluded
@@ -25,18 +26,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """The features of one forward pass: of all positions of a prompt, then of one position per generated token."""
+    """The features of one forward pass: of all positions of a prompt, then of one position per
+    generated token."""
 
     features: dict[int, PositionFeatures]
-    """{layer: result} of the N real positions of the pass, batch row after batch row; ``ctx_idx`` counts from the prompt's start."""
+    """{layer: result} of the N real positions of the pass, batch row after batch row; ``ctx_idx``
+    counts from the prompt's start."""
     token_ids: torch.Tensor | None
     """[N] int64, the tokens that the model read there; None where it was given embeddings."""
+
+
+CACHES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
+"""What models call the argument that holds what they keep of earlier passes."""
 
 
 class Monitor:
     """Encodes what a model's layers hold in every forward pass, while its ``with`` block is open.
 
-    What is kept are the features alone, no hidden states: 12 bytes per feature, ``top_k`` of them per position and layer.
+    What is kept are the features alone, no hidden states: 12 bytes per feature, ``top_k`` of them
+    per position and layer.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class Monitor:
         self._batch = self._width = 0
         self._mask = torch.empty(0)
         self._ctx_idx = torch.empty(0)
+        self._next = torch.empty(0, dtype=torch.int64)
         self._ids: torch.Tensor | None = None
 
     def __enter__(self) -> Monitor:
@@ -78,7 +87,10 @@ class Monitor:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
     ) -> None:
         self._hidden = {}
         self._open.close()
@@ -105,27 +117,27 @@ class Monitor:
         return whole
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Which tokens this pass reads: the last T columns of the attention mask say which of them are real, and where they are."""
+        """Which tokens this pass reads: the last T columns of the attention mask say which of them
+        are real, and where they are."""
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         ids: torch.Tensor | None = given.get("input_ids")
         read: torch.Tensor | None = given.get("inputs_embeds") if ids is None else ids
         if read is None:
-            raise ValueError("the model must be given input_ids or inputs_embeds while a monitor is attached")
+            raise ValueError(
+                "the model must be given input_ids or inputs_embeds while a monitor is attached"
+            )
         self._batch, self._width, device = read.shape[0], read.shape[1], read.device
         mask: Any = given.get("attention_mask")
-        past: Any = given.get("past_key_values")
-        start = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             mask = mask.to(device).bool()
-            end = min(start + self._width, mask.shape[1]) if mask.shape[1] > self._width else mask.shape[1]
-            position = (mask.cumsum(dim=1) - 1)[:, end - self._width : end]
-            self._mask = mask[:, end - self._width : end]
-        elif mask is None or self._batch == 1:  # no padding
-            position = torch.arange(start, start + self._width, device=device).expand(self._batch, -1)
-            self._mask = torch.ones_like(position, dtype=torch.bool)
+            position = (mask.cumsum(dim=1) - 1)[:, -self._width :]
+            self._mask = mask[:, -self._width :]
         else:
-            kind = f"a tensor {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must be [batch, tokens] while a monitor is attached to a batch, got {kind}")
+            cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+            position = self._without_mask(mask, cache)
+            position = (position[:, None] + torch.arange(self._width)).to(device)
+            self._mask = torch.ones_like(position, dtype=torch.bool)
+        self._next = position[:, -1].cpu() + 1
         self._ids = ids
         self._hidden = {}
         if self._exclude is not None:
@@ -133,20 +145,53 @@ class Monitor:
             self._mask = self._mask & ~excluded(self._exclude, shape, ids, self._model).to(device)
         self._ctx_idx = position
 
+    def _without_mask(self, mask: Any, cache: Any) -> torch.Tensor:
+        """[B], where the rows of a pass begin that has no mask [B, T]: after the one before it."""
+        try:
+            length = 0 if cache is None else int(cache.get_seq_length())
+        except (AttributeError, ValueError):  # the state of a recurrence has no length
+            states = [
+                getattr(layer, "has_previous_state", None) for layer in getattr(cache, "layers", ())
+            ]
+            known = [
+                filled for state in states if isinstance(state, dict) for filled in state.values()
+            ]
+            length = 0 if known and not any(known) else None
+        if length != 0 and self._next.shape[0] == self._batch:
+            return self._next
+        if length is None:
+            raise ValueError(
+                "a monitor must be attached before the pass that fills a model's state"
+            )
+        if mask is None or self._batch == 1:
+            return torch.full((self._batch,), length)
+        kind = (
+            f"a tensor {list(mask.shape)}" if isinstance(mask, torch.Tensor) else "something else"
+        )
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] while a batch is monitored, got {kind}"
+        )
+
     def _see(self, layer: int, tensor: torch.Tensor) -> None:
         if layer in self._hidden:
-            raise ValueError(f"layer {layer}: {self._places[layer].path} must run once in a forward pass, it ran again")
+            raise ValueError(
+                f"layer {layer}: {self._places[layer].path} must run once in a forward pass, it "
+                "ran again"
+            )
         self._hidden[layer] = shaped(self._places[layer], tensor, self._batch, self._width)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         for layer, place in self._places.items():
             if layer not in self._hidden:
-                raise ValueError(f"layer {layer}: the forward pass did not reach {place.path}:{place.side}")
+                raise ValueError(
+                    f"layer {layer}: the forward pass did not reach {place.path}:{place.side}"
+                )
         hidden, self._hidden = self._hidden, {}
         mask = self._mask
         whole = bool(mask.all())
         rows = {
-            layer: states.flatten(0, 1) if whole else states[mask.to(states.device)] for layer, states in hidden.items()
+            layer: states.flatten(0, 1) if whole else states[mask.to(states.device)]
+            for layer, states in hidden.items()
         }
         if not whole and not bool(mask.any()):
             return
@@ -154,7 +199,11 @@ class Monitor:
         features: dict[int, PositionFeatures] = {}
         for layer, result in self._encoder.encode_all_layers(rows).items():
             device = result["indices"].device
-            features[layer] = {**result, "batch_idx": batch_idx.to(device), "ctx_idx": ctx_idx.to(device)}
+            features[layer] = {
+                **result,
+                "batch_idx": batch_idx.to(device),
+                "ctx_idx": ctx_idx.to(device),
+            }
         step = Step(features, None if self._ids is None else self._ids[mask])
         if self._on_step is None:
             self.steps.append(step)
@@ -177,7 +226,7 @@ def attach(
         raise TypeError('exclude must be "special" or token ids while a model runs, got a mask')
     if exclude is not None:  # its errors now, not in the middle of a pass
         excluded(exclude, (1, 1), torch.zeros(1, 1, dtype=torch.int64), unwrapped(model))
-    limit = None if keep is None else _at_least(1, "keep", keep)
+    limit = None if keep is None else check.positive("keep", keep)
     return Monitor(encoder, model, places, exclude=exclude, on_step=on_step, keep=limit)
 
 
@@ -200,15 +249,19 @@ class _Change:
 def activations_of(
     encoder: SparseTranscoderEncoder, layer: int, features: list[int]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of hidden rows [N, H] to the activations [N, n] of these features, 0 where a feature is not active.
+    """A function of hidden rows [N, H] to the activations [N, n] of these features, 0 where a
+    feature is not active.
 
-    They are the transcoder's own: ``activation_threshold`` of the encoder, which says what is reported, plays no part.
+    They are the transcoder's own: ``activation_threshold`` of the encoder, which says what is
+    reported, plays no part.
     """
     from .encoder import SparseTranscoderEncoder as Encoder
 
     weights = encoder._transcoder(layer)
     rows = torch.tensor(features, dtype=torch.int64)
-    if weights.k is not None:  # a feature is active where it is among the k largest: all of them count
+    if (
+        weights.k is not None
+    ):  # a feature is active where it is among the k largest: all of them count
         whole = Encoder({layer: weights}, None, 0.0, screening=encoder.screening)
 
         def of_all(hidden: torch.Tensor) -> torch.Tensor:
@@ -222,7 +275,9 @@ def activations_of(
         weights,
         W_enc=weights.W_enc.detach().index_select(0, at),
         b_enc=weights.b_enc.detach().index_select(0, at),
-        threshold=None if weights.threshold is None else weights.threshold.detach().index_select(0, at),
+        threshold=None
+        if weights.threshold is None
+        else weights.threshold.detach().index_select(0, at),
         W_dec=None,
         b_dec=None,
         W_skip=None,
@@ -231,18 +286,25 @@ def activations_of(
 
     def of_few(hidden: torch.Tensor) -> torch.Tensor:
         found = few.encode_layer(layer, hidden.to(part.W_enc.device))
-        return torch.zeros_like(found["activations"]).scatter(-1, found["indices"], found["activations"])
+        return torch.zeros_like(found["activations"]).scatter(
+            -1, found["indices"], found["activations"]
+        )
 
     return of_few
 
 
 @contextlib.contextmanager
 def intervene(
-    model: nn.Module, changes: list[_Change], reads: Mapping[int, Place], writes: Mapping[int, Place]
+    model: nn.Module,
+    changes: list[_Change],
+    reads: Mapping[int, Place],
+    writes: Mapping[int, Place],
 ) -> Iterator[None]:
     """Add to each place of ``writes`` what the changes ask for, while the block is open."""
     active: dict[int, torch.Tensor] = {}
-    computes = {change.layer: change.activations for change in changes if change.activations is not None}
+    computes = {
+        change.layer: change.activations for change in changes if change.activations is not None
+    }
 
     def see(layer: int, tensor: torch.Tensor) -> None:
         compute = computes[layer]
@@ -260,7 +322,8 @@ def intervene(
                 directions = change.directions[target].to(tensor.device)
                 if directions.shape[-1] != tensor.shape[-1]:
                     raise ValueError(
-                        f"layer {target}: the decoder writes {directions.shape[-1]} numbers, {writes[target].path} holds "
+                        f"layer {target}: the decoder writes {directions.shape[-1]} numbers, "
+                        f"{writes[target].path} holds "
                         f"{tensor.shape[-1]}"
                     )
                 wanted = change.values.to(tensor.device)
@@ -268,7 +331,10 @@ def intervene(
                     total = total + wanted @ directions
                     continue
                 if change.layer not in active:
-                    raise ValueError(f"layer {target}: the activations of layer {change.layer} must be read before it is written")
+                    raise ValueError(
+                        f"layer {target}: the activations of layer {change.layer} must be read "
+                        "before it is written"
+                    )
                 now = active[change.layer].to(tensor.device)
                 total = total + ((wanted - now) @ directions).reshape(tensor.shape)
             return total.expand(tensor.shape)
@@ -286,7 +352,9 @@ def intervene(
 
 
 def changes_of(
-    encoder: SparseTranscoderEncoder, changes: Mapping[int, Mapping[int, float] | Iterable[int]], mode: str
+    encoder: SparseTranscoderEncoder,
+    changes: Mapping[int, Mapping[int, float] | Iterable[int]],
+    mode: str,
 ) -> list[_Change]:
     """What :meth:`SparseTranscoderEncoder.intervene` was asked for, checked.
 
@@ -300,19 +368,32 @@ def changes_of(
     if not changes:
         raise ValueError("changes must name at least one layer, got none")
     found = []
-    for layer, wanted in ((_integer("layer", layer), wanted) for layer, wanted in changes.items()):
+    for layer, wanted in (
+        (check.integer("layer", layer), wanted) for layer, wanted in changes.items()
+    ):
         encoder._transcoder(layer)
         if not isinstance(wanted, Mapping):
-            if mode != "ablate" or isinstance(wanted, (str, bytes)) or not isinstance(wanted, Iterable):
-                raise TypeError(f"layer {layer}: changes must map features to numbers, got {type(wanted).__name__}")
+            if (
+                mode != "ablate"
+                or isinstance(wanted, (str, bytes))
+                or not isinstance(wanted, Iterable)
+            ):
+                raise TypeError(
+                    f"layer {layer}: changes must map features to numbers, got "
+                    f"{type(wanted).__name__}"
+                )
             wanted = dict.fromkeys(wanted, 0.0)
-        features = [_integer("feature", feature) for feature in wanted]
+        features = [check.integer("feature", feature) for feature in wanted]
         if not features:
             raise ValueError(f"layer {layer}: changes must name at least one feature, got none")
-        values = [0.0 if mode == "ablate" else _number("value", value) for value in wanted.values()]
+        values = [
+            0.0 if mode == "ablate" else check.number("value", value) for value in wanted.values()
+        ]
         for feature, value in zip(features, values, strict=True):
             if not math.isfinite(value):
-                raise ValueError(f"layer {layer}: the value of feature {feature} must be finite, got {value}")
+                raise ValueError(
+                    f"layer {layer}: the value of feature {feature} must be finite, got {value}"
+                )
         vectors = [encoder.feature_vector(layer, feature) for feature in features]
         parts = [vector if isinstance(vector, dict) else {layer: vector} for vector in vectors]
         directions = {target: torch.stack([part[target] for part in parts]) for target in parts[0]}
@@ -322,12 +403,18 @@ def changes_of(
 
 
 def resolved(
-    known: Decoder, layer: int, recorded: str, hook: str | Mapping[int, str] | None, what: str = "hook"
+    known: Decoder,
+    layer: int,
+    recorded: str,
+    hook: str | Mapping[int, str] | None,
+    what: str = "hook",
 ) -> tuple[Place, str | None]:
-    """A layer's place, and a sentence where the caller's name and the recorded one mean different places.
+    """A layer's place, and a sentence where the caller's name and the recorded one mean different
+    places.
 
     Raises:
-        ValueError: nobody names a place, or the model does not have it. TypeError: a name is no string.
+        ValueError: nobody names a place, or the model does not have it. TypeError: a name is no
+            string.
     """
     if isinstance(hook, Mapping):
         hook = hook.get(layer)

@@ -1,14 +1,15 @@
 """Prove, with one short forward pass, what each place of a decoder holds.
 
-Model families name their modules differently, scale what they add to the residual stream, norm it before or after, add it inside a
-module, or add attention and MLP at once. Nothing here rests on a family's name: the pass is watched through hooks on every module,
-and a place counts only where the numbers of that pass agree, element by element, to the rounding of the model's dtype:
+Model families name their modules differently, scale what they add to the residual stream, norm it
+before or after, add it inside a module, or add attention and MLP at once. Nothing here rests on a
+family's name: the pass is watched through hooks on every module, and a place counts only where the
+numbers of that pass agree, element by element, to the rounding of the model's dtype:
 
 - layers: the outermost list of modules whose elements run once each, one after the other;
-- MLP: what a layer itself calls, holds matrices, and gives the same row for the same row when it is run again on other rows in
-  another order, as attention and recurrences do not;
-- ``hook_resid_mid``, ``hook_mlp_out``: a tensor that a module reads, and a multiple of one that the MLP leads to, whose sum is
-  the layer's output;
+- MLP: what a layer itself calls, holds matrices, and gives the same row for the same row when it
+  is run again on other rows in another order, as attention and recurrences do not;
+- ``hook_resid_mid``, ``hook_mlp_out``: a tensor that a module reads, and a multiple of one that
+  the MLP leads to, whose sum is the layer's output;
 - norms: recomputed from their input.
 
 Where no numbers agree, the place is a sentence that says why, and is refused with it.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,8 @@ import torch
 from torch import nn
 
 Key: TypeAlias = int | str | None
-"""Which of a module's arguments or results: a position, a keyword, or None for the result itself."""
+"""Which of a module's arguments or results: a position, a keyword, or None for the result
+itself."""
 Side: TypeAlias = Literal["input", "output"]
 
 HOOKS = (
@@ -48,7 +51,8 @@ PROBE_TOKENS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A norm before its weight and bias: x / sqrt(mean(x^2) + eps), of x - mean(x) where it is centred."""
+    """A norm before its weight and bias: x / sqrt(mean(x^2) + eps), of x - mean(x) where it is
+    centred."""
 
     eps: float
     centred: bool
@@ -62,7 +66,8 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One tensor of a forward pass: an argument or a result of a module, times ``scale``, or normed."""
+    """One tensor of a forward pass: an argument or a result of a module, times ``scale``, or
+    normed."""
 
     path: str
     """The module's name in the model."""
@@ -74,7 +79,8 @@ class Place:
     writes: Place | None = None
     """Where this place is changed, when not by what its own module is given or gives."""
     addend: bool = False
-    """The place is part of a sum that is proven, so its rows are the tokens in order, also where they are flat [B*T, H]."""
+    """The place is part of a sum that is proven, so its rows are the tokens in order, also where
+    they are flat [B*T, H]."""
 
     def tensor(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> torch.Tensor:
         """The tensor as the module holds it, unscaled."""
@@ -83,7 +89,9 @@ class Place:
         else:
             value = output if self.key is None else output[self.key]
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{self.path} must hold a tensor at its {self.side}, got {type(value).__name__}")
+            raise ValueError(
+                f"{self.path} must hold a tensor at its {self.side}, got {type(value).__name__}"
+            )
         return value
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +103,8 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """What a module was given and gave in the probe: (which one, shape), or None where it was no tensor; and how often it ran."""
+    """What a module was given and gave in the probe: (which one, shape), or None where it was no
+    tensor; and how often it ran."""
 
     given: tuple[Key, tuple[int, ...]] | None
     gave: tuple[Key, tuple[int, ...]] | None
@@ -127,7 +136,8 @@ def probe(model: nn.Module) -> Probe:
     """Watch ``model`` read a few tokens.
 
     Raises:
-        ValueError: the model does not run on token ids alone, or has no list of decoder layers that run one after the other.
+        ValueError: the model does not run on token ids alone, or has no list of decoder layers
+            that run one after the other.
     """
     ids = torch.tensor([3, 5, 4, 7, 6, 8])
     watcher = _Watcher(model)
@@ -141,7 +151,8 @@ def probe(model: nn.Module) -> Probe:
             except Exception as error:
                 detail = str(error).strip().splitlines() or [""]
                 raise ValueError(
-                    f"model must run on input_ids alone, {type(model).__name__} gives {type(error).__name__}: {detail[0]}"
+                    f"model must run on input_ids alone, {type(model).__name__} gives "
+                    f"{type(error).__name__}: {detail[0]}"
                 ) from error
     finally:
         watcher.remove()
@@ -155,11 +166,18 @@ def call(model: nn.Module, **inputs: Any) -> Any:
     takes, rest = parameters_of(model)
     if "use_cache" in takes or rest:
         inputs["use_cache"] = False
-    return model(**{name: value for name, value in inputs.items() if name in takes or name in ("use_cache", "input_ids")})
+    return model(
+        **{
+            name: value
+            for name, value in inputs.items()
+            if name in takes or name in ("use_cache", "input_ids")
+        }
+    )
 
 
 def parameters_of(model: nn.Module) -> tuple[set[str], bool]:
-    """Names of the arguments of the model's forward, below its wrappers, and whether it takes others too."""
+    """Names of the arguments of the model's forward, below its wrappers, and whether it takes
+    others too."""
     inner = unwrapped(model)
     found = inspect.signature(type(inner).forward).parameters.values()
     return {p.name for p in found}, any(p.kind is p.VAR_KEYWORD for p in found)
@@ -174,7 +192,8 @@ def unwrapped(model: Any) -> Any:
 
 
 def input_device(model: nn.Module) -> torch.device | None:
-    """Where token ids go: the embedding's device, also where accelerate keeps its weights elsewhere; None where nobody says."""
+    """Where token ids go: the embedding's device, also where accelerate keeps its weights
+    elsewhere; None where nobody says."""
     inner = unwrapped(model)
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     for module in (embedding, inner):
@@ -189,7 +208,8 @@ def input_device(model: nn.Module) -> torch.device | None:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled parts of a model run as they were written meanwhile: compiled code does not call hooks."""
+    """Compiled parts of a model run as they were written meanwhile: compiled code does not call
+    hooks."""
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         yield
         return
@@ -198,7 +218,8 @@ def uncompiled() -> Iterator[None]:
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Key, torch.Tensor] | None:
-    """The first floating-point tensor among a module's arguments, ``hidden_states`` before other keywords."""
+    """The first floating-point tensor among a module's arguments, ``hidden_states`` before other
+    keywords."""
     named = sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")
     for key, value in [*enumerate(args), *named]:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -274,7 +295,11 @@ class _Watcher:
         lists: list[str] = []
         self.handles = []
         for path, module in model.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in lists):
+            if (
+                isinstance(module, nn.ModuleList)
+                and len(module)
+                and not any(path.startswith(f"{p}.") for p in lists)
+            ):
                 lists.append(path)
                 self.sizes[path] = len(module)
                 for index, element in enumerate(module):
@@ -309,7 +334,9 @@ class _Watcher:
         return before
 
     def _after(self, path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def after(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             if self.paused:
                 return
             self.counts[path] += 1
@@ -368,10 +395,16 @@ class _Watcher:
                 layers.append(Layer(f"{stack}.{index}", element, dict.fromkeys(HOOKS, why)))
             else:
                 layers.append(Layer(mine[0].path, mine[0].module, mine[0].places))
-        for this, following in zip(runs, runs[1:], strict=False):
-            if this.output is None or following.stream is None or not _same(this.output, following.stream):
+        for this, following in itertools.pairwise(runs):
+            if (
+                this.output is None
+                or following.stream is None
+                or not _same(this.output, following.stream)
+            ):
                 why = f"what layer {this.index} gives is not what layer {following.index} is given"
-                this.places["hook_resid_post"] = this.places["hook_resid_mid"] = this.places["hook_mlp_out"] = why
+                this.places["hook_resid_post"] = this.places["hook_resid_mid"] = this.places[
+                    "hook_mlp_out"
+                ] = why
         return Probe(layers, self.interfaces, self.norms, dict(self.counts))
 
     def _stack(self) -> str:
@@ -379,28 +412,41 @@ class _Watcher:
         found = []
         for stack in self.sizes:
             runs = [run for run in self.runs if run.stack == stack]
-            shapes = {tuple(t.shape) for run in runs for t in (run.stream, run.output) if t is not None}
+            shapes = {
+                tuple(t.shape) for run in runs for t in (run.stream, run.output) if t is not None
+            }
             whole = all(run.stream is not None and run.output is not None for run in runs)
             if runs and whole and len(shapes) == 1 and PROBE_TOKENS in next(iter(shapes)):
                 found.append(stack)
-        declared = {getattr(self.config, name, None) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")}
+        declared = {
+            getattr(self.config, name, None)
+            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        }
         if len(found) > 1:
             found = [stack for stack in found if self.sizes[stack] in declared] or found
         if len(found) == 1:
             return found[0]
         has = f"{len(found)} such lists: {', '.join(found)}" if found else "none"
         raise ValueError(
-            f"model must have one list of decoder layers that run one after the other, {self.name} has {has}"
+            f"model must have one list of decoder layers that run one after the other, {self.name} "
+            f"has {has}"
         )
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    return any(t.ndim >= 2 for t in (*module.parameters(), *module.buffers()))  # GPTQ and AWQ hold theirs as buffers
+    return any(
+        t.ndim >= 2 for t in (*module.parameters(), *module.buffers())
+    )  # GPTQ and AWQ hold theirs as buffers
 
 
 def _by_position(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> bool:
-    """The module gives the same row for the same row wherever it stands, and whatever the other rows are."""
-    order = [*range(PROBE_TOKENS - 1, 1, -1), 2, 0]  # backwards, and row 2 instead of row 1: another set of rows
+    """The module gives the same row for the same row wherever it stands, and whatever the other
+    rows are."""
+    order = [
+        *range(PROBE_TOKENS - 1, 1, -1),
+        2,
+        0,
+    ]  # backwards, and row 2 instead of row 1: another set of rows
 
     def mixed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.ndim < 2:
@@ -410,13 +456,16 @@ def _by_position(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor
         return value[order] if value.shape[0] == PROBE_TOKENS else value
 
     try:
-        again = first_result(module(*map(mixed, args), **{name: mixed(value) for name, value in kwargs.items()}))
+        again = first_result(
+            module(*map(mixed, args), **{name: mixed(value) for name, value in kwargs.items()})
+        )
     except Exception:
         return False
     if again is None or again[1].shape != output.shape or not bool(output.any()):
         return False
     a, b = again[1].double(), mixed(output).double()
-    # int8 products (bitsandbytes) round a row by what the others hold: a few percent, where attention differs by its own size.
+    # int8 products (bitsandbytes) round a row by what the others hold: a few percent, where
+    # attention differs by its own size.
     quantised = any(not p.is_floating_point() for p in module.parameters())
     error = 0.05 if quantised else 64 * torch.finfo(output.dtype).eps
     return bool(((a - b).abs() <= error * b.abs().max()).all())
@@ -424,7 +473,6 @@ def _by_position(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.to(b.device), b)
-
 
 
 def _places(run: _Run) -> dict[str, Place | str]:
@@ -468,7 +516,8 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _mlp(run: _Run) -> tuple[_Call, _Call] | str:
-    """The call that is the MLP, twice, or the two linear maps that a layer without an MLP module calls; or why there is none."""
+    """The call that is the MLP, twice, or the two linear maps that a layer without an MLP module
+    calls; or why there is none."""
     kind = type(run.module).__name__
     own = [c for c in run.calls if not c.outer]
     found = [c for c in own if c.by_position]
@@ -486,7 +535,10 @@ def _mlp(run: _Run) -> tuple[_Call, _Call] | str:
         up, down = up[:1], down[1:]
     if len(up) == 1 and len(down) == 1 and up[0].start < down[0].start:
         return up[0], down[0]
-    return f"{kind} has no module that works on each position by itself, only {listed or 'none that can be watched'}"
+    return (
+        f"{kind} has no module that works on each position by itself, only "
+        f"{listed or 'none that can be watched'}"
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -501,48 +553,84 @@ def _without_residual(last: _Call, inner: list[_Call], first: _Call) -> Place | 
             scale = _addend(last.output, residual, part.output)
             if scale is not None:
                 return part.gave(scale)
-        if any(_addend(x, residual, part.output) is not None for c in inner for x in c.inputs.values() for part in inner):
+        if any(
+            _addend(x, residual, part.output) is not None
+            for c in inner
+            for x in c.inputs.values()
+            for part in inner
+        ):
             return f"{type(last.module).__name__} adds a residual before it is done"
     if len(last.inputs) > 1:
-        return f"{type(last.module).__name__} is given a second hidden state, and what it does with it is not known"
+        return (
+            f"{type(last.module).__name__} is given a second hidden state, and what it does with "
+            "it is not known"
+        )
     return last.gave()
 
 
 def _normalized(run: _Run, mlp: _Call, given: torch.Tensor, kind: str) -> Place | str:
-    before = [c for c in run.calls if c.start < mlp.start and c.output is not None and not _has_matrix(c.module)]
-    norms = [c for c in before if c.output is not None and torch.equal(c.output, given) and c.inputs]
+    before = [
+        c
+        for c in run.calls
+        if c.start < mlp.start and c.output is not None and not _has_matrix(c.module)
+    ]
+    norms = [
+        c for c in before if c.output is not None and torch.equal(c.output, given) and c.inputs
+    ]
     if not norms:
         return f"{kind} has no norm whose output is the MLP's input"
     norm = norms[-1]
-    users = [c for c in run.calls if not c.outer and c is not mlp and c.start > norm.end and _has_matrix(c.module)]
+    users = [
+        c
+        for c in run.calls
+        if not c.outer and c is not mlp and c.start > norm.end and _has_matrix(c.module)
+    ]
     if any(torch.equal(value, given) for c in users for value in c.inputs.values()):
         return f"{kind} has one norm for attention and MLP, no second one"
     key, x = next(iter(norm.inputs.items()))
     assert norm.output is not None
     found = _norm_of(norm.module, x, norm.output)
     if found is None:
-        return f"{norm.path} ({type(norm.module).__name__}) is neither an RMSNorm nor a LayerNorm that can be recomputed"
+        return (
+            f"{norm.path} ({type(norm.module).__name__}) is neither an RMSNorm nor a LayerNorm "
+            "that can be recomputed"
+        )
     if found.centred:
         return (
-            f"{norm.path} is a LayerNorm, where TransformerLens 2 means its output and TransformerLens 3 what stands before its "
+            f"{norm.path} is a LayerNorm, where TransformerLens 2 means its output and "
+            "TransformerLens 3 what stands before its "
             f"weight and bias: say {norm.path}:output or {norm.path}:normalized"
         )
     return dataclasses.replace(norm.given(key), norm=found)
 
 
 def _sum(
-    run: _Run, first: _Call, last: _Call, inner: list[_Call], stream: torch.Tensor, output: torch.Tensor, kind: str
+    run: _Run,
+    first: _Call,
+    last: _Call,
+    inner: list[_Call],
+    stream: torch.Tensor,
+    output: torch.Tensor,
+    kind: str,
 ) -> tuple[Place | str, Place | str]:
     """resid_mid and what the MLP adds to it, of which the layer's output is the sum."""
     own = [c for c in run.calls if not c.outer]
     after: list[_Call] = [last]  # what the MLP gives, and norms that it goes through
     for c in own:
         if c.start > last.end and c.output is not None and not _has_matrix(c.module):
-            if any(torch.equal(x, done.output) for done in after for x in c.inputs.values() if done.output is not None):
+            if any(
+                torch.equal(x, done.output)
+                for done in after
+                for x in c.inputs.values()
+                if done.output is not None
+            ):
                 after.append(c)
     parts = [*after, *inner]
     middles = [
-        (c, key, x) for c in run.calls[::-1] if c.start <= first.start and last not in c.outer for key, x in c.inputs.items()
+        (c, key, x)
+        for c in run.calls[::-1]
+        if c.start <= first.start and last not in c.outer
+        for key, x in c.inputs.items()
     ]
     for c, key, middle in middles:
         for part in parts:
@@ -552,24 +640,36 @@ def _sum(
             added = part.gave(scale)
             if torch.equal(middle, stream):
                 return f"{kind} adds nothing to the stream before its MLP", added
-            attention = [a for a in run.calls if a.end < first.start and a.end > 0 and a.output is not None]
+            attention = [
+                a for a in run.calls if a.end < first.start and a.end > 0 and a.output is not None
+            ]
             attention.sort(key=lambda a: (len(a.outer), -a.end))
             scales = ((a, _addend(middle, stream, a.output, run.module)) for a in attention)
             writes = next((a.gave(s) for a, s in scales if s is not None), None)
             return dataclasses.replace(c.given(key), writes=writes), added
-    others = [c for c in run.calls if c.output is not None and c not in parts and last not in c.outer]
+    others = [
+        c for c in run.calls if c.output is not None and c not in parts and last not in c.outer
+    ]
     others.sort(key=lambda c: len(c.outer))
     for part in parts:
         for other in others:
             scale = _addend_beside(output - stream, stream, part.output, other.output, run.module)
             if scale is not None:
-                why = f"{kind} adds attention and MLP to the stream at once, so nothing stands between them"
+                why = (
+                    f"{kind} adds attention and MLP to the stream at once, so nothing stands "
+                    "between them"
+                )
                 return why, part.gave(scale)
-    why = f"the output of {kind} is not what stands before its MLP plus a multiple of what the MLP gives"
+    why = (
+        f"the output of {kind} is not what stands before its MLP plus a multiple of what the MLP "
+        "gives"
+    )
     return why, why
 
 
-def _addend(total: torch.Tensor, base: torch.Tensor, part: Any, owner: nn.Module | None = None) -> float | None:
+def _addend(
+    total: torch.Tensor, base: torch.Tensor, part: Any, owner: nn.Module | None = None
+) -> float | None:
     """c where total = base + c * part to rounding in every element, else None."""
     if part is None or total.shape != base.shape or part.shape != base.shape:
         return None
@@ -583,7 +683,8 @@ def _addend(total: torch.Tensor, base: torch.Tensor, part: Any, owner: nn.Module
 def _addend_beside(
     difference: torch.Tensor, base: torch.Tensor, part: Any, other: Any, owner: nn.Module
 ) -> float | None:
-    """c where difference = c * part + d * other for some d, to rounding in every element, else None."""
+    """c where difference = c * part + d * other for some d, to rounding in every element, else
+    None."""
     if part is None or other is None or part.shape != base.shape or other.shape != base.shape:
         return None
     b, p, o = base.double(), part.double(), other.double()
@@ -608,10 +709,16 @@ def _checked(
     owner: nn.Module | None,
 ) -> float | None:
     eps = torch.finfo(dtype).eps
-    known = [1.0, *(v for v in vars(owner).values() if isinstance(v, float))] if owner is not None else [1.0]
+    known = (
+        [1.0, *(v for v in vars(owner).values() if isinstance(v, float))]
+        if owner is not None
+        else [1.0]
+    )
     near = [next((k for k in known if abs(k - s) <= 16 * eps * abs(k)), s) for s in scales]
     rest, bound = total - base, total.abs() + base.abs()
-    if bool((rest.abs() <= 4 * eps * bound).all()):  # the parts change nothing, so they are not known to be added
+    if bool(
+        (rest.abs() <= 4 * eps * bound).all()
+    ):  # the parts change nothing, so they are not known to be added
         return None
     for part, scale in zip(parts, near, strict=True):
         rest, bound = rest - scale * part, bound + (scale * part).abs()
@@ -619,9 +726,11 @@ def _checked(
 
 
 def _norm_of(module: nn.Module, given: torch.Tensor, gave: torch.Tensor) -> Norm | None:
-    """The norm that gives what the module gave, times one weight and plus one bias per column; None where none does.
+    """The norm that gives what the module gave, times one weight and plus one bias per column;
+    None where none does.
 
-    Weight and bias are fitted to the rows, so it does not matter how the module stores them, or where.
+    Weight and bias are fitted to the rows, so it does not matter how the module stores them, or
+    where.
     """
     if given.shape != gave.shape or not gave.is_floating_point():
         return None
@@ -629,7 +738,9 @@ def _norm_of(module: nn.Module, given: torch.Tensor, gave: torch.Tensor) -> Norm
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if x.shape[0] < 4 or not bool(y.any()):  # fewer rows do not prove a weight and a bias
         return None
-    for eps in {value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 0.1}:
+    for eps in {
+        value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 0.1
+    }:
         for centred in (False, True):
             v = x - x.mean(-1, keepdim=True) if centred else x
             n = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
@@ -638,6 +749,8 @@ def _norm_of(module: nn.Module, given: torch.Tensor, gave: torch.Tensor) -> Norm
             gain = ((n - about) * (y - centre)).sum(0) / (n - about).pow(2).sum(0)
             bias = centre - gain * about
             bound = (n * gain).abs() + bias.abs() + gain.abs()
-            if bool(((n * gain + bias - y).abs() <= 32 * torch.finfo(gave.dtype).eps * bound).all()):
+            if bool(
+                ((n * gain + bias - y).abs() <= 32 * torch.finfo(gave.dtype).eps * bound).all()
+            ):
                 return Norm(eps, centred)
     return None

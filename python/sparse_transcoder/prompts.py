@@ -1,4 +1,5 @@
-"""What callers give a model to read: token ids, which of them are padding, and which a caller wants to leave out."""
+"""What callers give a model to read: token ids, which of them are padding, and which a caller
+wants to leave out."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch
 from .probe import parameters_of, unwrapped
 
 Exclude: TypeAlias = "Literal['special'] | Iterable[int] | torch.Tensor"
-"""Positions to leave out: "special", a set of token ids, or a mask [B, T] or [T] that is true there."""
+"""Positions to leave out: "special", a set of token ids, or a mask [B, T] or [T] that is true
+there."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +31,9 @@ class Prompts:
     def for_model(self, model: Any) -> dict[str, Any]:
         """What of the rest the model's forward takes."""
         takes = parameters_of(model)[0]
-        return {name: value for name, value in self.rest.items() if name in takes and value is not None}
+        return {
+            name: value for name, value in self.rest.items() if name in takes and value is not None
+        }
 
 
 def prompts_of(inputs: Any) -> Prompts:
@@ -41,8 +45,14 @@ def prompts_of(inputs: Any) -> Prompts:
     ids, mask, rest = inputs, None, {}
     if isinstance(inputs, Mapping):
         if "input_ids" not in inputs:
-            raise ValueError(f"inputs must hold input_ids, got {', '.join(map(str, inputs)) or 'nothing'}")
-        rest = {str(name): value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+            raise ValueError(
+                f"inputs must hold input_ids, got {', '.join(map(str, inputs)) or 'nothing'}"
+            )
+        rest = {
+            str(name): value
+            for name, value in inputs.items()
+            if name not in ("input_ids", "attention_mask")
+        }
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     for name, tensor in (("input_ids", ids), ("attention_mask", mask)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
@@ -54,19 +64,25 @@ def prompts_of(inputs: Any) -> Prompts:
     if mask is None:
         mask = torch.ones_like(ids)
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask must be 0 and 1, got other values")
     if not bool(mask.any()):
         raise ValueError("inputs must hold at least one token that is not padding, got none")
     if ids.ndim == 1:
-        rest = {n: v[None] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v for n, v in rest.items()}
+        rest = {
+            n: v[None] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v
+            for n, v in rest.items()
+        }
     width = ids.shape[-1]
     return Prompts(ids.reshape(-1, width), mask.reshape(-1, width).bool(), rest)
 
 
 def special_ids(model: Any) -> set[int]:
-    """Every token id that the model's configuration names: ``bos_token_id``, ``pad_token_id``, ``image_token_id``, ..."""
+    """Every token id that the model's configuration names: ``bos_token_id``, ``pad_token_id``,
+    ``image_token_id``, ..."""
     inner = unwrapped(model)
     config: Any = getattr(inner, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
@@ -74,7 +90,11 @@ def special_ids(model: Any) -> set[int]:
     for part in (config, text, getattr(inner, "generation_config", None)):
         for name, value in (part.to_dict() if part is not None else {}).items():
             if _is_token_id(name):
-                found |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int) and v >= 0}
+                found |= {
+                    v
+                    for v in (value if isinstance(value, (list, tuple)) else [value])
+                    if isinstance(v, int) and v >= 0
+                }
     return found
 
 
@@ -82,26 +102,34 @@ def _is_token_id(name: str) -> bool:
     return name.endswith(("_token_id", "_token_ids", "_token_index"))
 
 
-def excluded(exclude: Exclude, shape: tuple[int, int], inputs: Any = None, model: Any = None) -> torch.Tensor:
+def excluded(
+    exclude: Exclude, shape: tuple[int, int], inputs: Any = None, model: Any = None
+) -> torch.Tensor:
     """[B, T] bool, on the CPU: the positions that ``exclude`` names.
 
     Args:
-        exclude: see :data:`Exclude`. "special" is what a tokenizer's ``special_tokens_mask`` marks, and every id that the model's
-            configuration names.
+        exclude: see :data:`Exclude`. "special" is what a tokenizer's ``special_tokens_mask``
+            marks, and every id that the model's configuration names.
         shape: (B, T).
         inputs: token ids [B, T] or [T], a list of them, or a tokenizer's result.
         model: a transformers model, where there is one.
 
     Raises:
-        ValueError: a mask of another shape, ids or special tokens that nobody gives. TypeError: another type.
+        ValueError: a mask of another shape, ids or special tokens that nobody gives. TypeError:
+            another type.
     """
     if isinstance(exclude, torch.Tensor) and exclude.ndim == len(shape) - 1:
         exclude = exclude[None]
     if isinstance(exclude, torch.Tensor):
         if tuple(exclude.shape) != shape:
-            raise ValueError(f"exclude must be a mask {list(shape)} as the tokens, got {list(exclude.shape)}")
+            raise ValueError(
+                f"exclude must be a mask {list(shape)} as the tokens, got {list(exclude.shape)}"
+            )
         if not bool(((exclude == 0) | (exclude == 1)).all()):
-            raise ValueError("exclude must be a mask of 0 and 1, or a set of token ids, got a tensor of other values")
+            raise ValueError(
+                "exclude must be a mask of 0 and 1, or a set of token ids, got a tensor of other "
+                "values"
+            )
         return exclude.detach().bool().cpu()
     ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
     if isinstance(ids, torch.Tensor):
@@ -115,18 +143,27 @@ def excluded(exclude: Exclude, shape: tuple[int, int], inputs: Any = None, model
         known = special_ids(model) if model is not None else set()
         if marked is None and not known:
             raise ValueError(
-                'exclude="special" needs a tokenizer\'s result with return_special_tokens_mask=True, or a model whose '
+                'exclude="special" needs a tokenizer\'s result with '
+                "return_special_tokens_mask=True, or a model whose "
                 "configuration names special tokens: give their ids, set(tokenizer.all_special_ids)"
             )
-        of_ids = torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype)) if known and ids is not None else None
+        of_ids = (
+            torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype))
+            if known and ids is not None
+            else None
+        )
         both = [mask for mask in (marked, of_ids) if mask is not None]
         return both[0] | both[-1]
     if isinstance(exclude, Mapping) or not isinstance(exclude, Iterable):
-        raise TypeError(f'exclude must be "special", token ids or a mask, got {type(exclude).__name__}')
+        raise TypeError(
+            f'exclude must be "special", token ids or a mask, got {type(exclude).__name__}'
+        )
     wanted = list(exclude)
     for token in wanted:
         if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-            raise TypeError(f"exclude must hold token ids, got {type(token).__name__}; a mask must be a tensor")
+            raise TypeError(
+                f"exclude must hold token ids, got {type(token).__name__}; a mask must be a tensor"
+            )
     if ids is None:
         raise ValueError("exclude by token ids needs the tokens' ids, got none")
     return torch.isin(ids, torch.tensor([int(token) for token in wanted], dtype=ids.dtype))

@@ -1,6 +1,6 @@
-"""The specification in plain torch: what the engine computes, in the simplest form, on dense matrices.
+"""The specification in plain torch: what the engine computes, in its simplest form.
 
-Slow, and it holds [rows, features]: for tests and for reading.
+It works on dense matrices and holds [rows, features]. It is slow, and made for tests and reading.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ def encode(
     activation_threshold: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top-k features of ``hidden`` [.., H]: activations [.., K], indices [.., K], sparsity [..], computed in ``dtype``."""
+    """Top-k features of ``hidden`` [.., H], computed in ``dtype``.
+
+    Returns:
+        (activations [.., K], indices [.., K], sparsity [..]), with K = min(top_k, F).
+    """
     x = hidden.to(dtype)
     if weights.input_bias is not None:
         x = x - weights.input_bias.to(dtype)
     if weights.ln_weight is not None and weights.ln_bias is not None:
-        x = torch.nn.functional.layer_norm(x, x.shape[-1:], weights.ln_weight.to(dtype), weights.ln_bias.to(dtype))
+        scale, shift = weights.ln_weight.to(dtype), weights.ln_bias.to(dtype)
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], scale, shift)
     pre = x @ weights.W_enc.to(dtype).T + weights.b_enc.to(dtype)
 
     active = pre > 0
-    if weights.threshold is not None:  # jumprelu: strict
+    if weights.threshold is not None:  # JumpReLU is strict.
         active &= pre > weights.threshold.to(dtype)
-    if weights.k is not None and weights.k < pre.shape[-1]:  # top-k coder; ties: lower index first
+    if weights.k is not None and weights.k < pre.shape[-1]:  # Among ties the lower index wins.
         largest = torch.sort(pre, dim=-1, descending=True, stable=True).indices[..., : weights.k]
         active &= torch.zeros_like(active).scatter_(-1, largest, True)
     kept = active & (pre >= activation_threshold)  # inclusive

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from . import _C
-from .arguments import _positive, _tensor
+from . import _arguments as check
 
 
 @dataclasses.dataclass(eq=False)
 class TranscoderWeights:
-    """One layer's transcoder. Tensors are float32, bfloat16 or float16 and are shared, never copied.
+    """The transcoder of one layer, for F features and hidden states of size H.
 
-    F features, H hidden size. The kind is relu; jumprelu when ``threshold`` is given; top-k when ``k`` is given.
+    Tensors are float32, bfloat16 or float16. They are shared with the caller and never copied. The
+    activation kind is relu; it is jumprelu when ``threshold`` is given, and top-k when ``k`` is
+    given. The weights can be pickled and deep-copied.
     """
 
     W_enc: torch.Tensor
@@ -22,30 +25,31 @@ class TranscoderWeights:
     b_enc: torch.Tensor
     """Encoder bias [F]."""
     W_dec: torch.Tensor | None = None
-    """Decoder [H, F]; [n * H, F] where a feature writes to n layers, from this one on: their rows one after the other."""
+    """Decoder [H, F]. It is [n * H, F] where a feature writes to n layers, from this layer on:
+    the rows of one layer after the rows of the other."""
     b_dec: torch.Tensor | None = None
     """Decoder bias [H] of this layer's own output, or [n * H]."""
     layer: int = 0
     """Index of the layer in the model."""
     _: dataclasses.KW_ONLY
     threshold: torch.Tensor | None = None
-    """JumpReLU thresholds [F]: a feature is active strictly above its own."""
+    """JumpReLU thresholds [F]. A feature is active strictly above its own threshold."""
     k: int | None = None
     """Top-k coder: only the k largest pre-activations of a row are active."""
     W_skip: torch.Tensor | None = None
     """Skip connection [H, H]: y += x @ W_skip.T."""
     input_bias: torch.Tensor | None = None
-    """[H], subtracted from the hidden state before encoding."""
+    """Bias [H] that is subtracted from the hidden state before encoding."""
     ln_weight: torch.Tensor | None = None
-    """LayerNorm of the hidden state, weight [H]: biased variance, eps 1e-5."""
+    """Weight [H] of a LayerNorm of the hidden state, with biased variance and eps 1e-5."""
     ln_bias: torch.Tensor | None = None
-    """LayerNorm of the hidden state, bias [H]."""
+    """Bias [H] of the same LayerNorm."""
     hook_in: str = ""
-    """Where the hidden state must be read, e.g. ``mlp.hook_in``."""
+    """The place where the hidden state must be read, e.g. ``mlp.hook_in``."""
     hook_out: str = ""
-    """What the decoder reconstructs, e.g. ``mlp.hook_out``."""
+    """The place that the decoder reconstructs, e.g. ``mlp.hook_out``."""
     source: str = ""
-    """File the weights came from; named in errors."""
+    """The file that the weights came from. Errors name it."""
 
     def __repr__(self) -> str:
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
@@ -59,22 +63,32 @@ class TranscoderWeights:
         return f"TranscoderWeights({', '.join(shown)})"
 
 
-_NATIVE_FIELDS = [f.name for f in dataclasses.fields(TranscoderWeights) if f.name not in ("layer", "_")]
+_NATIVE_FIELDS = [f.name for f in dataclasses.fields(TranscoderWeights) if f.name != "layer"]
 
 
-def _from_native(layer: int, weights: _C.LayerWeights) -> TranscoderWeights:
-    return TranscoderWeights(layer=layer, **{name: getattr(weights, name) for name in _NATIVE_FIELDS})
+def from_native(layer: int, weights: _C.LayerWeights) -> TranscoderWeights:
+    fields = {name: getattr(weights, name) for name in _NATIVE_FIELDS}
+    return TranscoderWeights(layer=layer, **fields)
 
 
-def _to_native(layer: int, weights: TranscoderWeights) -> _C.LayerWeights:
+def to_native(layer: int, weights: TranscoderWeights) -> _C.LayerWeights:
+    return _C.LayerWeights(**checked_fields(layer, weights))
+
+
+def checked_fields(layer: int, weights: TranscoderWeights) -> dict[str, Any]:
+    """The fields by name but ``layer``, each of its type."""
+    if not isinstance(weights, TranscoderWeights):
+        raise TypeError(
+            f"layer {layer}: transcoders must hold TranscoderWeights, got {type(weights).__name__}"
+        )
     fields = {name: getattr(weights, name) for name in _NATIVE_FIELDS}
     for name, value in fields.items():
         if value is None and name not in ("W_enc", "b_enc"):
             continue
         if name == "k":
-            _positive(f"layer {layer}: k", value)
+            check.positive(f"layer {layer}: k", value)
         elif name not in ("hook_in", "hook_out", "source"):
-            _tensor(layer, value, name)
+            check.tensor(layer, value, name)
         elif not isinstance(value, str):
             raise TypeError(f"layer {layer}: {name} must be a str, got {type(value).__name__}")
-    return _C.LayerWeights(**fields)
+    return fields

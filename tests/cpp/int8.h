@@ -1,4 +1,4 @@
-// Reads back what the int8 screen's rows and panels stand for, as kernels/cpu.h lays them out.
+// Reads back what the rows and panels of the int8 screen stand for, as kernels.h lays them out.
 #pragma once
 
 #include <cstring>
@@ -11,7 +11,7 @@ namespace int8 {
 using sparse_transcoder::cpu::Int8Features;
 using sparse_transcoder::cpu::Int8Layout;
 using sparse_transcoder::cpu::Int8Row;
-using sparse_transcoder::cpu::panel_features;
+using sparse_transcoder::panel_features;
 
 template <typename T>
 T read(const void* from, int64_t i) {
@@ -30,7 +30,7 @@ inline Vector read_row(const Int8Layout& layout, const int8_t* row, int64_t plan
   const auto terms = [&](int64_t plane) {
     return read<Int8Row>(row + plane * layout.row_bytes() + layout.inputs, 0);
   };
-  Vector out = {std::vector<double>(layout.inputs), {terms(0).residual, terms(0).norm}};
+  Vector out = {std::vector<double>(layout.inputs), {terms(0).error, terms(0).norm}};
   for (int64_t plane = 0; plane < planes; ++plane)
     for (int64_t i = 0; i < layout.inputs; ++i)
       out.values[i] += double{terms(plane).scale} * row[plane * layout.row_bytes() + i];
@@ -39,7 +39,7 @@ inline Vector read_row(const Int8Layout& layout, const int8_t* row, int64_t plan
 
 inline Vector read_feature(const Int8Layout& layout, const uint8_t* panel, int64_t feature) {
   const auto terms = read<Int8Features>(panel + panel_features * layout.inputs, 0);
-  Vector out = {std::vector<double>(layout.inputs), {terms.norm[feature], terms.residual[feature]}};
+  Vector out = {std::vector<double>(layout.inputs), {terms.norm[feature], terms.error[feature]}};
   for (int64_t i = 0; i < layout.inputs; ++i)
     out.values[i] = double{terms.scale[feature]} *
                     (panel[i / 4 * 4 * panel_features + 4 * feature + i % 4] - 128);

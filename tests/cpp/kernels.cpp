@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "bounds.h"
 #include "check.h"
 #include "cpu/reservoir.h"
 
@@ -31,7 +32,7 @@ struct Elements {
   const char* at(int64_t i) const { return stored.data() + i * (stored.size() / value.size()); }
 };
 
-const CpuKernels& portable_kernels = *runnable_cpu_kernels().front();
+const KernelTable& portable_kernels = runnable_kernels().front();
 
 std::mt19937 random_bits(7);
 
@@ -69,14 +70,14 @@ TEST(kernels_dot) {
         const float* const row = floats(x, skip);
         double first;
         portable_kernels.dot[type](&row, 1, w.at(skip), size, &first);
-        for (const CpuKernels* kernel : runnable_cpu_kernels())
+        for (const KernelTable& kernels : runnable_kernels())
           for (int64_t count = 1; count <= dot_rows; ++count)
             for (int64_t place = 0; place < count; ++place) {  // among rows of other numbers
               const float* beside[dot_rows] = {floats(other), floats(other), floats(other),
                                                floats(other)};
               beside[place] = row;
               double values[dot_rows];
-              kernel->dot[type](beside, count, w.at(skip), size, values);
+              kernels.dot[type](beside, count, w.at(skip), size, values);
               EXPECT(std::fabs(values[place] - exact) <= magnitude * (size * 0x1p-53L));
               EXPECT(std::memcmp(&values[place], &first, sizeof(first)) == 0);
             }
@@ -89,13 +90,13 @@ TEST(kernels_dot_keeps_its_order) {
   std::vector<float> x(64, 1), w(64, 1);
   x[5] = 0x1p60f;
   w[37] = -0x1p60f;
-  for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+  for (const KernelTable& kernels : runnable_kernels()) {
     const float* const rows[] = {x.data(), x.data(), x.data(), x.data()};
     for (int64_t count = 1; count <= dot_rows; ++count) {
       double sums[dot_rows];
-      kernel->dot[0](rows, count, w.data(), 64, sums);
+      kernels.dot[0](rows, count, w.data(), 64, sums);
       for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 62.0);
-      kernel->dot[0](rows, count, w.data(), 0, sums);
+      kernels.dot[0](rows, count, w.data(), 0, sums);
       for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 0.0);
     }
   }
@@ -107,9 +108,9 @@ TEST(kernels_widen_every_value) {
     for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
     const at::Tensor expected =
         at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
-    for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+    for (const KernelTable& kernels : runnable_kernels()) {
       std::vector<float> wide(65536);
-      kernel->widen[type](stored.data(), wide.data(), 65536);
+      kernels.widen[type](stored.data(), wide.data(), 65536);
       int64_t wrong = 0;
       for (int64_t i = 0; i < 65536; ++i) {
         const float want = expected.data_ptr<float>()[i];
@@ -125,9 +126,9 @@ TEST(kernels_widen_every_size) {
   for (int type = 0; type < 3; ++type)
     for (const int64_t size : sizes) {
       const Elements w = make(types[type], size);
-      for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+      for (const KernelTable& kernels : runnable_kernels()) {
         std::vector<float> wide(size);
-        kernel->widen[type](w.at(0), wide.data(), size);
+        kernels.widen[type](w.at(0), wide.data(), size);
         for (int64_t i = 0; i < size; ++i) EXPECT_EQUAL(wide[i], w.value[i]);
       }
     }
@@ -139,11 +140,11 @@ TEST(kernels_product_within_its_bound) {
       for (int64_t rows = 1; rows <= 9; ++rows)
         for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
           Elements x = make(at::kFloat, rows * size), w = make(types[type], count * size);
-          const double roundoff = (size + 8) * 0x1p-24, gamma = roundoff / (1 - roundoff);
-          for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+          const double rounding = product_rounding(size);
+          for (const KernelTable& kernels : runnable_kernels()) {
             std::vector<float> scores(rows * count + 1, quiet_nan);
             scores.back() = 12345;
-            kernel->product[type](floats(x), rows, w.at(0), count, size, scores.data());
+            kernels.product[type](floats(x), rows, w.at(0), count, size, scores.data());
             EXPECT_EQUAL(scores.back(), 12345);
             for (int64_t r = 0; r < rows; ++r)
               for (int64_t f = 0; f < count; ++f) {
@@ -152,7 +153,7 @@ TEST(kernels_product_within_its_bound) {
                   const double a = x.value[r * size + i], b = w.value[f * size + i];
                   exact += a * b, xx += a * a, ww += b * b;
                 }
-                EXPECT(std::fabs(scores[r * count + f] - exact) <= gamma * std::sqrt(xx * ww));
+                EXPECT(std::fabs(scores[r * count + f] - exact) <= rounding * std::sqrt(xx * ww));
               }
           }
         }
@@ -196,18 +197,19 @@ Panel make_panel(int64_t count, Margin margin) {
 
 }  // namespace
 
-TEST(kernels_candidates_lose_and_miscount_nothing) {
+TEST(kernels_gate_loses_and_miscounts_nothing) {
   for (const Margin margin : {Margin{0, 0}, {0.01f, 0}, {0, 0.02f}, {0.3f, 1}, {inf, 0}})
-    for (const float bound : {-inf, 0.0f, 2.0f, inf})
+    for (const float min_value : {-inf, 0.0f, 2.0f, inf})
       for (int64_t count = 0; count <= 70; ++count) {
         const Panel p = make_panel(count, margin);
         int64_t active = 0;
         for (int64_t i = 0; i < count; ++i) active += p.active(i);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+        for (const KernelTable& kernels : runnable_kernels()) {
           std::vector<uint32_t> out(count);
           int64_t counted = 0;
-          const int64_t found = kernel->candidates(p.scores.data(), p.view(), p.residual.data(),
-                                                   count, margin, bound, out.data(), &counted);
+          const int64_t found = kernels.gate_row(
+              {p.scores.data(), p.view(), p.residual.data(), count, margin, min_value}, out.data(),
+              &counted);
           EXPECT(found <= count);
           std::vector<bool> listed(count);
           for (int64_t j = 0; j < found; ++j) {
@@ -222,12 +224,12 @@ TEST(kernels_candidates_lose_and_miscount_nothing) {
           EXPECT_EQUAL(counted, active);
           for (int64_t i = 0; i < count; ++i)
             EXPECT(listed[i] || !p.active(i) ||
-                   p.exact[i] <= bound + 1e-5 * (std::fabs(bound) + std::fabs(p.bias[i])));
+                   p.exact[i] <= min_value + 1e-5 * (std::fabs(min_value) + std::fabs(p.bias[i])));
         }
       }
 }
 
-TEST(kernels_candidates_are_the_same_everywhere) {
+TEST(kernels_gate_is_the_same_everywhere) {
   const float odd[] = {0,
                        -0.0f,
                        inf,
@@ -237,22 +239,23 @@ TEST(kernels_candidates_are_the_same_everywhere) {
                        std::numeric_limits<float>::denorm_min()};
   for (const Margin margin :
        {Margin{0, 0}, {0.25f, 0}, {0.125f, 0.25f}, {inf, 0}, {quiet_nan, 0}, {0, quiet_nan}})
-    for (const float bound : {-inf, 1.0f, inf, quiet_nan})
+    for (const float min_value : {-inf, 1.0f, inf, quiet_nan})
       for (const int64_t count : {0, 1, 7, 8, 9, 16, 31, 250, 511, 512, 513}) {
         Panel p = make_panel(count, {0.125f, 0.125f});
         for (float& score : p.scores)
           if (random_bits() % 4 == 0) score = odd[random_bits() % std::size(odd)];
         std::vector<uint32_t> first(count), other(count);
         int64_t first_counted = 3, other_counted = 3;
-        const auto run = [&](const CpuKernels& kernel, std::vector<uint32_t>& out,
+        const auto run = [&](const KernelTable& kernels, std::vector<uint32_t>& out,
                              int64_t& counted) {
-          return kernel.candidates(p.scores.data(), p.view(), p.residual.data(), count, margin,
-                                   bound, out.data(), &counted);
+          return kernels.gate_row(
+              {p.scores.data(), p.view(), p.residual.data(), count, margin, min_value}, out.data(),
+              &counted);
         };
         const int64_t found = run(portable_kernels, first, first_counted);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+        for (const KernelTable& kernels : runnable_kernels()) {
           other_counted = 3;
-          EXPECT_EQUAL(run(*kernel, other, other_counted), found);
+          EXPECT_EQUAL(run(kernels, other, other_counted), found);
           EXPECT(std::equal(first.begin(), first.begin() + found, other.begin()));
           EXPECT_EQUAL(other_counted, first_counted);
         }
@@ -280,43 +283,43 @@ TEST(kernels_keys_order_by_value_then_by_lower_feature) {
     }
 }
 
-TEST(kernels_list_keeps_the_best) {
+TEST(kernels_reservoir_keeps_the_best) {
   for (const int64_t features : {1, 2, 31, 33, 70, 500, 3000})
     for (const int64_t wanted : {1, 2, 31, 32, 33, 64, 65, 200, 3000})
       for (const int different : {1, 3, 1 << 20}) {
-        const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
+        const int64_t k = std::min(wanted, features), capacity = reservoir_capacity(k, features);
         EXPECT(capacity >= k && capacity <= features);
-        std::vector<uint64_t> slots(capacity), all;
-        TopList list = {slots.data(), nullptr, 0, 0, 0, 0, 0};
+        std::vector<uint64_t> keys(capacity), all;
+        Reservoir reservoir = {keys.data(), nullptr, k, capacity};
         for (int64_t f = 0; f < features; ++f) {
           all.push_back(make_key(1.0f + random_bits() % different, f));
-          list.push(all.back(), k, capacity);
-          EXPECT(list.size <= capacity);
-          if (list.least != 0)  // what it turns away must be beaten k times
+          reservoir.add(all.back());
+          EXPECT(reservoir.size <= capacity);
+          if (reservoir.kth_best != 0)  // what it turns away must be beaten k times
             EXPECT(std::count_if(all.begin(), all.end(),
-                                 [&](uint64_t key) { return key >= list.least; }) >= k);
+                                 [&](uint64_t key) { return key >= reservoir.kth_best; }) >= k);
         }
-        list.cut(k);
-        EXPECT_EQUAL(list.size, k);
-        std::sort(slots.begin(), slots.begin() + k, std::greater<>());
+        reservoir.shrink_to_k();
+        EXPECT_EQUAL(reservoir.size, k);
+        std::sort(keys.begin(), keys.begin() + k, std::greater<>());
         std::sort(all.begin(), all.end(), std::greater<>());
-        EXPECT(std::equal(all.begin(), all.begin() + k, slots.begin()));
+        EXPECT(std::equal(all.begin(), all.begin() + k, keys.begin()));
       }
 }
 
-TEST(kernels_list_may_wait_with_what_it_computes) {
+TEST(kernels_reservoir_may_defer_what_it_computes) {
   for (const int64_t features : {1, 2, 33, 70, 500, 3000})
     for (const int64_t wanted : {1, 2, 31, 64, 200, 3000})
       for (const float width : {0.0f, 0.01f, 0.5f, 100.0f})
         for (const int order : {-1, 0, 1}) {  // falling, any, rising
-          const int64_t k = std::min(wanted, features), capacity = list_capacity(k, features);
-          std::vector<uint64_t> slots(capacity), all;
-          std::vector<Bounded> open(capacity);
-          TopList list = {slots.data(), open.data(), 0, 0, 0, 0, 0};
-          const auto compute_open = [&] {
-            for (int64_t i = 0; i < list.open_size; ++i)
-              list.push(all[open[i].feature], k, capacity);
-            list.open_size = 0;
+          const int64_t k = std::min(wanted, features), capacity = reservoir_capacity(k, features);
+          std::vector<uint64_t> keys(capacity), all;
+          std::vector<DeferredFeature> deferred(capacity);
+          Reservoir reservoir = {keys.data(), deferred.data(), k, capacity};
+          const auto compute_deferred = [&] {
+            for (int64_t i = 0; i < reservoir.deferred_count; ++i)
+              reservoir.add(all[deferred[i].feature]);
+            reservoir.deferred_count = 0;
           };
           for (int64_t f = 0; f < features; ++f) {
             const float value =
@@ -324,27 +327,42 @@ TEST(kernels_list_may_wait_with_what_it_computes) {
             all.push_back(make_key(value, f));
             const float lower = value - width * (random_bits() % 5 / 4.0f),
                         upper = value + width * (random_bits() % 5 / 4.0f);
-            if (list.defer({lower, upper, static_cast<uint32_t>(f)}, k, capacity)) continue;
-            compute_open();
-            list.push(all.back(), k, capacity);
+            if (reservoir.defer({lower, upper, static_cast<uint32_t>(f)})) continue;
+            compute_deferred();
+            reservoir.add(all.back());
           }
-          EXPECT(list.open_size <= capacity);
-          if (list.open_least > 0)  // what it turns away must be beaten k times
+          EXPECT(reservoir.deferred_count <= capacity);
+          if (reservoir.deferred_kth_best > 0)  // what it turns away must be beaten k times
             EXPECT(std::count_if(all.begin(), all.end(), [&](uint64_t key) {
-                     return key_value(key) >= list.open_least;
+                     return key_value(key) >= reservoir.deferred_kth_best;
                    }) >= k);
-          list.thin(k);
-          compute_open();
-          list.cut(k);
-          EXPECT_EQUAL(list.size, k);
-          std::sort(slots.begin(), slots.begin() + k, std::greater<>());
+          EXPECT(reservoir.min_activation() >= reservoir.deferred_kth_best);
+          reservoir.drop_beaten();
+          compute_deferred();
+          reservoir.shrink_to_k();
+          EXPECT_EQUAL(reservoir.size, k);
+          std::sort(keys.begin(), keys.begin() + k, std::greater<>());
           std::sort(all.begin(), all.end(), std::greater<>());
-          EXPECT(std::equal(all.begin(), all.begin() + k, slots.begin()));
+          EXPECT(std::equal(all.begin(), all.begin() + k, keys.begin()));
         }
 }
 
 TEST(kernels_are_chosen_by_name) {
   const char* forced = std::getenv("SPARSE_TRANSCODER_CPU");
-  const std::string expected = forced ? forced : runnable_cpu_kernels().back()->name;
-  EXPECT_EQUAL(std::string(cpu_kernels().name), expected);
+  const std::string_view expected = forced ? forced : runnable_kernels().back().name;
+  EXPECT_EQUAL(active_kernels().name, expected);
+}
+
+TEST(kernels_have_every_loop_and_a_name_of_their_own) {
+  std::vector<std::string_view> names;
+  for (const KernelTable& kernels : runnable_kernels()) {
+    EXPECT(std::find(names.begin(), names.end(), kernels.name) == names.end());
+    names.push_back(kernels.name);
+    for (int type = 0; type < 3; ++type)
+      EXPECT(kernels.dot[type] && kernels.product[type] && kernels.widen[type]);
+    EXPECT(kernels.gate_row && kernels.quantise_row && kernels.quantise_panel &&
+           kernels.screen_int8 && kernels.quantise_int16 && kernels.dot_int16 &&
+           kernels.product_int16);
+  }
+  EXPECT_EQUAL(names.front(), "portable");
 }

@@ -1,5 +1,6 @@
 // Runs the tests whose names start with one of the arguments; all of them without arguments.
 #include <ATen/Parallel.h>
+#include <sparse_transcoder/engine.h>
 
 #include <atomic>
 #include <cstdio>
@@ -39,7 +40,13 @@ bool add(const char* name, void (*body)()) {
 }  // namespace check
 
 int main(int count, char** names) {
-  at::set_num_threads(4);  // lanes of an engine that does not choose them
+  try {
+    sparse_transcoder::cpu_instruction_set();
+  } catch (const c10::ValueError& error) {
+    std::fprintf(stderr, "skipped: %s\n", error.what_without_backtrace());
+    return 77;
+  }
+  at::set_num_threads(4);  // workers of an engine that does not choose them
   int run = 0, failed = 0;
   for (const check::Test& test : check::tests()) {
     bool wanted = count == 1;

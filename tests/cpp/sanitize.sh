@@ -22,6 +22,6 @@ export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 "$build/tests/cpp/cpp_tests"
 for cpu in portable avx2; do  # what the best of this machine hides
-  SPARSE_TRANSCODER_CPU=$cpu "$build/tests/cpp/cpp_tests" engine_
+  SPARSE_TRANSCODER_CPU=$cpu "$build/tests/cpp/cpp_tests" engine_ || [ $? = 77 ]  # 77: the machine cannot run it
 done
 echo "$1: clean"

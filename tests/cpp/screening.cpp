@@ -8,10 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "bounds.h"
 #include "check.h"
 #include "cpu/kernels/kernels.h"
 #include "int8.h"
 
+using namespace sparse_transcoder;
 using namespace sparse_transcoder::cpu;
 
 namespace {
@@ -50,9 +52,6 @@ float rounded_down(long double value) {
 
 float rounded_up(long double value) { return -rounded_down(-value); }
 
-// What underflow may change, as the gate allows for it.
-long double underflow(int64_t size) { return (size + 128) * 0x1p-125L; }
-
 using Maker = float (*)(int64_t i, int64_t size);
 struct Kind {
   const char* name;
@@ -90,12 +89,12 @@ std::vector<float> make(const Kind& kind, int64_t rows, int64_t size) {
 }
 
 struct Int8Rows {
-  Int8Rows(const CpuKernels& kernel, const Int8Layout& layout, const std::vector<float>& x,
+  Int8Rows(const KernelTable& kernels, const Int8Layout& layout, const std::vector<float>& x,
            int64_t planes)
       : stride(planes * layout.row_bytes()), bytes(x.size() / layout.size * stride + 1, 77) {
     std::vector<float> rotated(layout.inputs + 1, -5);
     for (int64_t r = 0; r < static_cast<int64_t>(x.size()) / layout.size; ++r)
-      kernel.quantise_row(layout, x.data() + r * layout.size, planes, row(r), rotated.data());
+      kernels.quantise_row(layout, x.data() + r * layout.size, planes, row(r), rotated.data());
     EXPECT(bytes.back() == 77 && rotated.back() == -5);
   }
   int8_t* row(int64_t r) { return bytes.data() + r * stride; }
@@ -104,31 +103,31 @@ struct Int8Rows {
   std::vector<int8_t> bytes;
 };
 
-std::vector<uint8_t> int8_panel(const CpuKernels& kernel, const Int8Layout& layout,
+std::vector<uint8_t> int8_panel(const KernelTable& kernels, const Int8Layout& layout,
                                 const std::vector<float>& w) {
   std::vector<uint8_t> panel(layout.panel_bytes() + 1, 77);
-  kernel.quantise_panel(layout, w.data(), static_cast<int64_t>(w.size()) / layout.size,
-                        panel.data());
+  kernels.quantise_panel(layout, w.data(), static_cast<int64_t>(w.size()) / layout.size,
+                         panel.data());
   EXPECT(panel.back() == 77);
   return panel;
 }
 
 // Masks of rows [first, first + count); every place that nothing may be written to is looked at.
-std::vector<uint64_t> screen(const CpuKernels& kernel, const Int8Layout& layout, Int8Rows& rows,
+std::vector<uint64_t> screen(const KernelTable& kernels, const Int8Layout& layout, Int8Rows& rows,
                              int64_t first, int64_t count, int64_t planes,
                              const std::vector<uint8_t>& panel, const std::vector<float>& low) {
   std::vector<uint64_t> masks(count + 1, 67890);
-  Ahead ahead;
-  ahead.add(panel.data(), layout.panel_bytes());
-  kernel.screen_int8(layout, rows.row(first), count, planes, panel.data(), low.data(), masks.data(),
-                     ahead);
+  Prefetcher prefetcher;
+  prefetcher.add(panel.data(), layout.panel_bytes());
+  kernels.screen_int8({layout, rows.row(first), count, planes, panel.data(), low.data()},
+                      masks.data(), prefetcher);
   EXPECT_EQUAL(masks.back(), 67890u);
   masks.pop_back();
   return masks;
 }
 
-std::string at(const CpuKernels& kernel, const Kind& x, const Kind& w, int64_t size) {
-  return std::string(kernel.name) + ", rows " + x.name + ", features " + w.name + ", size " +
+std::string at(const KernelTable& kernels, const Kind& x, const Kind& w, int64_t size) {
+  return std::string(kernels.name) + ", rows " + x.name + ", features " + w.name + ", size " +
          std::to_string(size);
 }
 
@@ -146,8 +145,8 @@ TEST(screening_layouts_hold_their_inputs) {
     EXPECT(layout.row_bytes() < layout.inputs + static_cast<int64_t>(sizeof(Int8Row)) + 192);
     EXPECT_EQUAL(layout.panel_bytes(),
                  panel_features * layout.inputs + static_cast<int64_t>(sizeof(Int8Features)));
-    EXPECT(int16_depth(size) % 128 == 0 && int16_depth(size) <= 640 &&
-           (size > 640 || int16_depth(size) >= size));
+    EXPECT(int16_part_size(size) % 128 == 0 && int16_part_size(size) <= 640 &&
+           (size > 640 || int16_part_size(size) >= size));
     EXPECT(int16_stride(size) >= size && int16_stride(size) % 32 == 0 &&
            int16_stride(size) <= size + 96);
   }
@@ -161,8 +160,7 @@ TEST(screening_int8_sums_are_exact) {
       for (const bool extreme : {false, true}) {
         const Int8Layout layout(size);
         constexpr int64_t count = 13;
-        Int8Rows rows(*runnable_cpu_kernels().front(), layout, std::vector<float>(count * size),
-                      planes);
+        Int8Rows rows(runnable_kernels().front(), layout, std::vector<float>(count * size), planes);
         std::vector<uint8_t> panel(layout.panel_bytes());
         std::vector<int64_t> sums(count * panel_features);
         Int8Features features = {};
@@ -190,14 +188,14 @@ TEST(screening_int8_sums_are_exact) {
           std::memcpy(row + layout.inputs, &terms, sizeof(terms));
         }
         for (const int64_t sum : sums) EXPECT(std::abs(sum) < 1 << 24);
-        for (const CpuKernels* kernel : runnable_cpu_kernels())
+        for (const KernelTable& kernels : runnable_kernels())
           for (int64_t some = 1; some <= count; some += size > 1000 ? 5 : 1)
             for (const int above : {0, 1}) {
               std::vector<float> low(panel_features);
               for (int64_t f = 0; f < panel_features;
                    ++f)  // every row is the one that is compared, in turn
                 low[f] = static_cast<float>(sums[f % some * panel_features + f] + above);
-              const auto masks = screen(*kernel, layout, rows, 0, some, planes, panel, low);
+              const auto masks = screen(kernels, layout, rows, 0, some, planes, panel, low);
               for (int64_t r = 0; r < some; ++r)
                 for (int64_t f = 0; f < panel_features; ++f)
                   EXPECT_EQUAL(masks[r] >> f & 1,
@@ -218,13 +216,13 @@ TEST(screening_int8_is_an_upper_bound) {
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t f = 0; f < count; ++f)
             exact[r * count + f] = dot(x.data() + r * size, w.data() + f * size, size);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
-          const auto panel = int8_panel(*kernel, layout, w);
+        for (const KernelTable& kernels : runnable_kernels()) {
+          const auto panel = int8_panel(kernels, layout, w);
           std::vector<int8::Vector> features(count);
           for (int64_t f = 0; f < count; ++f)
             features[f] = int8::read_feature(layout, panel.data(), f);
           for (int64_t planes = 1; planes <= 2; ++planes) {
-            Int8Rows packed(*kernel, layout, x, planes);
+            Int8Rows packed(kernels, layout, x, planes);
             for (int64_t r = 0; r < rows; ++r) {
               const int8::Vector row = int8::read_row(layout, packed.row(r), planes);
               std::vector<float> low(panel_features, infinity), high = low;
@@ -239,7 +237,7 @@ TEST(screening_int8_is_an_upper_bound) {
                       std::fabs(static_cast<long double>(row.values[i]) * features[f].values[i]);
                 const long double error = std::fabs(dot_of(row.values, features[f].values) - value);
                 if (!(error <= margin + underflow(size)))
-                  check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
+                  check::fail(__FILE__, __LINE__, at(kernels, x_kind, w_kind, size));
                 // The score is within a margin of the exact value, so its upper bound within two:
                 // none is loose for nothing.
                 high[f] = std::nextafter(rounded_up(value + 2 * margin * (1 + 0x1p-18L) +
@@ -247,19 +245,19 @@ TEST(screening_int8_is_an_upper_bound) {
                                          infinity);
               }
               const uint64_t all = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-              if (screen(*kernel, layout, packed, r, 1, planes, panel, low)[0] != all)
-                check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
-              if (screen(*kernel, layout, packed, r, 1, planes, panel, high)[0] != 0)
-                check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
+              if (screen(kernels, layout, packed, r, 1, planes, panel, low)[0] != all)
+                check::fail(__FILE__, __LINE__, at(kernels, x_kind, w_kind, size));
+              if (screen(kernels, layout, packed, r, 1, planes, panel, high)[0] != 0)
+                check::fail(__FILE__, __LINE__, at(kernels, x_kind, w_kind, size));
             }
             // Rows of a call do not touch each other.
             std::vector<float> low(panel_features, infinity);
             for (int64_t f = 0; f < count; ++f)
               low[f] = static_cast<float>(exact[f % rows * count + f]);
-            const auto together = screen(*kernel, layout, packed, 0, rows, planes, panel, low);
+            const auto together = screen(kernels, layout, packed, 0, rows, planes, panel, low);
             for (int64_t r = 0; r < rows; ++r)
               EXPECT_EQUAL(together[r],
-                           screen(*kernel, layout, packed, r, 1, planes, panel, low)[0]);
+                           screen(kernels, layout, packed, r, 1, planes, panel, low)[0]);
           }
         }
       }
@@ -267,13 +265,13 @@ TEST(screening_int8_is_an_upper_bound) {
 
 TEST(screening_int8_margin_is_near_its_theory) {
   for (const int64_t size : {64, 256, 576, 2048})
-    for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+    for (const KernelTable& kernels : runnable_kernels()) {
       const Int8Layout layout(size);
       const std::vector<float> x = make(kinds[0], 8, size), w = make(kinds[0], 64, size);
-      const auto panel = int8_panel(*kernel, layout, w);
+      const auto panel = int8_panel(kernels, layout, w);
       long double last = infinity;
       for (int64_t planes = 1; planes <= 2; ++planes) {
-        Int8Rows packed(*kernel, layout, x, planes);
+        Int8Rows packed(kernels, layout, x, planes);
         long double total = 0;
         for (int64_t r = 0; r < 8; ++r)
           for (int64_t f = 0; f < 64; ++f) {
@@ -301,31 +299,31 @@ TEST(screening_int8_of_rows_that_are_not_finite) {
   for (const float bad :
        {infinity, -infinity, std::numeric_limits<float>::quiet_NaN(), largest, -largest})
     for (const int64_t bad_inputs : {int64_t{1}, size})
-      for (const CpuKernels* kernel : runnable_cpu_kernels())
+      for (const KernelTable& kernels : runnable_kernels())
         for (int64_t planes = 1; planes <= 2; ++planes) {
           std::vector<float> x = make(kinds[0], 3, size), w = make(kinds[0], 64, size);
           std::fill_n(x.begin() + size, bad_inputs, bad);
-          Int8Rows packed(*kernel, layout, x, planes);
-          const auto panel = int8_panel(*kernel, layout, w);
+          Int8Rows packed(kernels, layout, x, planes);
+          const auto panel = int8_panel(kernels, layout, w);
           const std::vector<float> low(panel_features, 1e30f);
-          const auto masks = screen(*kernel, layout, packed, 0, 3, planes, panel, low);
+          const auto masks = screen(kernels, layout, packed, 0, 3, planes, panel, low);
           EXPECT_EQUAL(masks[0], uint64_t{0});
           EXPECT_EQUAL(masks[2], uint64_t{0});
-          const uint64_t beside[] = {screen(*kernel, layout, packed, 0, 1, planes, panel, low)[0]};
+          const uint64_t beside[] = {screen(kernels, layout, packed, 0, 1, planes, panel, low)[0]};
           EXPECT_EQUAL(masks[0], beside[0]);
           std::vector<int16_t> q(int16_stride(size));
-          const Int16Scale scale = kernel->quantise_int16(x.data() + size, size, q.data());
-          EXPECT(!std::isfinite(bad) ? !(scale.residual < infinity) : scale.residual >= 0);
+          const Int16Scale scale = kernels.quantise_int16(x.data() + size, size, q.data());
+          EXPECT(!std::isfinite(bad) ? !(scale.error < infinity) : scale.error >= 0);
         }
 }
 
 namespace {
 
 struct Int16Rows {
-  Int16Rows(const CpuKernels& kernel, const std::vector<float>& x, int64_t size)
+  Int16Rows(const KernelTable& kernels, const std::vector<float>& x, int64_t size)
       : stride(int16_stride(size)), q(x.size() / size * stride, 77) {
     for (size_t r = 0; r < x.size() / size; ++r)
-      scale.push_back(kernel.quantise_int16(x.data() + r * size, size, row(r)));
+      scale.push_back(kernels.quantise_int16(x.data() + r * size, size, row(r)));
   }
   int16_t* row(int64_t r) { return q.data() + r * stride; }
 
@@ -335,12 +333,12 @@ struct Int16Rows {
 };
 
 // x . w, computed after `beside` products of another row.
-int64_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, int64_t size,
+int64_t dot_int16(const KernelTable& kernels, const int16_t* x, const int16_t* w, int64_t size,
                   int64_t beside) {
   const int16_t* rows[dot_rows] = {w, w, w, w};
   rows[beside] = x;
   int64_t sums[dot_rows];
-  kernel.dot_int16(rows, beside + 1, w, size, sums);
+  kernels.dot_int16(rows, beside + 1, w, size, sums);
   return sums[beside];
 }
 
@@ -349,14 +347,14 @@ int64_t dot_int16(const CpuKernels& kernel, const int16_t* x, const int16_t* w, 
 TEST(screening_int16_of_one_row) {
   for (const int64_t size : sizes)
     for (const Kind& kind : kinds)
-      for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+      for (const KernelTable& kernels : runnable_kernels()) {
         const std::vector<float> x = make(kind, 1, size);
-        Int16Rows rows(*kernel, x, size);
+        Int16Rows rows(kernels, x, size);
         const Int16Scale scale = rows.scale[0];
         long double squares = 0, off = 0, quantised = 0;
         for (int64_t i = 0; i < size; ++i) {
           EXPECT(rows.q[i] >= -32767);
-          if (i % int16_depth(size) == 0) squares = 0;
+          if (i % int16_part_size(size) == 0) squares = 0;
           squares += static_cast<long double>(rows.q[i]) * rows.q[i];
           const long double value = static_cast<long double>(scale.scale) * rows.q[i];
           off += (x[i] - value) * (x[i] - value);
@@ -365,10 +363,10 @@ TEST(screening_int16_of_one_row) {
                  2147483647.0L);  // so no product with another such row's part leaves int32
         }
         for (int64_t i = size; i < rows.stride; ++i) EXPECT_EQUAL(rows.q[i], 0);
-        EXPECT(std::sqrt(off) <= scale.residual && std::sqrt(quantised) <= scale.norm);
+        EXPECT(std::sqrt(off) <= scale.error && std::sqrt(quantised) <= scale.norm);
         const long double length = norm(x.data(), size);
         if (length > 1e-25L && length < 1e30L) {  // and none is larger than it need be
-          EXPECT(scale.residual <= length * std::max(1.2e-3L, 2e-3L * std::sqrt(size / 2048.0L)) ||
+          EXPECT(scale.error <= length * std::max(1.2e-3L, 2e-3L * std::sqrt(size / 2048.0L)) ||
                  size < 3);
           EXPECT(scale.norm <= length * 1.001L);
         }
@@ -382,15 +380,16 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
         if (size > 200 && (&x_kind - kinds + (&w_kind - kinds) + size) % 7 != 0) continue;
         const int64_t rows = between(1, 13), count = between(1, 64);
         const std::vector<float> x = make(x_kind, rows, size), w = make(w_kind, count, size);
-        for (const CpuKernels* kernel : runnable_cpu_kernels()) {
-          Int16Rows x_rows(*kernel, x, size), w_rows(*kernel, w, size);
+        for (const KernelTable& kernels : runnable_kernels()) {
+          Int16Rows x_rows(kernels, x, size), w_rows(kernels, w, size);
           std::vector<float> w_scale, scores(rows * panel_features + 1, 12345);
           for (const Int16Scale& scale : w_rows.scale) w_scale.push_back(scale.scale);
           std::vector<int16_t> packed(panel_features * x_rows.stride + 1, 4321);
-          Ahead ahead;
-          ahead.add(x.data(), 4 * rows * size);
-          kernel->product_int16(x_rows.q.data(), x_rows.scale.data(), rows, w_rows.q.data(),
-                                w_scale.data(), count, size, packed.data(), scores.data(), ahead);
+          Prefetcher prefetcher;
+          prefetcher.add(x.data(), 4 * rows * size);
+          kernels.product_int16({x_rows.q.data(), x_rows.scale.data(), rows, w_rows.q.data(),
+                                 w_scale.data(), count, size, packed.data()},
+                                scores.data(), prefetcher);
           EXPECT(scores.back() == 12345 && packed.back() == 4321);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t f = 0; f < count; ++f) {
@@ -398,25 +397,24 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
               for (int64_t i = 0; i < size; ++i) {
                 const int64_t term = int64_t{x_rows.row(r)[i]} * w_rows.row(f)[i];
                 sum += term;
-                magnitude = (i % int16_depth(size) == 0 ? 0 : magnitude) + std::abs(term);
+                magnitude = (i % int16_part_size(size) == 0 ? 0 : magnitude) + std::abs(term);
                 EXPECT(magnitude <= 2147483647);  // a part's sums in any order stay within int32
               }
-              EXPECT_EQUAL(dot_int16(*kernel, x_rows.row(r), w_rows.row(f), size, r % dot_rows),
+              EXPECT_EQUAL(dot_int16(kernels, x_rows.row(r), w_rows.row(f), size, r % dot_rows),
                            sum);
               const Int16Scale &a = x_rows.scale[r], &b = w_rows.scale[f];
               const float score = scores[r * panel_features + f];
               const long double scaled = static_cast<long double>(a.scale) * b.scale * sum;
-              // As the layer adds it to the weights' residual: roundings of a product of norms.
               const long double rounding = static_cast<long double>(a.norm) * b.norm *
-                                           (8 + 2 * (size / int16_depth(size))) * 0x1p-24L;
+                                           int16_score_rounding(int16_part_count(size));
               if (!(std::fabs(score - scaled) <= rounding + underflow(size)))
-                check::fail(__FILE__, __LINE__, "rounding: " + at(*kernel, x_kind, w_kind, size));
+                check::fail(__FILE__, __LINE__, "rounding: " + at(kernels, x_kind, w_kind, size));
               const long double exact = dot(x.data() + r * size, w.data() + f * size, size);
-              const long double margin = a.residual * norm(w.data() + f * size, size) +
-                                         static_cast<long double>(a.norm) * b.residual + rounding +
+              const long double margin = a.error * norm(w.data() + f * size, size) +
+                                         static_cast<long double>(a.norm) * b.error + rounding +
                                          underflow(size);
               if (!(std::fabs(score - exact) <= margin))
-                check::fail(__FILE__, __LINE__, at(*kernel, x_kind, w_kind, size));
+                check::fail(__FILE__, __LINE__, at(kernels, x_kind, w_kind, size));
             }
         }
       }
@@ -426,37 +424,37 @@ TEST(screening_int16_products_are_exact_and_within_their_margin) {
 TEST(screening_int16_at_the_end_of_int32) {
   for (int64_t size = 1; size <= 70000; size += 1 + size / 9)
     for (const Kind& kind : kinds)
-      for (const CpuKernels* kernel : runnable_cpu_kernels()) {
+      for (const KernelTable& kernels : runnable_kernels()) {
         std::vector<float> x = make(kind, 1, size);
-        Int16Rows rows(*kernel, x, size);
+        Int16Rows rows(kernels, x, size);
         int64_t sum = 0, part = 0;
         for (int64_t i = 0; i < size; ++i) {
-          if (i % int16_depth(size) == 0) part = 0;
+          if (i % int16_part_size(size) == 0) part = 0;
           part += int64_t{rows.q[i]} * rows.q[i];
           EXPECT(part <= 2147483647);
           sum += int64_t{rows.q[i]} * rows.q[i];
         }
         for (int64_t beside = 0; beside < dot_rows; ++beside)
-          EXPECT_EQUAL(dot_int16(*kernel, rows.row(0), rows.row(0), size, beside), sum);
+          EXPECT_EQUAL(dot_int16(kernels, rows.row(0), rows.row(0), size, beside), sum);
         for (float& value : x) value = -value;
-        Int16Rows turned(*kernel, x, size);
-        EXPECT_EQUAL(dot_int16(*kernel, rows.row(0), turned.row(0), size, 0), -sum);
+        Int16Rows turned(kernels, x, size);
+        EXPECT_EQUAL(dot_int16(kernels, rows.row(0), turned.row(0), size, 0), -sum);
       }
 }
 
-TEST(screening_ahead_counts_its_lines) {
+TEST(screening_prefetcher_counts_its_lines) {
   std::vector<char> memory(10000);
-  Ahead ahead;
-  EXPECT_EQUAL(ahead.lines(), 0);
-  ahead.fetch(3);
+  Prefetcher prefetcher;
+  EXPECT_EQUAL(prefetcher.lines(), 0);
+  prefetcher.fetch(3);
   for (int turn = 0; turn < 2; ++turn) {
-    ahead.add(memory.data(), 1000);
-    ahead.add(memory.data() + 5000, 64);
-    ahead.add(memory.data() + 9000, 1);
-    EXPECT_EQUAL(ahead.lines(), 16 + 1 + 1);
-    ahead.fetch(7);
-    ahead.fetch(1000);  // more than there are
-    ahead.clear();
-    EXPECT_EQUAL(ahead.lines(), 0);
+    prefetcher.add(memory.data(), 1000);
+    prefetcher.add(memory.data() + 5000, 64);
+    prefetcher.add(memory.data() + 9000, 1);
+    EXPECT_EQUAL(prefetcher.lines(), 16 + 1 + 1);
+    prefetcher.fetch(7);
+    prefetcher.fetch(1000);  // more than there are
+    prefetcher.clear();
+    EXPECT_EQUAL(prefetcher.lines(), 0);
   }
 }

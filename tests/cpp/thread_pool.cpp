@@ -1,4 +1,5 @@
-// Worker threads: every unit once, no lane twice at a time, no call left waiting.
+// Worker threads: every task runs once, no worker is on two threads at a time, no call is left
+// waiting.
 #include "cpu/thread_pool.h"
 
 #include <sys/resource.h>
@@ -11,22 +12,22 @@
 
 #include "check.h"
 
-using sparse_transcoder::Lanes;
+using sparse_transcoder::cpu::ThreadPool;
 
 namespace {
 
 // Runs a call and checks what a body may rely on. The pause makes calls overlap.
-void run_checked(Lanes& workers, int64_t lanes, int64_t units, int microseconds = 0) {
-  std::vector<std::atomic<int>> done(units), busy(lanes);
-  workers.run(lanes, units, [&](int64_t lane, int64_t unit) {
-    EXPECT(lane >= 0 && lane < lanes && unit >= 0 && unit < units);
-    EXPECT_EQUAL(busy[lane].fetch_add(1), 0);
+void run_checked(ThreadPool& pool, int64_t workers, int64_t tasks, int microseconds = 0) {
+  std::vector<std::atomic<int>> done(tasks), busy(workers);
+  pool.run(workers, tasks, [&](int64_t worker, int64_t task) {
+    EXPECT(worker >= 0 && worker < workers && task >= 0 && task < tasks);
+    EXPECT_EQUAL(busy[worker].fetch_add(1), 0);
     if (microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
-    ++done[unit];
-    --busy[lane];
+    ++done[task];
+    --busy[worker];
   });
   for (const auto& count : done) EXPECT_EQUAL(count.load(), 1);
-  for (const auto& lane : busy) EXPECT_EQUAL(lane.load(), 0);
+  for (const auto& count : busy) EXPECT_EQUAL(count.load(), 0);
 }
 
 // Whether the body ends in time in a forked child, with no check failed there.
@@ -45,16 +46,16 @@ bool ends_in_child(Body body) {
 
 }  // namespace
 
-TEST(thread_pool_every_unit_runs_once) {
-  for (const int64_t workers : {0, 1, 3}) {
-    Lanes pool(workers);
-    for (const int64_t lanes : {1, 2, 4, 9})
-      for (const int64_t units : {0, 1, 2, 3, 50, 1000}) run_checked(pool, lanes, units);
+TEST(thread_pool_runs_every_task_once) {
+  for (const int64_t threads : {0, 1, 3}) {
+    ThreadPool pool(threads);
+    for (const int64_t workers : {1, 2, 4, 9})
+      for (const int64_t tasks : {0, 1, 2, 3, 50, 1000}) run_checked(pool, workers, tasks);
   }
 }
 
-TEST(thread_pool_use_their_workers) {
-  Lanes pool(3);
+TEST(thread_pool_uses_its_threads) {
+  ThreadPool pool(3);
   std::mutex mutex;
   std::condition_variable all_here;
   int here = 0;
@@ -65,8 +66,8 @@ TEST(thread_pool_use_their_workers) {
   });
 }
 
-TEST(thread_pool_many_callers_at_once) {
-  Lanes pool(3);
+TEST(thread_pool_serves_many_callers_at_once) {
+  ThreadPool pool(3);
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 8; ++caller)
     callers.emplace_back([&pool, caller] {
@@ -76,8 +77,8 @@ TEST(thread_pool_many_callers_at_once) {
   for (std::thread& caller : callers) caller.join();
 }
 
-TEST(thread_pool_a_busy_pool_does_not_hold_up_a_caller) {
-  Lanes pool(1);
+TEST(thread_pool_does_not_hold_up_a_caller_when_busy) {
+  ThreadPool pool(1);
   std::atomic<int> inside{0};
   std::atomic<bool> leave{false};
   std::thread slow([&] {
@@ -86,21 +87,21 @@ TEST(thread_pool_a_busy_pool_does_not_hold_up_a_caller) {
       while (!leave) std::this_thread::yield();
     });
   });
-  while (inside < 2) std::this_thread::yield();  // the only worker is in there
+  while (inside < 2) std::this_thread::yield();  // the only thread is in there
   run_checked(pool, 4, 100);
   leave = true;
   slow.join();
 }
 
-TEST(thread_pool_come_and_go) {
+TEST(thread_pool_comes_and_goes) {
   for (int i = 0; i < 50; ++i) {
-    Lanes pool(i % 4);
+    ThreadPool pool(i % 4);
     if (i % 2) run_checked(pool, 4, i);
   }
 }
 
-TEST(thread_pool_finish_in_a_forked_child) {
-  auto pool = std::make_unique<Lanes>(3);
+TEST(thread_pool_finishes_in_a_forked_child) {
+  auto pool = std::make_unique<ThreadPool>(3);
   run_checked(*pool, 4, 50, 10);
   EXPECT(ends_in_child([&] {
     for (int i = 0; i < 100; ++i) run_checked(*pool, 4, 20);
@@ -108,7 +109,7 @@ TEST(thread_pool_finish_in_a_forked_child) {
   EXPECT(ends_in_child([&] { pool.reset(); }));
   run_checked(*pool, 4, 50);
 
-  // Also when the workers are at work while it forks.
+  // The fork may also come while the threads are at work.
   std::atomic<bool> leave{false};
   std::thread caller([&] {
     while (!leave) pool->run(4, 8, [](int64_t, int64_t) {});
@@ -126,7 +127,7 @@ TEST(thread_pool_finish_in_a_forked_child) {
 
 #if !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)  // these need all of the address space
-TEST(thread_pool_make_do_with_fewer_threads) {
+TEST(thread_pool_makes_do_with_fewer_threads) {
   EXPECT(ends_in_child([] {
     int64_t pages = 0;
     std::ifstream("/proc/self/statm") >> pages;
@@ -134,7 +135,7 @@ TEST(thread_pool_make_do_with_fewer_threads) {
         pages * sysconf(_SC_PAGESIZE) + (200 << 20);  // room for some threads' stacks
     const rlimit limit = {most, most};
     setrlimit(RLIMIT_AS, &limit);
-    Lanes pool(300);
+    ThreadPool pool(300);
     run_checked(pool, 301, 1000);
   }));
 }

@@ -213,6 +213,17 @@ TEST(weights_refuse_malformed_files) {
       {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("a", "F32", "[1]", 4, 8) + "}",
                8),
        "\"a\" is there twice"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[1]", 8, 12) + "}",
+               12),
+       "tensor \"b\" must begin at byte 4, where the tensors before it end, got 8"},
+      {file_of("{" + tensor("a", "F32", "[1]", 4, 8) + "}", 8),
+       "tensor \"a\" must begin at byte 0"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "," + tensor("b", "F32", "[0]", 2, 2) + "}",
+               4),
+       "\"b\" must not overlap"},
+      {file_of("{" + tensor("a", "F32", "[1]", 0, 4) + "}", 5),
+       "the tensors must fill the 5 bytes after the header, got 4"},
+      {file_of("{}", 1), "the tensors must fill the 1 bytes after the header, got 0"},
   };
   for (const auto& file : files) {
     const std::string path = folder.write("f", file.bytes);
@@ -232,10 +243,12 @@ TEST(weights_refuse_malformed_files) {
 
 TEST(weights_accept_empty_tensors) {
   const Folder folder;
-  const std::string header =
-      "{" + tensor("a", "F32", "[0,3]", 0, 0) + "," + tensor("b", "F32", "[]", 0, 4) + "}";
+  const std::string header = "{" + tensor("a", "F32", "[0,3]", 0, 0) + "," +
+                             tensor("b", "F32", "[]", 0, 4) + "," +
+                             tensor("c", "F32", "[0]", 4, 4) + "}";
   const auto tensors = read_safetensors(folder.write("f", file_of(header, 4)));
   EXPECT_EQUAL(tensors.at("a").numel(), 0);
+  EXPECT_EQUAL(tensors.at("c").numel(), 0);
   EXPECT_EQUAL(tensors.at("b").dim(), 0);
 }
 

@@ -7,10 +7,11 @@
 #include <thread>
 
 #include "check.h"
+#include "pool.h"
 
-using sparse_transcoder::Plan;
 using sparse_transcoder::Pool;
-using sparse_transcoder::Workspace;
+using sparse_transcoder::cpu::Plan;
+using sparse_transcoder::cpu::Workspace;
 
 namespace {
 
@@ -23,38 +24,38 @@ struct Item {
 
 TEST(workspace_buffers_are_apart) {
   const Plan plans[] = {
-      {.rows = 1,
-       .lanes = 1,
-       .block = 1,
-       .panel = 1,
+      {.max_rows = 1,
+       .max_block_rows = 1,
+       .workers = 1,
+       .tile_rows = 1,
+       .tile_features = 1,
        .hidden_size = 1,
-       .int8_bytes = 0,
+       .int8_row_bytes = 0,
        .int8_inputs = 0,
        .int16_stride = 0,
-       .job_rows = 1,
-       .top_k = 1,
+       .max_k = 1,
        .capacity = 1},
-      {.rows = 7,
-       .lanes = 3,
-       .block = 2,
-       .panel = 5,
+      {.max_rows = 7,
+       .max_block_rows = 7,
+       .workers = 3,
+       .tile_rows = 2,
+       .tile_features = 5,
        .hidden_size = 33,
-       .int8_bytes = 384,
+       .int8_row_bytes = 384,
        .int8_inputs = 64,
        .int16_stride = 0,
-       .job_rows = 7,
-       .top_k = 4,
+       .max_k = 4,
        .capacity = 68},
-      {.rows = 512,
-       .lanes = 4,
-       .block = 64,
-       .panel = 512,
+      {.max_rows = 512,
+       .max_block_rows = 256,
+       .workers = 4,
+       .tile_rows = 64,
+       .tile_features = 512,
        .hidden_size = 576,
-       .int8_bytes = 1408,
+       .int8_row_bytes = 1408,
        .int8_inputs = 576,
        .int16_stride = 608,
-       .job_rows = 256,
-       .top_k = 50,
+       .max_k = 50,
        .capacity = 114},
   };
   for (const Plan& plan : plans) {
@@ -63,36 +64,43 @@ TEST(workspace_buffers_are_apart) {
       uintptr_t begin;
       size_t bytes;
     };
-    const auto span = [](auto* data, int64_t count) {
-      return Span{reinterpret_cast<uintptr_t>(data), count * sizeof(*data)};
+    std::vector<Span> spans;
+    const auto add = [&spans](auto* data, int64_t count) {
+      spans.push_back({reinterpret_cast<uintptr_t>(data), count * sizeof(*data)});
     };
-    const int64_t tile = sparse_transcoder::cpu::panel_features;
-    std::vector<Span> spans = {span(w.hidden, plan.rows * plan.hidden_size),
-                               span(w.int8, plan.rows * plan.int8_bytes),
-                               span(w.int16, plan.rows * plan.int16_stride),
-                               span(w.int16_scale, plan.rows),
-                               span(w.margin, plan.rows),
-                               span(w.lists, plan.rows * plan.lanes),
-                               span(w.keys, plan.rows * plan.lanes * plan.capacity),
-                               span(w.open, plan.rows * plan.lanes * plan.capacity),
-                               span(w.scores, plan.lanes * plan.scores()),
-                               span(w.candidates, plan.lanes * plan.panel),
-                               span(w.masks, plan.lanes * plan.job_rows),
-                               span(w.survivors, plan.lanes * 3 * plan.survivors()),
-                               span(w.packed, plan.lanes * tile * plan.int16_stride),
-                               span(w.rotated, plan.lanes * plan.int8_inputs),
-                               span(w.tally, plan.lanes),
-                               span(w.merged, plan.lanes * plan.lanes * plan.capacity),
-                               span(w.merged_open, plan.lanes * plan.lanes * plan.capacity)};
+    const int64_t reservoirs = plan.max_rows * plan.workers;
+    add(w.hidden, plan.max_rows * plan.hidden_size);
+    add(w.int8, plan.max_rows * plan.int8_row_bytes);
+    add(w.int16, plan.max_rows * plan.int16_stride);
+    add(w.int16_scales, plan.max_rows);
+    add(w.margins, plan.max_rows);
+    add(w.reservoirs, reservoirs);
+    add(w.keys, reservoirs * plan.capacity);
+    add(w.deferred, reservoirs * plan.capacity);
+    EXPECT_EQUAL(static_cast<int64_t>(w.workers.size()), plan.workers);
+    for (const sparse_transcoder::cpu::WorkerBuffers& worker : w.workers) {
+      add(worker.scores, plan.score_count());
+      add(worker.products, plan.product_count());
+      add(worker.candidates, plan.tile_features);
+      add(worker.positions, plan.tile_features);
+      add(worker.masks, plan.max_block_rows);
+      add(worker.survivors, 3 * plan.survivor_capacity());
+      add(worker.int16_panel, sparse_transcoder::panel_features * plan.int16_stride);
+      add(worker.rotated, plan.int8_inputs);
+      add(worker.merged_keys, plan.workers * plan.capacity);
+      add(worker.merged_deferred, plan.workers * plan.capacity);
+      add(worker.winners, plan.max_k);
+      add(worker.counters, 1);
+    }
     std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
-      return a.begin < b.begin ||
-             (a.begin == b.begin && a.bytes < b.bytes);  // no layer may have a copy: empty buffers
+      // Where no layer has a copy its buffers are empty.
+      return a.begin < b.begin || (a.begin == b.begin && a.bytes < b.bytes);
     });
     for (size_t i = 0; i < spans.size(); ++i) {
       EXPECT_EQUAL(spans[i].begin % 64, 0u);
       if (i > 0) EXPECT(spans[i - 1].begin + spans[i - 1].bytes <= spans[i].begin);
-      std::fill_n(reinterpret_cast<char*>(spans[i].begin), spans[i].bytes,
-                  1);  // a sanitizer sees what is outside
+      // A sanitizer sees what is outside.
+      std::fill_n(reinterpret_cast<char*>(spans[i].begin), spans[i].bytes, 1);
     }
     EXPECT(spans.back().begin + spans.back().bytes - spans.front().begin <=
            static_cast<size_t>(w.bytes));

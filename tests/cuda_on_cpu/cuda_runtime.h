@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,10 +16,15 @@
 #include <random>
 #include <vector>
 
+#include "cuda/kernels/kernels.h"
+
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(count)
+#define __launch_bounds__(...)
+#define __noinline__
+#define __grid_constant__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct dim3 {
   unsigned x, y, z;
@@ -30,11 +36,10 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 using cudaStream_t = void*;
-inline int cudaGetLastError() { return 0; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -134,28 +139,61 @@ inline Block& block() {
 }
 
 inline void __syncthreads() { block().sync(); }
+inline void __syncwarp() { block().sync_warp(); }
 
-inline int __syncthreads_or(int vote) {
-  if (vote) block().votes = 1;
+inline int __syncthreads_count(int vote) {
+  if (vote) ++block().votes;
   __syncthreads();
-  const int any = block().votes;
+  const int count = block().votes;
   __syncthreads();
   block().votes = 0;
   __syncthreads();
-  return any;
+  return count;
 }
+inline int __syncthreads_or(int vote) { return __syncthreads_count(vote) > 0; }
 
-template <typename T>
-T __shfl_down_sync(unsigned, T value, int width) {
-  const unsigned thread = threadIdx.x, lane = thread % 32;
-  block().lanes[thread] = value;  // float and int are exact in double
+// What every lane of the warp gives, seen by all of them; then take(lane of this thread, values).
+template <typename T, typename Take>
+auto exchange(T value, const Take& take) {
+  static_assert(sizeof(T) <= sizeof(double));
+  const unsigned thread = threadIdx.x;
+  double* lanes = block().lanes.data() + thread / 32 * 32;
+  std::memcpy(lanes + thread % 32, &value, sizeof(value));
   block().sync_warp();
-  const T got = lane + width < 32 ? static_cast<T>(block().lanes[thread + width]) : value;
+  const auto got = take(static_cast<int>(thread % 32), [&](int lane) {
+    T other;
+    std::memcpy(&other, lanes + lane, sizeof(other));
+    return other;
+  });
   block().sync_warp();
   return got;
 }
 
-// Puts work on a stream; with none it runs at once.
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return exchange(value, [&](int, const auto& of) { return of(from); });
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int width) {
+  return exchange(value, [&](int lane, const auto& of) { return of(std::min(lane + width, 31)); });
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int width) {
+  return exchange(value, [&](int lane, const auto& of) { return of(std::max(lane - width, 0)); });
+}
+inline unsigned __ballot_sync(unsigned, int vote) {
+  return exchange(vote, [&](int, const auto& of) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= unsigned{of(lane) != 0} << lane;
+    return votes;
+  });
+}
+inline int __any_sync(unsigned, int vote) { return __ballot_sync(~0u, vote) != 0; }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(unsigned bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
+
+// Puts work on a queue or a stream; with no stream it runs at once.
+void enqueue(sparse_transcoder::cuda::Queue& queue, std::function<void()> work);
 void enqueue(void* stream, std::function<void()> work);
 
 inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
@@ -168,13 +206,15 @@ inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel
     }
 }
 
-inline void launch(dim3 grid, unsigned threads, void* stream, std::function<void()> kernel) {
-  enqueue(stream, [=] { run(grid, threads, kernel); });
-}
-
 inline int atomicAdd(int* target, int value) {
   const int before = *target;
   *target += value;
+  return before;
+}
+
+inline int atomicMin(int* target, int value) {
+  const int before = *target;
+  *target = std::min(before, value);
   return before;
 }
 
@@ -192,6 +232,10 @@ To reinterpret_bits(From from) {
 }
 inline unsigned __float_as_uint(float value) { return reinterpret_bits<unsigned>(value); }
 inline float __uint_as_float(unsigned bits) { return reinterpret_bits<float>(bits); }
+inline double __hiloint2double(int high, int low) {
+  return reinterpret_bits<double>(uint64_t{static_cast<unsigned>(high)} << 32 |
+                                  static_cast<unsigned>(low));
+}
 
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) {

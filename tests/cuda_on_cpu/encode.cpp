@@ -1,10 +1,14 @@
-// The CUDA path, csrc/cuda_lanes.cpp and csrc/encode_cuda.cpp, on CPU tensors, with kernels whose
-// threads are CPU threads. Products are as far off as their margin allows, or nearly: towards one
-// side for even features, the other for odd ones.
+// The CUDA backend on CPU tensors, with kernels whose threads are CPU threads. Products are as far
+// off as their margin allows, or nearly: towards one side for even features, the other for odd
+// ones.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "cuda/chunk.cpp"
-#include "cuda/streams.cpp"
+#include <deque>
+
+#include "backend.h"
+#include "cuda/products.h"
+#include "cuda/streams.h"
 #include "cuda_runtime.h"
 #include "streams.h"
 
@@ -34,25 +38,25 @@ void copy_to(at::Tensor to, const at::Tensor& from) {
   enqueue(current_stream(), [=] { to.copy_(from); });
 }
 
+at::Tensor pinned(const at::Tensor& from) { return from.clone(); }
+
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-Layer make_layer(int64_t id, const LayerWeights& weights, Options options, bool screening,
-                 bool streamed) {
-  options.screening = Screening::off;  // of the CPU
-  Layer layer(id, weights, options, {at::kCPU, false});
-  layer.streamed = streamed;
-  layer.bf16_screen = screening && (layer.dtype == Dtype::bfloat16 || !streamed);
-  if (layer.bf16_screen && layer.dtype != Dtype::bfloat16)
-    add_bf16_copy(layer.copies, layer.W_enc, "layer 0", layer.norm);
-  return layer;
+Layer make_layer(int64_t id, const LayerWeights& weights, const Options& options) {
+  return Layer(id, weights, at::kCPU, options.activation_threshold);
 }
 
-Features outputs(const Layer& layer, const at::Tensor& hidden) {
-  const int64_t rows = hidden.size(0) * hidden.size(1);
-  return {at::full({rows, layer.top_k}, -1.0f), at::full({rows, layer.top_k}, -1, at::kLong),
-          at::full({rows}, -1.0f)};
+Features outputs(const Request& request) {
+  const int64_t rows = request.row_count(), k = request.k_out;
+  return {at::full({rows, k}, -1.0f), at::full({rows, k}, -1, at::kLong), at::full({rows}, -1.0f)};
+}
+
+Request make_request(const Layer& layer, const at::Tensor& hidden, const Options& options) {
+  Request request = {&layer, hidden, k_out(layer, options)};
+  request.out = outputs(request);
+  return request;
 }
 
 // One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the
@@ -75,24 +79,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   weights.input_bias = input_bias.value_or(none);
   weights.ln_weight = ln_weight.value_or(none);
   weights.ln_bias = ln_bias.value_or(none);
-  const Layer layer = make_layer(0, weights, options, screening, false);
-  CudaPlan plan = plan_cuda({&layer}, options, 3);
+  options.screening = screening ? Screening::automatic : Screening::off;
+  const cuda::PreparedLayer layer =
+      cuda::prepare_layer(make_layer(0, weights, options), options, false);
+  CudaPlan plan = plan_cuda({&layer}, options, k_out(layer, options), 3);
   plan.scores = std::max(scores, plan.rows);
   plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
-  plan.capacity = cuda::segment + room;
+  plan.capacity = cuda::list_room + room;
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
-  const Request request = {&layer, hidden, outputs(layer, hidden)};
-  const cuda::Io io = {hidden.const_data_ptr(),
-                       hidden.size(1),
-                       {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
-                       request.out.activations.mutable_data_ptr<float>(),
-                       request.out.indices.mutable_data_ptr<int64_t>(),
-                       request.out.sparsity.mutable_data_ptr<float>()};
-  const int64_t rows = request.rows(), step = chunk_rows(request, plan);
+  const CudaRequest request = {make_request(layer, hidden, options), &layer};
+  const cuda::LayerPointers pointers = {hidden.const_data_ptr(),
+                                        hidden.size(1),
+                                        {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
+                                        request.out.activations.mutable_data_ptr<float>(),
+                                        request.out.indices.mutable_data_ptr<int64_t>(),
+                                        request.out.sparsity.mutable_data_ptr<float>()};
+  cuda::Queue at_once;
+  const int64_t rows = request.row_count(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
-    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &io, buffers, plan,
-                nullptr);
+    encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &pointers, buffers, plan,
+                at_once);
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
@@ -110,10 +117,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   weights.W_enc = W_enc;
   weights.b_enc = b_enc;
   weights.k = k;
-  const Layer layer = make_layer(0, weights, options, true, streamed);
+  options.device_weight_bytes = streamed ? 0 : int64_t{1} << 40;
+  const Layer layer = make_layer(0, weights, options);
   const Streams at_once({});
-  const CudaDevice device({&layer}, options, at::kCPU);
-  const SparseFeatures found = encode_sparse_cuda({&layer, hidden, {}}, options, device);
+  const SparseFeatures found =
+      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({&layer, hidden});
   return {found.row_begin, found.features, found.activations};
 }
 
@@ -131,20 +139,22 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
   options.activation_threshold = 0;
   options.chunk_size = chunk;
   options.use_graphs = use_graphs;
+  options.device_weight_bytes = 0;
   std::deque<Layer> layers;
   std::vector<const Layer*> pointers;
   for (size_t i = 0; i < W_enc.size(); ++i) {
     LayerWeights weights;
     weights.W_enc = W_enc[i];
     weights.b_enc = at::zeros({W_enc[i].size(0)});
-    layers.push_back(make_layer(i, weights, options, true, streamed[i]));
+    layers.push_back(make_layer(i, weights, options));
     pointers.push_back(&layers.back());
+    if (!streamed[i]) options.device_weight_bytes += cuda::resident_bytes(layers.back(), options);
   }
   std::vector<at::Tensor> results, alive;
   products_left = failing;
   const Streams streams(static_cast<uint64_t>(seed));
   {
-    const CudaDevice device(pointers, options, at::kCPU);
+    const std::unique_ptr<Backend> device = make_cuda_backend(pointers, options, at::kCPU);
     for (size_t call = 0; call < hidden.size(); ++call) {
       streams.set_current(streams.stream(callers[call]));
       std::vector<Request> requests;
@@ -152,10 +162,10 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
         const at::Tensor& rows = hidden[call][i];
         const at::Tensor h = at::full_like(rows, std::numeric_limits<float>::quiet_NaN());
         copy_to(h, rows);
-        requests.push_back({&layers[i], h, outputs(layers[i], h)});
+        requests.push_back(make_request(layers[i], h, options));
       }
       try {
-        device.encode(requests);
+        device->encode(requests);
       } catch (const c10::Error&) {  // its results are whatever they are; those of the others must
                                      // not be
         TORCH_CHECK(products_left < 0);
@@ -207,9 +217,4 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
         return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
                                                use_graphs, seed, failing);
       });
-}
-
-// Recording a CPU tensor on a stream keeps no allocator from anything.
-TORCH_LIBRARY_IMPL(aten, CPU, library) {
-  library.impl("record_stream", [](at::Tensor&, at::Stream) {});
 }

@@ -22,46 +22,45 @@ struct Step {
   int64_t version = 0;
 };
 
-struct Queue {
+struct Stream {
   std::deque<Step> steps;
-  std::vector<Step>* recorder = nullptr;  // while captured
 };
 
 struct Machine {
-  std::map<int64_t, Queue> queues;
+  std::map<int64_t, Stream> streams;
   std::mt19937_64 random;
   int64_t current = 0, pool = 100;
   bool at_once = false;
 
-  void push(Queue& queue, Step step) {
-    (queue.recorder ? queue.recorder->emplace_back() : queue.steps.emplace_back()) =
-        std::move(step);
+  void push(Stream& stream, Step step) {
+    stream.steps.push_back(std::move(step));
     if (at_once) run();
   }
-  void record(Queue& queue, const std::shared_ptr<Event>& event) {
-    push(queue, {{}, event, {}, ++event->recorded});
+  void record(Stream& stream, const std::shared_ptr<Event>& event) {
+    push(stream, {{}, event, {}, ++event->recorded});
   }
-  void wait(Queue& queue, const std::shared_ptr<Event>& event) {
-    if (event->recorded > 0) push(queue, {{}, {}, event, event->recorded});
+  void wait(Stream& stream, const std::shared_ptr<Event>& event) {
+    if (event->recorded > 0) push(stream, {{}, {}, event, event->recorded});
   }
 
   void run() {
     for (;;) {
-      std::vector<Queue*> ready;
+      std::vector<Stream*> ready;
       bool left = false;
-      for (auto& [id, queue] : queues) {
-        left |= !queue.steps.empty();
-        if (!queue.steps.empty() && !(queue.steps.front().wait &&
-                                      queue.steps.front().wait->done < queue.steps.front().version))
-          ready.push_back(&queue);
+      for (auto& [id, stream] : streams) {
+        left |= !stream.steps.empty();
+        if (!stream.steps.empty() &&
+            !(stream.steps.front().wait &&
+              stream.steps.front().wait->done < stream.steps.front().version))
+          ready.push_back(&stream);
       }
       if (ready.empty()) {
         TORCH_CHECK(!left, "streams wait for each other");
         return;
       }
-      Queue& queue = *ready[random() % ready.size()];
-      const Step step = std::move(queue.steps.front());
-      queue.steps.pop_front();
+      Stream& stream = *ready[random() % ready.size()];
+      const Step step = std::move(stream.steps.front());
+      stream.steps.pop_front();
       if (step.work) step.work();
       if (step.record) step.record->done = std::max(step.record->done, step.version);
     }
@@ -73,7 +72,7 @@ std::unique_ptr<Machine> machine;
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   const at::Device device = at::kCPU;
 
-  static Queue& queue(const c10::Stream& stream) { return machine->queues[stream.id()]; }
+  static Stream& queued(const c10::Stream& stream) { return machine->streams[stream.id()]; }
   c10::Stream as_stream(int64_t id) const { return c10::Stream(c10::Stream::UNSAFE, device, id); }
 
   c10::DeviceType type() const override { return at::kCPU; }
@@ -90,14 +89,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream exchangeStream(c10::Stream stream) const override {
     return as_stream(std::exchange(machine->current, stream.id()));
   }
-  void* getStreamNativeHandle(const c10::Stream stream) const override { return &queue(stream); }
+  void* getStreamNativeHandle(const c10::Stream stream) const override { return &queued(stream); }
   void record(void** event, const c10::Stream& stream, c10::DeviceIndex,
               c10::EventFlag) const override {
     if (!*event) *event = new std::shared_ptr<Event>(std::make_shared<Event>());
-    machine->record(queue(stream), *static_cast<std::shared_ptr<Event>*>(*event));
+    machine->record(queued(stream), *static_cast<std::shared_ptr<Event>*>(*event));
   }
   void block(void* event, const c10::Stream& stream) const override {
-    if (event) machine->wait(queue(stream), *static_cast<std::shared_ptr<Event>*>(event));
+    if (event) machine->wait(queued(stream), *static_cast<std::shared_ptr<Event>*>(event));
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
     delete static_cast<std::shared_ptr<Event>*>(event);
@@ -109,6 +108,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 const c10::impl::DeviceGuardImplInterface* before = nullptr;
 
 }  // namespace
+
+int64_t failing_graphs = 0, launched_graphs = 0;
 
 Streams::Streams(std::optional<uint64_t> seed) {
   machine = std::make_unique<Machine>();
@@ -129,73 +130,81 @@ c10::Stream Streams::stream(int64_t id) const {
 void Streams::set_current(const c10::Stream& stream) const { machine->current = stream.id(); }
 void Streams::run_all() const { machine->run(); }
 
-void* current_stream() { return machine ? &machine->queues[machine->current] : nullptr; }
+void* current_stream() { return machine ? &machine->streams[machine->current] : nullptr; }
 
 void enqueue(void* stream, std::function<void()> work) {
   if (stream)
-    machine->push(*static_cast<Queue*>(stream), {std::move(work), {}, {}, 0});
+    machine->push(*static_cast<Stream*>(stream), {std::move(work), {}, {}, 0});
   else
     work();
 }
 
-namespace sparse_transcoder::cuda {
 namespace {
 
-// What was captured: a stream's steps each. They were forked and are joined by whoever launches
-// them.
+// A graph: steps, and for each the one that must run before it, or -1.
 struct Graph {
-  std::vector<std::vector<Step>> streams;
+  std::vector<std::pair<std::function<void()>, int64_t>> steps;
 };
-
-Graph* capturing = nullptr;
-constexpr int64_t first_captured = 1 << 20;
 
 }  // namespace
 
-int set_io(const Io* values, int64_t count, Io* io, void* stream) {
-  enqueue(stream, [batch = std::vector<Io>(values, values + count), io] {
-    std::copy(batch.begin(), batch.end(), io);
+void enqueue(sparse_transcoder::cuda::Queue& queue, std::function<void()> work) {
+  if (!queue.graph) return enqueue(queue.stream, std::move(work));
+  auto& steps = static_cast<Graph*>(queue.graph)->steps;
+  steps.emplace_back(std::move(work), reinterpret_cast<int64_t>(queue.last) - 1);
+  queue.last = reinterpret_cast<void*>(steps.size());
+}
+
+namespace sparse_transcoder::cuda {
+
+int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers* layers,
+                       Queue& queue) {
+  enqueue(queue, [batch = std::vector<LayerPointers>(values, values + count), layers] {
+    std::copy(batch.begin(), batch.end(), layers);
   });
   return 0;
 }
+
+bool built() { return true; }
 
 int multiprocessors(int* count) {
   *count = 3;
   return 0;
 }
 
-int begin_capture(void** streams, int64_t count) {
-  capturing = new Graph{std::vector<std::vector<Step>>(count)};
-  for (int64_t i = 0; i < count; ++i) {
-    Queue& queue = machine->queues[first_captured + i];
-    queue.recorder = &capturing->streams[i];
-    streams[i] = &queue;
-  }
+const char* error_name(int) { return "cudaErrorOfTheTests"; }
+const char* error_text(int) { return "a graph that fails"; }
+
+int make_graph(void** graph) {
+  *graph = new Graph;
   return 0;
 }
 
-int end_capture(void** streams, int64_t count, void** graph) {
-  for (int64_t i = 0; i < count; ++i) static_cast<Queue*>(streams[i])->recorder = nullptr;
-  *graph = std::exchange(capturing, nullptr);
-  return 0;
+int finish_graph(void* graph, void** executable) {
+  const bool fails = failing_graphs-- > 0;
+  *executable = fails ? nullptr : graph;
+  if (fails) delete static_cast<Graph*>(graph);
+  return fails ? 999 : 0;
 }
 
-int launch_graph(void* graph, void* stream) {
-  Queue& launcher = *static_cast<Queue*>(stream);
+// Each step runs on a stream of its own, so that only what the graph says orders them.
+int launch_graph(void* executable, void* stream) {
+  Stream& launcher = *static_cast<Stream*>(stream);
   const auto fork = std::make_shared<Event>();
   machine->record(launcher, fork);
-  for (const std::vector<Step>& steps : static_cast<Graph*>(graph)->streams) {
-    Queue& queue = machine->queues[machine->pool++];
-    machine->wait(queue, fork);
-    for (const Step& step : steps) machine->push(queue, step);
-    const auto join = std::make_shared<Event>();
-    machine->record(queue, join);
-    machine->wait(launcher, join);
+  std::vector<std::shared_ptr<Event>> done;
+  for (const auto& [work, before] : static_cast<Graph*>(executable)->steps) {
+    Stream& own = machine->streams[machine->pool++];
+    machine->wait(own, before < 0 ? fork : done[before]);
+    machine->push(own, {work, {}, {}, 0});
+    machine->record(own, done.emplace_back(std::make_shared<Event>()));
   }
+  for (const auto& event : done) machine->wait(launcher, event);
+  ++launched_graphs;
   return 0;
 }
 
-void destroy_graph(void* graph) { delete static_cast<Graph*>(graph); }
+void destroy_graph(void* executable) { delete static_cast<Graph*>(executable); }
 bool is_capturing(void*) { return false; }
 
 }  // namespace sparse_transcoder::cuda

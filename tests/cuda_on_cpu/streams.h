@@ -22,3 +22,6 @@ class Streams {
 
 // The native handle of torch's current stream; null where there are no Streams.
 void* current_stream();
+
+// How many of the next graphs cannot be made, and how many launches there were.
+extern int64_t failing_graphs, launched_graphs;

@@ -1,5 +1,5 @@
-// AVX2, FMA and F16C: x86-64 since 2013. Compiled with those flags, called only where the machine
-// has them.
+// AVX2, FMA and F16C: x86-64 since 2013. This file is compiled with those flags and called only
+// where the machine has them.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -23,7 +23,7 @@ __m256 load8(const uint16_t* w, F16) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 }
 
-// Converted from memory where that is possible: half the work of doing so from a register.
+// The conversion reads memory where it can, which is half the work of reading a register.
 __m256d load4(const float* w, F32) { return _mm256_cvtps_pd(_mm_loadu_ps(w)); }
 __m256d load4(const uint16_t* w, BF16) {
   const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w));
@@ -33,8 +33,8 @@ __m256d load4(const uint16_t* w, F16) {
   return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
 }
 
-// The 32 partial sums of each row, a few vectors of them at a time, so that all rows' stay in
-// registers: weights are converted once for all rows.
+// The 32 partial sums of each row are made a few vectors at a time, so that those of all rows stay
+// in registers. Weights are converted once for all rows.
 template <typename Element, int rows>
 void dot_block(const float* const* x, const typename Element::type* w, int64_t size,
                double* totals) {
@@ -63,7 +63,7 @@ void dot_block(const float* const* x, const typename Element::type* w, int64_t s
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = whole, lane = 0; i < size; ++i, ++lane)
       sums[r][lane] += double{x[r][i]} * Element::widen(w[i]);
-    // The order of fold, in registers.
+    // Adds up in the order of fold, in registers.
     __m256d sum[8];
     for (int v = 0; v < 8; ++v) sum[v] = _mm256_load_pd(sums[r] + 4 * v);
     for (int width = 4; width > 0; width /= 2)
@@ -83,7 +83,7 @@ void dot(const float* const* x, int64_t rows, const void* weights, int64_t size,
   blocks[rows - 1](x, w, size, totals);
 }
 
-// A block of `rows` x `features` dot products: both operands are read along their rows, so nothing
+// A block of `rows` x `features` dot products. Both operands are read along their rows, so nothing
 // is packed.
 template <typename Element, int rows, int features>
 void product_block(const float* x, const typename Element::type* w, int64_t size, float* scores,
@@ -130,8 +130,8 @@ template <typename Element>
 void product(const float* x, int64_t rows, const void* weights, int64_t count, int64_t size,
              float* scores) {
   const auto* w = static_cast<const typename Element::type*>(weights);
-  // Rows that stay in L2 while the weights pass; three features at a time stay in L1 while the rows
-  // pass.
+  // The rows of a block stay in L2 while all weights pass; three features stay in L1 while the rows
+  // of the block pass.
   const int64_t block = std::max<int64_t>(4, (128 << 10) / (4 * size) / 4 * 4);
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = std::min(first + block, rows);
@@ -148,8 +148,8 @@ void product(const float* x, int64_t rows, const void* weights, int64_t count, i
   }
 }
 
-// Without VNNI: to 16 bits, four features a vector, where pairs of products add up without
-// saturation.
+// Four int8 products per sum, without VNNI. Both operands are widened to 16 bits, four features per
+// vector, where pairs of products add up without saturation.
 struct Widen {
   static constexpr int features = 8;
   static void load(const uint8_t* w, __m256i (&wv)[2]) {
@@ -169,7 +169,7 @@ struct Widen {
   }
 };
 
-// Up to int16_depth inputs. Rows are padded with zeros to whole vectors.
+// One part of a row and a feature. Both are padded with zeros to whole vectors.
 int32_t dot_part(const int16_t* x, const int16_t* w, int64_t size) {
   __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
                     _mm256_setzero_si256()};
@@ -193,43 +193,32 @@ int32_t dot_part(const int16_t* x, const int16_t* w, int64_t size) {
 
 void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
                int64_t* sums) {
-  const int64_t depth = int16_depth(size);
+  const int64_t part = int16_part_size(size);
   for (int64_t r = 0; r < rows; ++r) {
     sums[r] = 0;
-    for (int64_t i = 0; i < size; i += depth)
-      sums[r] += dot_part(x[r] + i, w + i, std::min(depth, size - i));
+    for (int64_t i = 0; i < size; i += part)
+      sums[r] += dot_part(x[r] + i, w + i, std::min(part, size - i));
   }
 }
 
-int64_t candidates(const float* scores, const FeatureBounds& gate, const float* residual,
-                   int64_t count, Margin margin, float bound, uint32_t* out, int64_t* certain) {
-  const __m256 per_norm = _mm256_set1_ps(margin.per_norm),
-               per_residual = _mm256_set1_ps(margin.per_residual);
-  const __m256 bounds = _mm256_set1_ps(bound);
-  int64_t found = 0, sure_count = 0, i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m256 score = _mm256_loadu_ps(scores + i);
-    const __m256 slack =
-        _mm256_fmadd_ps(per_norm, _mm256_loadu_ps(gate.norm + i),
-                        _mm256_mul_ps(per_residual, _mm256_loadu_ps(residual + i)));
-    const __m256 upper = _mm256_add_ps(score, slack);
-    const int may = _mm256_movemask_ps(
-        _mm256_cmp_ps(upper, _mm256_loadu_ps(gate.surely_out_below + i), _CMP_NLT_UQ));
-    if (may == 0) continue;
-    const __m256 lower = _mm256_sub_ps(score, slack);
-    const int sure = _mm256_movemask_ps(
-        _mm256_cmp_ps(lower, _mm256_loadu_ps(gate.surely_in_from + i), _CMP_GE_OQ));
-    const __m256 needed = _mm256_sub_ps(bounds, _mm256_loadu_ps(gate.bias + i));
-    const int top = _mm256_movemask_ps(_mm256_cmp_ps(upper, needed, _CMP_NLT_UQ));
-    sure_count += __builtin_popcount(sure);
-    for (int mask = may & (top | ~sure); mask != 0; mask &= mask - 1) {
-      const int lane = __builtin_ctz(mask);
-      out[found++] = static_cast<uint32_t>(i + lane) << 1 | (~sure >> lane & 1);
-    }
+// Eight float32, for the gate.
+struct Eight {
+  using Floats = __m256;
+  static constexpr int64_t width = 8;
+  static __m256 load(const float* from) { return _mm256_loadu_ps(from); }
+  static __m256 fill(float value) { return _mm256_set1_ps(value); }
+  static __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  static __m256 subtract(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+  static __m256 multiply(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+  static __m256 multiply_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+  static int64_t count(unsigned mask) { return __builtin_popcount(mask); }
+  static unsigned at_least(__m256 a, __m256 b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
   }
-  *certain += sure_count;
-  return candidates_from(i, scores, gate, residual, count, margin, bound, out, found, certain);
-}
+  static unsigned not_less(__m256 a, __m256 b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ));
+  }
+};
 
 template <typename Element>
 void widen(const void* weights, float* out, int64_t size) {
@@ -241,17 +230,16 @@ void widen(const void* weights, float* out, int64_t size) {
 
 }  // namespace
 
-void use_avx2(CpuKernels& kernels) {
-  kernels.name = "avx2";
-  kernels.int8_rows = std::numeric_limits<int64_t>::max();
-  kernels.dense_share = 0.05;
+void use_avx2(KernelTable& kernels) {
+  kernels.crossovers.int8_rows = std::numeric_limits<int64_t>::max();
+  kernels.crossovers.max_share_float32 = 0.05;
   kernels.dot[0] = dot<F32>;
   kernels.dot[1] = dot<BF16>;
   kernels.dot[2] = dot<F16>;
   kernels.product[0] = product<F32>;
   kernels.product[1] = product<BF16>;
   kernels.product[2] = product<F16>;
-  kernels.candidates = candidates;
+  kernels.gate_row = gate_row<Eight>;
   kernels.widen[0] = widen<F32>;
   kernels.widen[1] = widen<BF16>;
   kernels.widen[2] = widen<F16>;

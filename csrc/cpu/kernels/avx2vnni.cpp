@@ -1,12 +1,13 @@
-// AVX2 with VNNI: Intel's processors without AVX-512 since 2021, AMD's since Zen 5. The machine's
-// code for the one instruction differs from AVX-512's (SPARSE_TRANSCODER_VEX); this file is
-// compiled once for each, so that it also runs, for tests, where only that is.
+// AVX2 with VNNI: Intel's processors without AVX-512 since 2021, AMD's since Zen 5. They encode the
+// one instruction (VEX) otherwise than processors with AVX-512 do (EVEX). This file is compiled
+// once for each, so that these loops can also be tested where only AVX-512 is.
 #include "cpu/kernels/screen_avx2-inl.h"
 
 namespace sparse_transcoder::cpu {
 namespace {
 
-struct Vnni {  // eight features a vector
+// Four int8 products per sum, eight features per vector.
+struct Vnni {
   static constexpr int features = 16;
   static void load(const uint8_t* w, __m256i (&wv)[2]) {
     wv[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
@@ -33,13 +34,12 @@ struct Vnni {  // eight features a vector
 }  // namespace
 
 #ifdef SPARSE_TRANSCODER_VEX
-void use_avx2vnni(CpuKernels& kernels) {
+void use_avx2vnni_vex(KernelTable& kernels) {
 #else
-void use_avx2vnni_evex(CpuKernels& kernels) {
+void use_avx2vnni_evex(KernelTable& kernels) {
 #endif
-  kernels.name = "avx2vnni";
-  kernels.two_planes_rows = 3;
-  kernels.dense_share = 0.17;
+  kernels.crossovers.two_planes_rows = 3;
+  kernels.crossovers.max_share_float32 = 0.17;
   kernels.screen_int8 = screen_int8<Vnni>;
 }
 

@@ -1,5 +1,5 @@
-// AVX-512 with VNNI: Intel since 2019, AMD since Zen 4. Compiled with those flags, called only
-// where the machine has them.
+// AVX-512 with VNNI: Intel since 2019, AMD since Zen 4. This file is compiled with those flags and
+// called only where the machine has them.
 #include <immintrin.h>
 
 #include <utility>
@@ -12,23 +12,24 @@
 namespace sparse_transcoder::cpu {
 namespace {
 
-constexpr int strip_rows =
-    6;  // 6 rows x 4 vectors of 16 features: 24 sums, 4 weights and an input fill the 32 registers
+// Six rows times four vectors of 16 features: 24 sums, 4 weights and an input fill the 32
+// registers.
+constexpr int strip_rows = 6;
 
-// Assembly, as gcc 12 copies the sum around the intrinsics of these.
+// The products are in assembly because gcc 12 copies the sum around their intrinsics.
 struct Int8 {  // four uint8 of w times four int8 of x
   static void add(__m512i& sum, __m512i w, __m512i x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
   }
 };
-struct Int16 {  // two int16 times two
+struct Int16 {  // two int16 of w times two int16 of x
   static void add(__m512i& sum, __m512i w, __m512i x) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
   }
 };
 
-// sum[r][v] += rows x panel over `steps` four-byte steps of the inputs: x [rows] `stride` bytes
-// apart, w [steps][64 features].
+// Adds the products of rows, `stride` bytes apart, and a panel [steps][64 features] to sum[r][v].
+// Each step takes four bytes of inputs. between() is called once per step.
 template <typename Type, int rows, typename Between>
 inline __attribute__((always_inline)) void multiply(const void* inputs, int64_t stride,
                                                     const void* weights, int64_t steps,
@@ -54,17 +55,17 @@ inline __attribute__((always_inline)) void multiply(const void* inputs, int64_t 
 struct Panel {
   const Int8Layout& layout;
   const uint8_t* weights;
-  const float* low;
-  Ahead& ahead;
-  const int64_t lines;  // to fetch ahead in each step
+  const float* surely_out_below;
+  Prefetcher& prefetcher;
+  const int64_t lines;  // to prefetch per step
 
   const Int8Features& features() const {
     return *reinterpret_cast<const Int8Features*>(weights + panel_features * layout.inputs);
   }
 };
 
-// One strip of rows, of all planes, times a panel, which streams from L2: its sums never leave the
-// registers.
+// One strip of rows, with all their planes, times a panel. The panel streams from L2; the sums
+// never leave the registers.
 template <int rows, int planes>
 __attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x, uint64_t* masks) {
   const Int8Layout& layout = panel.layout;
@@ -79,14 +80,14 @@ __attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x,
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_set1_epi32(terms(r).start);
   multiply<Int8, rows>(x, stride, panel.weights, layout.inputs / 4, sum,
-                       [&] { panel.ahead.fetch(panel.lines); });
+                       [&] { panel.prefetcher.fetch(panel.lines); });
 #pragma GCC unroll 6
   for (int r = 0; r < rows; r += planes) {
     uint64_t mask = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      // The scales first: their product times a sum is at most ||x|| ||w||; a sum times one of them
-      // alone could overflow.
+      // The scales are multiplied first. Their product times a sum is at most ||x|| ||w||; a sum
+      // times one of them alone could overflow.
       const __m512 scale = _mm512_loadu_ps(features.scale + 16 * v);
       __m512 upper = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]),
                                    _mm512_mul_ps(_mm512_set1_ps(terms(r).scale), scale));
@@ -94,11 +95,12 @@ __attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x,
         upper = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r + planes - 1][v]),
                                 _mm512_mul_ps(_mm512_set1_ps(terms(r + planes - 1).scale), scale),
                                 upper);
-      upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).residual),
+      upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).error),
                               _mm512_loadu_ps(features.norm + 16 * v), upper);
       upper = _mm512_fmadd_ps(_mm512_set1_ps(terms(r).norm),
-                              _mm512_loadu_ps(features.residual + 16 * v), upper);
-      mask |= uint64_t{_mm512_cmp_ps_mask(upper, _mm512_loadu_ps(panel.low + 16 * v), _CMP_NLT_UQ)}
+                              _mm512_loadu_ps(features.error + 16 * v), upper);
+      mask |= uint64_t{_mm512_cmp_ps_mask(upper, _mm512_loadu_ps(panel.surely_out_below + 16 * v),
+                                          _CMP_NLT_UQ)}
               << 16 * v;
     }
     masks[r / planes] = mask;
@@ -106,30 +108,28 @@ __attribute__((noinline)) void screen_strip(const Panel& panel, const int8_t* x,
 }
 
 template <int planes, int... i>
-void screen_planes(const Int8Layout& layout, const int8_t* rows, int64_t count,
-                   const uint8_t* weights, const float* low, uint64_t* masks, Ahead& ahead,
+void screen_planes(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher,
                    std::integer_sequence<int, i...>) {
   static constexpr void (*strips[])(const Panel&, const int8_t*,
                                     uint64_t*) = {screen_strip<(i + 1) * planes, planes>...};
-  constexpr int64_t most = sizeof...(i);
-  const int64_t steps = layout.inputs / 4 * ((count + most - 1) / most);
-  const Panel panel = {layout, weights, low, ahead, (ahead.lines() + steps - 1) / steps};
-  for (int64_t r = 0; r < count; r += most)
-    strips[std::min(most, count - r) - 1](panel, rows + r * planes * layout.row_bytes(), masks + r);
+  constexpr int64_t max_rows = sizeof...(i);
+  const int64_t count = args.row_count, row_bytes = planes * args.layout.row_bytes();
+  const int64_t steps = args.layout.inputs / 4 * ((count + max_rows - 1) / max_rows);
+  const Panel panel = {args.layout, args.panel, args.surely_out_below, prefetcher,
+                       (prefetcher.lines() + steps - 1) / steps};
+  for (int64_t r = 0; r < count; r += max_rows)
+    strips[std::min(max_rows, count - r) - 1](panel, args.rows + r * row_bytes, masks + r);
 }
 
-void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes,
-                 const uint8_t* panel, const float* low, uint64_t* masks, Ahead& ahead) {
-  if (planes == 1)
-    screen_planes<1>(layout, rows, count, panel, low, masks, ahead,
-                     std::make_integer_sequence<int, strip_rows>());
+void screen_int8(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher) {
+  if (args.planes == 1)
+    screen_planes<1>(args, masks, prefetcher, std::make_integer_sequence<int, strip_rows>());
   else
-    screen_planes<2>(layout, rows, count, panel, low, masks, ahead,
-                     std::make_integer_sequence<int, strip_rows / 2>());
+    screen_planes<2>(args, masks, prefetcher, std::make_integer_sequence<int, strip_rows / 2>());
 }
 
-// Up to int16_depth inputs. Rows are padded with zeros to whole vectors. Two sums a row hide the
-// latency; with one row, four.
+// One part of up to four rows and a feature, all padded with zeros to whole vectors. Two sums per
+// row hide the latency; one row alone needs four.
 template <int rows>
 void add_part(const int16_t* const* x, const int16_t* w, int64_t begin, int64_t end,
               int64_t* totals) {
@@ -182,9 +182,8 @@ void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t 
                                            int64_t*) = {add_part<1>, add_part<2>, add_part<3>,
                                                         add_part<4>};
   std::fill(sums, sums + rows, int64_t{0});
-  const int64_t depth = int16_depth(size);
-  for (int64_t i = 0; i < size; i += depth)
-    parts[rows - 1](x, w, i, std::min(i + depth, size), sums);
+  const int64_t part = int16_part_size(size);
+  for (int64_t i = 0; i < size; i += part) parts[rows - 1](x, w, i, std::min(i + part, size), sums);
 }
 
 __m512d load8(const float* w, F32) { return _mm512_cvtps_pd(_mm256_loadu_ps(w)); }
@@ -196,7 +195,7 @@ __m512d load8(const uint16_t* w, F16) {
   return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
 }
 
-// The 32 partial sums of each row in four vectors; weights are converted once for all rows.
+// The 32 partial sums of each row are four vectors. Weights are converted once for all rows.
 template <typename Element, int rows>
 void dot_block(const float* const* x, const typename Element::type* w, int64_t size,
                double* totals) {
@@ -223,7 +222,7 @@ void dot_block(const float* const* x, const typename Element::type* w, int64_t s
         sums[lane] += double{x[r][i]} * Element::widen(w[i]);
       for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_load_pd(sums + 8 * v);
     }
-    // The order of fold.
+    // Adds up in the order of fold.
     const __m512d eight =
         _mm512_add_pd(_mm512_add_pd(sum[r][0], sum[r][2]), _mm512_add_pd(sum[r][1], sum[r][3]));
     const __m256d four =
@@ -242,7 +241,7 @@ void dot(const float* const* x, int64_t rows, const void* weights, int64_t size,
   blocks[rows - 1](x, w, size, totals);
 }
 
-// 16 x 16 of int32.
+// Transposes 16 x 16 int32.
 inline __attribute__((always_inline)) void transpose(__m512i (&row)[16]) {
   __m512i next[16];
 #pragma GCC unroll 8
@@ -274,8 +273,8 @@ inline __attribute__((always_inline)) void transpose(__m512i (&row)[16]) {
   for (int i = 0; i < 16; ++i) row[i] = next[i];
 }
 
-// [64 features][size] to [size / 2][64 features][2]; features from `count` on are zeros. Rows are
-// padded to whole vectors.
+// Turns [64 features][size] into [size / 2][64 features][2]. Features from `count` on become zeros.
+// Rows are padded to whole vectors.
 void pack_int16(const int16_t* w, int64_t count, int64_t size, int16_t* packed) {
   const int64_t stride = int16_stride(size);
   for (int64_t i = 0; i < size; i += 32)
@@ -292,13 +291,13 @@ void pack_int16(const int16_t* w, int64_t count, int64_t size, int16_t* packed) 
     }
 }
 
-// Inputs [begin, end) of a panel, whose products add up within int32.
+// Inputs [begin, end) of a panel: one part, whose products add up within int32.
 struct Int16Part {
   int64_t begin, end, size;
   const int16_t* packed;
   const float* scale;
-  Ahead& ahead;
-  int64_t lines;
+  Prefetcher& prefetcher;
+  int64_t lines;  // to prefetch per step
 };
 
 // One strip of rows times a part of a panel, which streams from L2.
@@ -312,7 +311,7 @@ __attribute__((noinline)) void product_part(const Int16Part& part, const int16_t
     for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_si512();
   multiply<Int16, rows>(x + part.begin, 2 * int16_stride(part.size),
                         part.packed + part.begin * panel_features, (part.end - part.begin + 1) / 2,
-                        sum, [&] { part.ahead.fetch(part.lines); });
+                        sum, [&] { part.prefetcher.fetch(part.lines); });
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -327,65 +326,51 @@ __attribute__((noinline)) void product_part(const Int16Part& part, const int16_t
     }
 }
 
-void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w,
-                   const float* w_scale, int64_t count, int64_t size, int16_t* packed,
-                   float* scores, Ahead& ahead) {
+void product_int16(const Int16ProductArgs& args, float* scores, Prefetcher& prefetcher) {
   static constexpr void (*strips[])(const Int16Part&, const int16_t*, const Int16Scale*, float*) = {
       product_part<1>, product_part<2>, product_part<3>,
       product_part<4>, product_part<5>, product_part<6>};
-  pack_int16(w, count, size, packed);
-  float w_scales[panel_features] = {};
-  std::copy(w_scale, w_scale + count, w_scales);
-  const int64_t steps = (size + 1) / 2 * ((rows + strip_rows - 1) / strip_rows),
-                lines = (ahead.lines() + steps - 1) / steps;
-  const int64_t depth = int16_depth(size);
-  for (int64_t r = 0; r < rows; r += strip_rows)
-    for (int64_t begin = 0; begin < size; begin += depth) {
-      const Int16Part part = {begin, std::min(begin + depth, size), size, packed, w_scales, ahead,
-                              lines};
-      strips[std::min<int64_t>(strip_rows, rows - r) - 1](part, x + r * int16_stride(size),
-                                                          scale + r, scores + r * panel_features);
-    }
-}
-
-int64_t candidates(const float* scores, const FeatureBounds& gate, const float* residual,
-                   int64_t count, Margin margin, float bound, uint32_t* out, int64_t* certain) {
-  const __m512 per_norm = _mm512_set1_ps(margin.per_norm),
-               per_residual = _mm512_set1_ps(margin.per_residual);
-  const __m512 bounds = _mm512_set1_ps(bound);
-  int64_t found = 0, sure_count = 0, i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const __m512 score = _mm512_loadu_ps(scores + i);
-    const __m512 slack =
-        _mm512_fmadd_ps(per_norm, _mm512_loadu_ps(gate.norm + i),
-                        _mm512_mul_ps(per_residual, _mm512_loadu_ps(residual + i)));
-    const __m512 upper = _mm512_add_ps(score, slack);
-    const unsigned may =
-        _mm512_cmp_ps_mask(upper, _mm512_loadu_ps(gate.surely_out_below + i), _CMP_NLT_UQ);
-    if (may == 0) continue;
-    const unsigned sure = _mm512_cmp_ps_mask(_mm512_sub_ps(score, slack),
-                                             _mm512_loadu_ps(gate.surely_in_from + i), _CMP_GE_OQ);
-    const __m512 needed = _mm512_sub_ps(bounds, _mm512_loadu_ps(gate.bias + i));
-    const unsigned top = _mm512_cmp_ps_mask(upper, needed, _CMP_NLT_UQ);
-    sure_count += __builtin_popcount(sure);
-    for (unsigned mask = may & (top | ~sure); mask != 0; mask &= mask - 1) {
-      const int lane = __builtin_ctz(mask);
-      out[found++] = static_cast<uint32_t>(i + lane) << 1 | (~sure >> lane & 1);
+  const int64_t rows = args.row_count, size = args.size, part_size = int16_part_size(size);
+  pack_int16(args.features, args.feature_count, size, args.packed);
+  float feature_scale[panel_features] = {};
+  std::copy(args.feature_scale, args.feature_scale + args.feature_count, feature_scale);
+  const int64_t steps = (size + 1) / 2 * ((rows + strip_rows - 1) / strip_rows);
+  const int64_t lines = (prefetcher.lines() + steps - 1) / steps;
+  for (int64_t r = 0; r < rows; r += strip_rows) {
+    const auto strip = strips[std::min<int64_t>(strip_rows, rows - r) - 1];
+    for (int64_t begin = 0; begin < size; begin += part_size) {
+      const Int16Part part = {
+          begin, std::min(begin + part_size, size), size, args.packed, feature_scale, prefetcher,
+          lines};
+      strip(part, args.rows + r * int16_stride(size), args.row_scale + r,
+            scores + r * panel_features);
     }
   }
-  *certain += sure_count;
-  return candidates_from(i, scores, gate, residual, count, margin, bound, out, found, certain);
 }
+
+// Sixteen float32, for the gate.
+struct Sixteen {
+  using Floats = __m512;
+  static constexpr int64_t width = 16;
+  static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+  static __m512 fill(float value) { return _mm512_set1_ps(value); }
+  static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static __m512 subtract(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+  static __m512 multiply(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+  static int64_t count(unsigned mask) { return __builtin_popcount(mask); }
+  static unsigned at_least(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static unsigned not_less(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+};
 
 }  // namespace
 
-void use_avx512vnni(CpuKernels& kernels) {
-  kernels.name = "avx512vnni";
-  kernels.fast_int16 = true;
+void use_avx512vnni(KernelTable& kernels) {
+  kernels.crossovers.fast_int16 = true;
   kernels.dot[0] = dot<F32>;
   kernels.dot[1] = dot<BF16>;
   kernels.dot[2] = dot<F16>;
-  kernels.candidates = candidates;
+  kernels.gate_row = gate_row<Sixteen>;
   kernels.quantise_row = quantise_row;
   kernels.quantise_panel = quantise_panel;
   kernels.screen_int8 = screen_int8;

@@ -1,47 +1,79 @@
-// Chooses the instruction set, once.
+// The instruction sets, and the choice between them.
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/kernels/kernels.h"
 
 namespace sparse_transcoder::cpu {
+namespace {
 
-const std::vector<const CpuKernels*>& runnable_cpu_kernels() {
-  static const std::vector<const CpuKernels*> runnable = [] {
-    static CpuKernels tables[4];
-    std::vector<const CpuKernels*> all;
-    const auto add = [&](void (*use)(CpuKernels&)) {
-      CpuKernels& table = tables[all.size()];
-      if (!all.empty()) table = *all.back();
-      use(table);
-      all.push_back(&table);
-    };
-    add(use_portable);
+struct InstructionSet {
+  std::string_view name;
+  bool (*supported)();
+  void (*use)(KernelTable& kernels);
+};
+
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      add(use_avx2);
-      const bool avx512vnni =
-          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-      if (avx512vnni || __builtin_cpu_supports("avxvnni"))
-        add(avx512vnni ? use_avx2vnni_evex : use_avx2vnni);
-      if (avx512vnni) add(use_avx512vnni);
-    }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx2vnni() {
+  return has_avx512vnni() || (has_avx2() && __builtin_cpu_supports("avxvnni"));
+}
+void use_avx2vnni(KernelTable& kernels) {
+  has_avx512vnni() ? use_avx2vnni_evex(kernels) : use_avx2vnni_vex(kernels);
+}
 #endif
-    return all;
+
+// From the slowest to the fastest. Each keeps the loops of the one before it that it does not
+// replace, and runs only where that one runs.
+constexpr InstructionSet instruction_sets[] = {
+    {"portable", [] { return true; }, use_portable},
+#if defined(__x86_64__)
+    {"avx2", has_avx2, use_avx2},
+    {"avx2vnni", has_avx2vnni, use_avx2vnni},
+    {"avx512vnni", has_avx512vnni, use_avx512vnni},
+#endif
+};
+
+const KernelTable& choose() {
+  const char* name = std::getenv("SPARSE_TRANSCODER_CPU");
+  const std::vector<KernelTable>& runnable = runnable_kernels();
+  if (name == nullptr || *name == 0) return runnable.back();
+  std::string names;
+  for (const KernelTable& kernels : runnable) {
+    if (kernels.name == name) return kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels.name);
+  }
+  throw std::invalid_argument("SPARSE_TRANSCODER_CPU must be one of " + names +
+                              " on this machine, got " + name);
+}
+
+}  // namespace
+
+const std::vector<KernelTable>& runnable_kernels() {
+  static const std::vector<KernelTable> runnable = [] {
+    std::vector<KernelTable> tables;
+    KernelTable kernels = {};
+    for (const InstructionSet& set : instruction_sets) {
+      if (!set.supported()) continue;
+      set.use(kernels);
+      kernels.name = set.name;
+      tables.push_back(kernels);
+    }
+    return tables;
   }();
   return runnable;
 }
 
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen = []() -> const CpuKernels& {
-    const char* forced = std::getenv("SPARSE_TRANSCODER_CPU");
-    if (forced != nullptr)
-      for (const CpuKernels* kernels : runnable_cpu_kernels())
-        if (std::strcmp(forced, kernels->name) == 0) return *kernels;
-    return *runnable_cpu_kernels().back();
-  }();
+const KernelTable& active_kernels() {
+  static const KernelTable& chosen = choose();
   return chosen;
 }
 

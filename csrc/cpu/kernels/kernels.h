@@ -1,55 +1,58 @@
-// The inner loops of the CPU engine. Torch-free: raw pointers and sizes. One file an instruction
-// set; the exact ones give the same bits on all.
+// The inner loops of the CPU backend. They take pointers and sizes and know nothing of torch. Each
+// instruction set has one file; the exact loops give the same bits on all of them.
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "types.h"
 
 namespace sparse_transcoder::cpu {
 
-constexpr int64_t dot_rows = 4;  // that a feature's exact and int16 products are made for at a time
-constexpr int64_t panel_features =
-    64;  // of the int8 and int16 screens: one bit each in a 64-bit mask
+// Rows per call of dot and dot_int16, at most.
+constexpr int64_t dot_rows = 4;
 
-// How the int8 screen lays out a row or a feature, rotated (quantise.h): `inputs` numbers, zeros
-// after the first `size` before their rotation, `mixed` of which are rotated into each other.
+// Where the int8 screen keeps a rotated row or feature (quantise-inl.h). It holds `inputs` numbers:
+// the `size` inputs and zeros after them, rotated into each other in groups of `mixed`.
 struct Int8Layout {
-  static constexpr int64_t most_inputs = 1 << 16;  // sums stay within int32
+  // The sums of longer rows could leave int32.
+  static constexpr int64_t max_inputs = 1 << 16;
   int64_t size, inputs, mixed;
 
   explicit Int8Layout(int64_t size) : size(size), inputs((size + 63) / 64 * 64), mixed(64) {
-    // The largest power of two that divides the inputs and leaves 16 of them side by side: a
+    // The largest power of two that divides `inputs` and leaves 16 groups, one for each lane of a
     // vector.
     while (!(inputs & mixed) && inputs >= 32 * mixed) mixed *= 2;
   }
 
-  // Of a row: int8 inputs, then Int8Row. An odd number of cache lines, so that rows do not share
-  // their place in the caches.
+  // Bytes of one row: the int8 inputs, then an Int8Row. The size is odd in cache lines so that rows
+  // do not fall into one cache set.
   int64_t row_bytes() const { return inputs / 128 * 128 + 64 * (inputs % 128 == 0 ? 1 : 3); }
-  // Of a panel: [inputs / 4][64 features][4] uint8 (weight + 128), then Int8Features.
+  // Bytes of one panel: [inputs / 4][64 features][4] uint8 (weight + 128), then an Int8Features.
   int64_t panel_bytes() const { return panel_features * (inputs + 12); }
 };
 
-// The rotated row y is about scale * q, two planes of q being added.
+// What turns a row's integers q back into numbers: the rotated row y is about scale * q. With two
+// planes it is about the sum of both planes' scale * q.
 struct Int8Row {
   float scale;
-  int32_t start;         // -128 times the sum of q: weights are stored as weight + 128
-  float residual, norm;  // with both planes: >= ||y - scale * q||, >= ||scale * q||
+  int32_t start;      // -128 times the sum of q, because weights are stored as weight + 128
+  float error, norm;  // of both planes: at least ||y - scale * q|| and ||scale * q||
 };
 
-// So are rotated features z; all is divided by `mixed`, so that products with a row's are of x . w.
+// The same of a panel's rotated features z. Everything is divided by `mixed`, so that products with
+// a row's numbers are products of the row and the feature themselves.
 struct Int8Features {
   float scale[panel_features];
-  float norm[panel_features];      // >= ||z||
-  float residual[panel_features];  // >= ||z - scale * q||, and the rounding of a score in units of
-                                   // the row's norm
+  float norm[panel_features];   // at least ||z||
+  float error[panel_features];  // at least ||z - scale * q||, plus the rounding of a score per unit
+                                // of the row's norm
 };
 
-// Memory to bring into the cache while a screen computes, evenly over its course: a burst would
-// hold it up.
-class Ahead {
+// Memory to bring into the cache while a screen computes. The requests are spread evenly over the
+// screen, because a burst of them would hold it up.
+class Prefetcher {
  public:
   int64_t lines() const { return lines_; }
   void clear() { count_ = lines_ = next_ = 0, at_ = end_ = nullptr; }
@@ -73,91 +76,131 @@ class Ahead {
     const char* begin;
     int64_t bytes;
   };
-  Range ranges_[1 + 2 * panel_features];  // a panel, and two rows a feature
+  Range ranges_[1 + 2 * panel_features];  // one panel, and two rows per feature
   int64_t count_ = 0, lines_ = 0, next_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
-// A row of int16: x is about scale * q.
+// What turns a row of int16 numbers q back: x is about scale * q.
 struct Int16Scale {
   float scale;
-  float residual;  // >= ||x - scale * q||
-  float norm;      // >= ||scale * q||
+  float error;  // at least ||x - scale * q||
+  float norm;   // at least ||scale * q||
 };
 
-// Elements between int16 rows: whole vectors, an odd number of cache lines.
+// Elements between int16 rows: whole vectors, and an odd number of cache lines.
 constexpr int64_t int16_stride(int64_t size) { return (size + 31) / 64 * 64 + 32; }
-// Inputs whose products add up within int32: the more, the coarser the scale. Parts of a row,
-// nearly alike, of whole vectors.
-constexpr int64_t int16_depth(int64_t size) {
+// Int16 rows are multiplied in parts of nearly equal size, each of whole vectors. The sums of one
+// part stay within int32; a larger part would need a coarser scale.
+constexpr int64_t int16_part_size(int64_t size) {
   const int64_t parts = (size + 639) / 640;
   return ((size + parts - 1) / parts + 127) / 128 * 128;
 }
+constexpr int64_t int16_part_count(int64_t size) {
+  return (size + int16_part_size(size) - 1) / int16_part_size(size);
+}
 
-struct CpuKernels {
-  const char* name;
-  // Measured by benchmarks/crossovers.py; docs/screening.md shows what they rest on.
-  int64_t int8_rows;        // rows of a call up to which the int8 screen beats the float32 product
-  int64_t two_planes_rows;  // up to which a second plane of int8 costs next to nothing, as the
-                            // screen waits for memory
-  double dense_share;       // of the pairs: when more survive int8, the float32 product beats it
-  bool fast_int16;          // the int16 screen beats the float32 product
+// One row's scores against the bounds of `count` features.
+struct GateArgs {
+  const float* scores;
+  FeatureBounds bounds;
+  const float* residual;  // of the features, see Margin
+  int64_t count;
+  Margin margin;
+  float min_value;  // the row's k-th best activation so far, less the rounding of the comparison
+};
 
-  // sums[r] = sum_i x[r][i] * w[i] in float64 for up to dot_rows rows: exact products, 32
-  // interleaved partial sums, then a fixed tree. Independent of the instruction set, of fused
-  // multiply-add, because a product of two float32 is exact in float64, and of the rows beside.
+// Rows against one panel in int8.
+struct Int8ScreenArgs {
+  const Int8Layout& layout;
+  const int8_t* rows;  // [row_count, planes, layout.row_bytes()]
+  int64_t row_count, planes;
+  const uint8_t* panel;
+  const float* surely_out_below;  // [64]
+};
+
+// Rows times a panel of feature_count <= 64 features in int16. Rows and features are
+// int16_stride(size) apart.
+struct Int16ProductArgs {
+  const int16_t* rows;
+  const Int16Scale* row_scale;
+  int64_t row_count;
+  const int16_t* features;
+  const float* feature_scale;
+  int64_t feature_count, size;
+  int16_t* packed;  // scratch, [64 * int16_stride(size)]
+};
+
+// Where one screen becomes faster than another, as benchmarks/crossovers.py measures it.
+// docs/performance.md shows the times.
+struct Crossovers {
+  int64_t int8_rows;         // int8 beats float32 in calls of at most this many rows
+  int64_t two_planes_rows;   // a second int8 plane is nearly free in calls of at most this many
+                             // rows, because the screen waits for memory
+  double max_share_float32;  // of a panel's pairs that survive int8: beyond it a float32 product of
+                             // the panel is faster
+  double max_share_int16;    // the same for an int16 product
+  bool fast_int16;           // int16 beats float32
+};
+
+// The loops of one instruction set. Arrays [3] are indexed by Dtype.
+struct KernelTable {
+  std::string_view name;
+  Crossovers crossovers;
+
+  // sums[r] = sum_i x[r][i] * w[i] for up to dot_rows rows, in float64: 32 interleaved partial
+  // sums, then a fixed tree. A product of two float32 is exact in float64. So the sums depend
+  // neither on the instruction set, nor on fused multiply-add, nor on the other rows of the call.
   void (*dot[3])(const float* const* x, int64_t rows, const void* w, int64_t size, double* sums);
 
-  // scores[r * count + f] = sum_i x[r * size + i] * w[f * size + i] in float32, in any order; x
-  // [rows, size], w [count, size].
+  // scores[r * count + f] = sum_i x[r * size + i] * w[f * size + i] in float32, in any order.
+  // x is [rows, size], w is [count, size].
   void (*product[3])(const float* x, int64_t rows, const void* w, int64_t count, int64_t size,
                      float* scores);
 
-  // Features of one row that a screen cannot rule out, as (position << 1 | ambiguous) in ascending
-  // order; returns how many. A feature is kept when it may be active and either may reach `bound`
-  // (the row's running k-th best) or is ambiguous: too near its gate to be counted unseen. Those
-  // surely active add to *certain.
-  int64_t (*candidates)(const float* scores, const FeatureBounds& gate, const float* residual,
-                        int64_t count, Margin margin, float bound, uint32_t* out, int64_t* certain);
+  // Writes the features that a screen cannot rule out as (position << 1 | ambiguous), ascending,
+  // and returns how many there are. A feature stays when it may be active and either may reach
+  // min_value or is ambiguous, that is too near its gate to be counted without being computed. The
+  // surely active ones are added to *active_count.
+  int64_t (*gate_row)(const GateArgs& args, uint32_t* candidates, int64_t* active_count);
 
   // out[i] = float(w[i]), exactly.
   void (*widen[3])(const void* w, float* out, int64_t size);
 
-  // One row for the int8 screen, row_bytes() a plane: with two planes the second holds what the
-  // first leaves. rotated [inputs] is scratch.
+  // Makes one row for the int8 screen, row_bytes() per plane. A second plane holds what the first
+  // leaves. rotated [inputs] is scratch.
   void (*quantise_row)(const Int8Layout& layout, const float* x, int64_t planes, int8_t* row,
                        float* rotated);
-  // 64 features for the int8 screen; those from `count` on are zeros. w [count, size].
+  // Makes a panel of 64 features for the int8 screen from w [count, size]; the features from
+  // `count` on are zeros.
   void (*quantise_panel)(const Int8Layout& layout, const float* w, int64_t count, uint8_t* panel);
-  // masks[r] bit f: row r's dot product with feature f of the panel may reach low[f].
-  void (*screen_int8)(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes,
-                      const uint8_t* panel, const float* low, uint64_t* masks, Ahead& ahead);
+  // Bit f of masks[r] says whether row r's dot product with feature f may reach
+  // surely_out_below[f].
+  void (*screen_int8)(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher);
 
-  // q [int16_stride(size)], zeros after `size`.
+  // Fills q [int16_stride(size)]: the numbers, then zeros.
   Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);
-  // sums[r] = x[r] . w for up to dot_rows rows, exact.
+  // sums[r] = x[r] . w for up to dot_rows rows, exactly.
   void (*dot_int16)(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
                     int64_t* sums);
-  // scores[r * 64 + f] = scale[r] * w_scale[f] * (x[r] . w[f]), parts of int16_depth(size) inputs
-  // added up in float32, for a panel of count <= 64 features; rows int16_stride(size) apart; packed
-  // [64 * int16_stride(size)] is scratch.
-  void (*product_int16)(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w,
-                        const float* w_scale, int64_t count, int64_t size, int16_t* packed,
-                        float* scores, Ahead& ahead);
+  // scores[r * 64 + f] = row_scale[r] * feature_scale[f] * (row r . feature f). Each part is exact;
+  // the parts are added up in float32.
+  void (*product_int16)(const Int16ProductArgs& args, float* scores, Prefetcher& prefetcher);
 };
 
-// The best that this machine can run, chosen once.
-// SPARSE_TRANSCODER_CPU=portable|avx2|avx2vnni|avx512vnni forces one (for tests).
-const CpuKernels& cpu_kernels();
+// The loops that this process uses: those that SPARSE_TRANSCODER_CPU names, or the best that the
+// machine can run. Throws std::invalid_argument, in one line, where the machine cannot run what is
+// named.
+const KernelTable& active_kernels();
 
-// All that this machine can run, the portable one first.
-const std::vector<const CpuKernels*>& runnable_cpu_kernels();
+// The loops of every instruction set that this machine can run, the portable one first.
+const std::vector<KernelTable>& runnable_kernels();
 
-// Each replaces what its instruction set does better than what the table holds.
-void use_portable(CpuKernels& kernels);
-void use_avx2(CpuKernels& kernels);
-void use_avx2vnni(CpuKernels& kernels);       // as AVX-VNNI encodes it
-void use_avx2vnni_evex(CpuKernels& kernels);  // as AVX-512 does
-void use_avx512vnni(CpuKernels& kernels);
+// Each replaces the loops that its instruction set does better than the table's.
+void use_portable(KernelTable& kernels);
+void use_avx2(KernelTable& kernels);
+void use_avx2vnni_vex(KernelTable& kernels);   // VNNI as processors without AVX-512 encode it
+void use_avx2vnni_evex(KernelTable& kernels);  // VNNI as processors with AVX-512 encode it
+void use_avx512vnni(KernelTable& kernels);
 
 }  // namespace sparse_transcoder::cpu

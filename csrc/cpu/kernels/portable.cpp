@@ -1,4 +1,4 @@
-// Plain C++: any machine, and the definition of the order of every sum.
+// Plain C++, for any machine. It defines the order of every sum.
 #include <algorithm>
 
 #include "cpu/kernels/element-inl.h"
@@ -25,15 +25,15 @@ void dot(const float* const* rows, int64_t count, const void* weights, int64_t s
   }
 }
 
-// Four partial sums each for two rows and two features: what compilers turn into vectors on any
-// machine.
+// Two rows times two features at a time, each with four partial sums, which compilers turn into
+// vectors on any machine.
 template <typename Element>
 void product(const float* x, int64_t rows, const void* weights, int64_t count, int64_t size,
              float* scores) {
   const auto* w = static_cast<const typename Element::type*>(weights);
   for (int64_t f = 0; f < count; f += 2)
     for (int64_t r = 0; r < rows; r += 2) {
-      // Past the last row or feature the last one is computed again.
+      // Where a pair has no second row or feature, the first is computed twice.
       const int64_t r1 = std::min(r + 1, rows - 1), f1 = std::min(f + 1, count - 1);
       const float *x0 = x + r * size, *x1 = x + r1 * size;
       const auto *w0 = w + f * size, *w1 = w + f1 * size;
@@ -61,92 +61,91 @@ void product(const float* x, int64_t rows, const void* weights, int64_t count, i
     }
 }
 
-int64_t candidates(const float* scores, const FeatureBounds& gate, const float* residual,
-                   int64_t count, Margin margin, float bound, uint32_t* out, int64_t* certain) {
-  return candidates_from(0, scores, gate, residual, count, margin, bound, out, 0, certain);
-}
-
 template <typename Element>
 void widen(const void* weights, float* out, int64_t size) {
   const auto* w = static_cast<const typename Element::type*>(weights);
   for (int64_t i = 0; i < size; ++i) out[i] = Element::widen(w[i]);
 }
 
-void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes,
-                 const uint8_t* panel, const float* low, uint64_t* masks, Ahead&) {
+void screen_int8(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher&) {
+  const Int8Layout& layout = args.layout;
   const auto& features =
-      *reinterpret_cast<const Int8Features*>(panel + panel_features * layout.inputs);
-  for (int64_t r = 0; r < count; ++r) {
+      *reinterpret_cast<const Int8Features*>(args.panel + panel_features * layout.inputs);
+  for (int64_t r = 0; r < args.row_count; ++r) {
     float upper[panel_features] = {};
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      const int8_t* row = rows + (r * planes + plane) * layout.row_bytes();
+    const int8_t* planes = args.rows + r * args.planes * layout.row_bytes();
+    for (int64_t plane = 0; plane < args.planes; ++plane) {
+      const int8_t* row = planes + plane * layout.row_bytes();
       const auto& terms = *reinterpret_cast<const Int8Row*>(row + layout.inputs);
       int32_t sums[panel_features];
       std::fill(sums, sums + panel_features, terms.start);
       for (int64_t i = 0; i < layout.inputs; i += 4) {
-        const uint8_t* four = panel + in_panel(i);
+        const uint8_t* four = args.panel + panel_offset(i);
         for (int64_t f = 0; f < panel_features; ++f)
           for (int j = 0; j < 4; ++j) sums[f] += int32_t{four[4 * f + j]} * row[i + j];
       }
       for (int64_t f = 0; f < panel_features; ++f)
         upper[f] += static_cast<float>(sums[f]) * (terms.scale * features.scale[f]);
     }
-    const auto& terms =
-        *reinterpret_cast<const Int8Row*>(rows + r * planes * layout.row_bytes() + layout.inputs);
+    const auto& terms = *reinterpret_cast<const Int8Row*>(planes + layout.inputs);
     masks[r] = 0;
     for (int64_t f = 0; f < panel_features; ++f) {
-      upper[f] += terms.residual * features.norm[f];
-      upper[f] += terms.norm * features.residual[f];
-      masks[r] |= uint64_t{!(upper[f] < low[f])} << f;
+      upper[f] += terms.error * features.norm[f];
+      upper[f] += terms.norm * features.error[f];
+      masks[r] |= uint64_t{!(upper[f] < args.surely_out_below[f])} << f;
     }
   }
 }
 
-void dot_int16(const int16_t* const* rows, int64_t count, const int16_t* w, int64_t size,
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
                int64_t* sums) {
-  const int64_t depth = int16_depth(size);
-  for (int64_t r = 0; r < count; ++r) {
+  const int64_t part = int16_part_size(size);
+  for (int64_t r = 0; r < rows; ++r) {
     sums[r] = 0;
-    for (int64_t begin = 0; begin < size; begin += depth) {
+    for (int64_t begin = 0; begin < size; begin += part) {
       int32_t sum = 0;
-      for (int64_t i = begin; i < std::min(begin + depth, size); ++i)
-        sum += int32_t{rows[r][i]} * w[i];
+      for (int64_t i = begin; i < std::min(begin + part, size); ++i) sum += int32_t{x[r][i]} * w[i];
       sums[r] += sum;
     }
   }
 }
 
-void product_int16(const int16_t* x, const Int16Scale* scale, int64_t rows, const int16_t* w,
-                   const float* w_scale, int64_t count, int64_t size, int16_t*, float* scores,
-                   Ahead&) {
-  const int64_t stride = int16_stride(size);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t f = 0; f < count; ++f) {
-      const int16_t* row = x + r * stride;
+void product_int16(const Int16ProductArgs& args, float* scores, Prefetcher&) {
+  const int64_t stride = int16_stride(args.size);
+  for (int64_t r = 0; r < args.row_count; ++r)
+    for (int64_t f = 0; f < args.feature_count; ++f) {
+      const int16_t* row = args.rows + r * stride;
       int64_t sum;
-      dot_int16(&row, 1, w + f * stride, size, &sum);
-      scores[r * panel_features + f] = static_cast<float>(sum) * (scale[r].scale * w_scale[f]);
+      dot_int16(&row, 1, args.features + f * stride, args.size, &sum);
+      scores[r * panel_features + f] =
+          static_cast<float>(sum) * (args.row_scale[r].scale * args.feature_scale[f]);
     }
 }
 
 }  // namespace
 
-void use_portable(CpuKernels& kernels) {
-  kernels = {"portable",
-             4,
-             0,
-             0.05,
-             false,
-             {dot<F32>, dot<BF16>, dot<F16>},
-             {product<F32>, product<BF16>, product<F16>},
-             candidates,
-             {widen<F32>, widen<BF16>, widen<F16>},
-             quantise_row,
-             quantise_panel,
-             screen_int8,
-             quantise_int16,
-             dot_int16,
-             product_int16};
+void use_portable(KernelTable& kernels) {
+  kernels.crossovers = {.int8_rows = 4,
+                        .two_planes_rows = 0,
+                        .max_share_float32 = 0.05,
+                        .max_share_int16 = 0.2,
+                        .fast_int16 = false};
+  kernels.dot[0] = dot<F32>;
+  kernels.dot[1] = dot<BF16>;
+  kernels.dot[2] = dot<F16>;
+  kernels.product[0] = product<F32>;
+  kernels.product[1] = product<BF16>;
+  kernels.product[2] = product<F16>;
+  kernels.gate_row = gate_row<Scalar>;
+  kernels.widen[0] = widen<F32>;
+  kernels.widen[1] = widen<BF16>;
+  kernels.widen[2] = widen<F16>;
+  kernels.quantise_row = quantise_row;
+  kernels.quantise_panel = quantise_panel;
+  kernels.screen_int8 = screen_int8;
+  kernels.quantise_int16 = quantise_int16;
+  kernels.dot_int16 = dot_int16;
+  kernels.product_int16 = product_int16;
 }
 
 }  // namespace sparse_transcoder::cpu

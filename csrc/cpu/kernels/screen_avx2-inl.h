@@ -1,5 +1,5 @@
-// The int8 screen in 256-bit vectors, over how four products are added up (Dot). Included by the
-// files that have a Dot.
+// The int8 screen in 256-bit vectors. Dot says how four products are added to a sum; the files that
+// have one include this.
 #pragma once
 
 #include <immintrin.h>
@@ -12,12 +12,12 @@
 namespace sparse_transcoder::cpu {
 namespace {  // internal linkage: each instruction set compiles its own
 
-// One strip of rows times some inputs of a panel, added to the sums [rows][64 features]. Twelve
-// sums, two weights and an input fill the 16 registers: gcc keeps them there in a function of its
+// Adds one strip of rows times some inputs of a panel to the sums [rows][64 features]. Twelve sums,
+// two weights and an input fill the 16 registers; gcc keeps them there only in a function of its
 // own.
 template <typename Dot, int rows>
 __attribute__((noinline)) void add_part(const int8_t* x, int64_t stride, const uint8_t* w,
-                                        int64_t steps, __m256i (*sums)[8], Ahead& ahead,
+                                        int64_t steps, __m256i (*sums)[8], Prefetcher& prefetcher,
                                         int64_t lines, bool stream) {
   for (int64_t first = 0; first < panel_features; first += Dot::features) {
     __m256i sum[rows][2];
@@ -26,9 +26,9 @@ __attribute__((noinline)) void add_part(const int8_t* x, int64_t stride, const u
     const int8_t* inputs = x;
     const uint8_t* weights = w + 4 * first;
     for (int64_t step = 0; step < steps; ++step, inputs += 4, weights += 4 * panel_features) {
-      if (first == 0) ahead.fetch(lines);
-      // A stream through memory, which the order of these loops hides from the processor. The next
-      // part follows.
+      if (first == 0) prefetcher.fetch(lines);
+      // The next part of the panel follows in memory. The order of these loops hides that from the
+      // processor.
       if (stream && first % 16 == 0) __builtin_prefetch(weights + 4 * panel_features * steps, 0, 2);
       __m256i wv[2];
       Dot::load(weights, wv);
@@ -49,12 +49,22 @@ __attribute__((noinline)) void add_part(const int8_t* x, int64_t stride, const u
   }
 }
 
-// One strip of rows, of all planes, times a panel.
+// What all strips of a call have in common.
+struct Strips {
+  const Int8ScreenArgs& args;
+  Prefetcher& prefetcher;
+  const int64_t lines;  // to prefetch per step
+  const bool stream;    // whether the panel is read only once
+};
+
+// One strip of rows, with all their planes, times a panel.
 template <typename Dot, int rows>
-void screen_strip(const Int8Layout& layout, const int8_t* x, int64_t planes, const uint8_t* panel,
-                  const float* low, uint64_t* masks, Ahead& ahead, int64_t lines, bool stream) {
+void screen_strip(const Strips& strips, const int8_t* x, uint64_t* masks) {
   constexpr int64_t depth = 256;  // inputs of a panel that stay in L1 while its features pass
-  const int64_t stride = layout.row_bytes();
+  const Int8Layout& layout = strips.args.layout;
+  const int64_t stride = layout.row_bytes(), planes = strips.args.planes;
+  const uint8_t* panel = strips.args.panel;
+  const float* surely_out_below = strips.args.surely_out_below;
   const auto& features =
       *reinterpret_cast<const Int8Features*>(panel + panel_features * layout.inputs);
   const auto terms = [&](int r) -> const Int8Row& {
@@ -65,7 +75,8 @@ void screen_strip(const Int8Layout& layout, const int8_t* x, int64_t planes, con
     for (__m256i& sum : sums[r]) sum = _mm256_set1_epi32(terms(r).start);
   for (int64_t i = 0; i < layout.inputs; i += depth)
     add_part<Dot, rows>(x + i, stride, panel + panel_features * i,
-                        std::min(depth, layout.inputs - i) / 4, sums, ahead, lines, stream);
+                        std::min(depth, layout.inputs - i) / 4, sums, strips.prefetcher,
+                        strips.lines, strips.stream);
   for (int r = 0; r < rows; r += planes) {
     masks[r / planes] = 0;
     for (int v = 0; v < panel_features / 8; ++v) {
@@ -75,33 +86,30 @@ void screen_strip(const Int8Layout& layout, const int8_t* x, int64_t planes, con
                                           _mm256_loadu_ps(features.scale + 8 * v));
         upper = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r + plane][v]), both, upper);
       }
-      upper = _mm256_fmadd_ps(_mm256_set1_ps(terms(r).residual),
+      upper = _mm256_fmadd_ps(_mm256_set1_ps(terms(r).error),
                               _mm256_loadu_ps(features.norm + 8 * v), upper);
       upper = _mm256_fmadd_ps(_mm256_set1_ps(terms(r).norm),
-                              _mm256_loadu_ps(features.residual + 8 * v), upper);
-      const int may =
-          _mm256_movemask_ps(_mm256_cmp_ps(upper, _mm256_loadu_ps(low + 8 * v), _CMP_NLT_UQ));
+                              _mm256_loadu_ps(features.error + 8 * v), upper);
+      const int may = _mm256_movemask_ps(
+          _mm256_cmp_ps(upper, _mm256_loadu_ps(surely_out_below + 8 * v), _CMP_NLT_UQ));
       masks[r / planes] |= uint64_t(may) << 8 * v;
     }
   }
 }
 
 template <typename Dot>
-void screen_int8(const Int8Layout& layout, const int8_t* rows, int64_t count, int64_t planes,
-                 const uint8_t* panel, const float* low, uint64_t* masks, Ahead& ahead) {
-  using Strip = void (*)(const Int8Layout&, const int8_t*, int64_t, const uint8_t*, const float*,
-                         uint64_t*, Ahead&, int64_t, bool);
-  static constexpr Strip strips[] = {screen_strip<Dot, 1>, screen_strip<Dot, 2>,
-                                     screen_strip<Dot, 3>, screen_strip<Dot, 4>,
-                                     screen_strip<Dot, 5>, screen_strip<Dot, 6>};
-  constexpr int64_t most = 6;
-  const int64_t steps = layout.inputs / 4 * ((count * planes + most - 1) / most);
-  const int64_t lines = (ahead.lines() + steps - 1) / steps;
-  for (int64_t r = 0; r < count * planes; r += most) {
-    const int64_t strip = std::min(most, count * planes - r);
-    strips[strip - 1](layout, rows + r * layout.row_bytes(), planes, panel, low, masks + r / planes,
-                      ahead, lines, count * planes <= most);
-  }
+void screen_int8(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher) {
+  static constexpr void (*of_rows[])(const Strips&, const int8_t*, uint64_t*) = {
+      screen_strip<Dot, 1>, screen_strip<Dot, 2>, screen_strip<Dot, 3>,
+      screen_strip<Dot, 4>, screen_strip<Dot, 5>, screen_strip<Dot, 6>};
+  constexpr int64_t max_rows = 6;
+  const int64_t count = args.row_count * args.planes;
+  const int64_t steps = args.layout.inputs / 4 * ((count + max_rows - 1) / max_rows);
+  const Strips strips = {args, prefetcher, (prefetcher.lines() + steps - 1) / steps,
+                         count <= max_rows};
+  for (int64_t r = 0; r < count; r += max_rows)
+    of_rows[std::min(max_rows, count - r) - 1](strips, args.rows + r * args.layout.row_bytes(),
+                                               masks + r / args.planes);
 }
 
 }  // namespace

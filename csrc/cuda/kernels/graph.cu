@@ -1,40 +1,32 @@
-// Captured work: recorded once, launched many times on other tensors, whose addresses lie in device
-// memory.
+// Graphs: the steps of a call, added once and launched many times on other tensors, whose addresses
+// lie in device memory. No stream is ever captured, so no other thread's work can get in the way.
 #include <cuda_runtime.h>
 
 #include "cuda/kernels/kernels.h"
+#include "cuda/kernels/launch.cuh"
 
 namespace sparse_transcoder::cuda {
 namespace {
 
-struct IoBatch {
-  Io io[most_io];
+struct LayerPointersBatch {
+  LayerPointers values[max_layer_pointers];
 };
 
-__global__ void set_io_kernel(IoBatch batch, int count, Io* io) {
-  if (threadIdx.x < count) io[threadIdx.x] = batch.io[threadIdx.x];
-}
-
-// What comes next on the second stream waits for what is on the first.
-int follow(void* first, void* second) {
-  cudaEvent_t event = nullptr;
-  int status = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-  if (status != cudaSuccess) return status;
-  status = cudaEventRecord(event, static_cast<cudaStream_t>(first));
-  if (status == cudaSuccess)
-    status = cudaStreamWaitEvent(static_cast<cudaStream_t>(second), event, 0);
-  cudaEventDestroy(event);
-  return status;
+__global__ void __launch_bounds__(threads)
+    set_layer_pointers_kernel(LayerPointersBatch batch, int count, LayerPointers* layers) {
+  if (threadIdx.x < count) layers[threadIdx.x] = batch.values[threadIdx.x];
 }
 
 }  // namespace
 
-int set_io(const Io* values, int64_t count, Io* io, void* stream) {
-  IoBatch batch = {};
-  for (int64_t i = 0; i < count; ++i) batch.io[i] = values[i];
-  set_io_kernel<<<1, 64, 0, static_cast<cudaStream_t>(stream)>>>(batch, int(count), io);
-  return cudaGetLastError();
+int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers* layers,
+                       Queue& queue) {
+  LayerPointersBatch batch = {};
+  for (int64_t i = 0; i < count; ++i) batch.values[i] = values[i];
+  return launch(set_layer_pointers_kernel, dim3(1), queue, batch, int(count), layers);
 }
+
+bool built() { return true; }
 
 int multiprocessors(int* count) {
   int device = 0;
@@ -44,52 +36,39 @@ int multiprocessors(int* count) {
              : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// The streams are new, so that nobody else's work gets into the record; and thread-local capture
-// lets other threads go on, with allocations too.
-int begin_capture(void** streams, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) streams[i] = nullptr;
-  int status = cudaSuccess;
-  for (int64_t i = 0; i < count && status == cudaSuccess; ++i)
-    status = cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(&streams[i]),
-                                       cudaStreamNonBlocking);
-  if (status == cudaSuccess)
-    status = cudaStreamBeginCapture(static_cast<cudaStream_t>(streams[0]),
-                                    cudaStreamCaptureModeThreadLocal);
-  for (int64_t i = 1; i < count && status == cudaSuccess; ++i)
-    status = follow(streams[0], streams[i]);
-  return status;
-}
-
-int end_capture(void** streams, int64_t count, void** graph) {
-  *graph = nullptr;
-  int status = cudaSuccess;
-  for (int64_t i = 1; i < count && status == cudaSuccess; ++i)
-    status = follow(streams[i], streams[0]);
-  cudaGraph_t recorded = nullptr;
-  const int ended = cudaStreamEndCapture(static_cast<cudaStream_t>(streams[0]), &recorded);
-  if (status == cudaSuccess) status = ended;
-  if (status == cudaSuccess) {
-    cudaGraphExec_t ready = nullptr;
-    status = cudaGraphInstantiateWithFlags(&ready, recorded, 0);
-    if (status == cudaSuccess) *graph = ready;
-  }
-  if (recorded) cudaGraphDestroy(recorded);
-  for (int64_t i = 0; i < count; ++i)
-    if (streams[i]) cudaStreamDestroy(static_cast<cudaStream_t>(streams[i]));
+int allocate_pinned(void** memory, int64_t bytes) {
+  const int status = cudaHostAlloc(memory, size_t(bytes), cudaHostAllocDefault);
   if (status != cudaSuccess) cudaGetLastError();  // not left for another caller to find
   return status;
 }
+void free_pinned(void* memory) { cudaFreeHost(memory); }
 
-int launch_graph(void* graph, void* stream) {
-  return cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), static_cast<cudaStream_t>(stream));
+const char* error_name(int status) { return cudaGetErrorName(cudaError_t(status)); }
+const char* error_text(int status) { return cudaGetErrorString(cudaError_t(status)); }
+
+int make_graph(void** graph) { return cudaGraphCreate(reinterpret_cast<cudaGraph_t*>(graph), 0); }
+
+int finish_graph(void* graph, void** executable) {
+  cudaGraphExec_t ready = nullptr;
+  const int status = cudaGraphInstantiateWithFlags(&ready, static_cast<cudaGraph_t>(graph), 0);
+  *executable = status == cudaSuccess ? ready : nullptr;
+  cudaGraphDestroy(static_cast<cudaGraph_t>(graph));
+  return status;
 }
 
-void destroy_graph(void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); }
+int launch_graph(void* executable, void* stream) {
+  return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable),
+                         static_cast<cudaStream_t>(stream));
+}
+
+void destroy_graph(void* executable) {
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable));
+}
 
 bool is_capturing(void* stream) {
   cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone;
-  // An error says that another thread records, and that the legacy stream would get in its way: not
-  // this stream's.
+  // An error says that another thread captures, and that the legacy stream would get in its way:
+  // this stream is not captured.
   if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &state) != cudaSuccess)
     cudaGetLastError();
   return state != cudaStreamCaptureStatusNone;

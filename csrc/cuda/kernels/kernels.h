@@ -1,9 +1,10 @@
-// The steps of the CUDA engine: pointers, sizes, a stream. Torch-free, so that nvcc compiles them
-// beside any torch; where torch has no CUDA, no_cuda.cpp is linked in their place. Every pointer is
-// device memory. Launches are asynchronous; each returns what cudaGetLastError says (0: fine).
+// The steps of the CUDA engine: pointers, sizes, a queue. Torch-free, so that nvcc compiles them
+// beside any torch; a build without CUDA kernels links no_cuda.cpp in their place. Every pointer is
+// device memory. Steps run asynchronously; each returns the status of its launch (0: fine), which
+// error_name explains.
 //
-// A chunk of rows goes through prepare; then, panel by panel of features, a product (cuBLAS's, or
-// multiply_few) and select; then merge, rescore and finish.
+// A chunk of rows goes through prepare; then, tile by tile of features, a product (cuBLAS's, or
+// product_few_rows) and select; then merge, compute_exact and finish.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +13,17 @@
 
 namespace sparse_transcoder::cuda {
 
+// Where steps are put: a CUDA stream, or one branch of a graph that is being made. The steps of one
+// queue run one after the other.
+struct Queue {
+  void* stream = nullptr;
+  void* graph = nullptr;  // where not null, steps are added to this graph and not run
+  void* last = nullptr;   // the graph's node that the next step waits for
+};
+
 // Where a layer's rows are, [B, T, H] with strides in elements, and where its results go. Kernels
-// read it from device memory: work that was captured can be replayed on other tensors.
-struct Io {
+// read it from device memory, so that a graph can be launched again for other tensors.
+struct LayerPointers {
   const void* hidden;
   int64_t T, stride[3];
   float* activations;  // [B * T, top_k]
@@ -23,99 +32,112 @@ struct Io {
 };
 
 // Rows [first, first + count) of a layer, and how they are normed.
-struct Rows {
-  const Io* io;
+struct PrepareArgs {
+  const LayerPointers* layer;
   Dtype dtype;
   int64_t first, count, size;
   const float *input_bias, *ln_weight, *ln_bias;  // [H], or null
 };
 
-// How far scores may be from x . w, by the arithmetic that makes them: products of x' and w', which
-// stand for x and w, with
-// ||w - w'|| <= residual * norm(w) and a sum that is off by at most roundoff * ||x'|| ||w'||.
-struct Screen {
-  float roundoff, residual;
-  float largest_norm;
+// How far the screen's scores may be from x . w. The screen multiplies x' and w', which stand for x
+// and w, with ||w - w'|| <= residual * norm(w), and adds up with an error of at most
+// rounding * ||x'|| ||w'||.
+struct ScreenErrors {
+  float rounding, residual;
+  float max_norm;
 };
 
-// A layer's weights and gates: [F, size] and [F].
+// A layer's weights and bounds: [F, size] and [F].
 struct Weights {
-  const void* rows;
+  const void* W_enc;
   Dtype dtype;
   int64_t size;
-  FeatureBounds gate;
-  float largest_bias;
+  FeatureBounds bounds;
+  float max_bias;
 };
 
-// Two lists for each row and group of features. `open`: what a screen let through, score and
-// feature << 1 | ambiguous; `keys`: exact, as cpu::make_key. All of a row's lists are one after the
-// other.
-struct Lists {
-  uint64_t* open;    // [rows, groups, capacity]
-  uint64_t* keys;    // [rows, groups, k + capacity]
-  uint64_t* sorted;  // [rows, a power of two >= k]
-  int* open_size;    // [rows, groups]
-  int* keys_size;    // [rows, groups]
-  int* certain;      // [rows, groups] active features counted so far
-  uint64_t* least;   // [rows, groups] k keys are at or above this; 0 while that is not known
+// Two lists for each row and group of features. `deferred` holds features that the screen let
+// through: the score, and feature << 1 | ambiguous. `exact` holds keys, as cpu::make_key. All of a
+// row's lists lie one after the other.
+struct CandidateLists {
+  uint64_t* deferred;   // [rows, groups, capacity]
+  uint64_t* exact;      // [rows, groups, k + capacity]
+  uint64_t* sorted;     // [rows, a power of two >= k]
+  int* deferred_count;  // [rows, groups]
+  int* exact_count;     // [rows, groups]
+  int* active_count;    // [rows, groups] features that are surely active
+  uint64_t* kth_best;   // [rows, groups] k keys are at or above this; 0 while that is not known
   int groups, capacity, k;
 };
 
-constexpr int segment =
-    1024;  // features gated between two looks at a list's size: it must have room for them
-constexpr int most_groups = 32;  // into which a row's features are split where rows are few
-constexpr int64_t few_rows = 8;  // that multiply_few takes
-constexpr int64_t most_io = 48;  // that set_io takes: a kernel's arguments are limited to 4 KB
+constexpr int list_room = 1024;  // a list's free places after features were dropped from it
+constexpr int max_groups = 32;   // that a row's features are split into where rows are few
+constexpr int64_t few_rows = 8;  // the most that product_few_rows takes
+constexpr int64_t max_layer_pointers = 48;  // per set_layer_pointers: arguments end at 4 KB
 
-// io[i] = values[i]; values is host memory, read before this returns.
-int set_io(const Io* values, int64_t count, Io* io, void* stream);
+// layers[i] = values[i]; values is host memory, read before this returns.
+int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers* layers,
+                       Queue& queue);
 
-// x = norm(h) [count, H] in float32 and, where given, rounded to bfloat16; margin [count]: |score -
-// x . w| <= margin * norm(w), infinite where nothing is known, NaN for a row that is not finite.
-// Empties the lists.
-int prepare(const Rows& rows, const Screen& screen, float* x, void* rounded, float* margin,
-            const Lists& lists, void* stream);
+// x = norm(h) [count, H] in float32 and, where given, rounded to bfloat16. margin [count]:
+// |score - x . w| <= margin * norm(w), infinite where nothing is known, NaN for a row that is not
+// finite. Empties the lists.
+int prepare(const PrepareArgs& args, const ScreenErrors& errors, float* x, void* rounded,
+            float* margin, const CandidateLists& lists, Queue& queue);
 
-// scores[r * count + f] = x[r] . w[first + f] in float32 for at most few_rows rows: w [.., size] is
-// read once. The sum is off by at most few_roundoff(size).
-int multiply_few(const float* x, int64_t rows, const void* w, Dtype dtype, int64_t first,
-                 int64_t count, int64_t size, float* scores, void* stream);
+// scores[r * count + f] = x[r] . w[first + f] in float32 for at most few_rows rows, reading w
+// [.., size] once. A sum is off by at most few_rows_rounding(size) * ||x|| ||w||.
+int product_few_rows(const float* x, int64_t rows, const void* w, Dtype dtype, int64_t first,
+                     int64_t count, int64_t size, float* scores, Queue& queue);
 
 // Proof: a lane adds up at most size / 32 + 8 products, each rounded once with its sum, and five
 // more additions join the lanes; each errs by at most 2^-24 of a sum of magnitudes that
 // Cauchy-Schwarz bounds.
-constexpr float few_roundoff(int64_t size) { return static_cast<float>(size / 32 + 16) * 0x1p-23f; }
+constexpr float few_rows_rounding(int64_t size) {
+  return static_cast<float>(size / 32 + 16) * 0x1p-23f;
+}
 
-// Gates scores [rows, count] of features [first, first + count). A list that is full is thinned:
-// features that k others surely beat go; where too many are left they are computed and the k best
-// kept. So no list overflows.
+// Compares scores [rows, count] of features [first, first + count) with the features' bounds and
+// lists those that may be active and among the k best. Features that k others surely beat are
+// dropped from a list that is full; where too many are left they are computed and the k best kept.
+// So no list overflows.
 int select(const float* scores, const float* x, const float* margin, int64_t rows, int64_t first,
-           int64_t count, const Weights& weights, const Lists& lists, void* stream);
+           int64_t count, const Weights& weights, const CandidateLists& lists, Queue& queue);
 
-// Joins each row's lists in its first one, thinned by what all of them know.
-int merge(const float* margin, int64_t rows, const Weights& weights, const Lists& lists,
-          void* stream);
+// Joins each row's lists in its first one, without the features that k others surely beat.
+int merge(const float* margin, int64_t rows, const Weights& weights, const CandidateLists& lists,
+          Queue& queue);
 
-// Replaces what is open by exact keys, or by 0 where a feature is not active.
-int rescore(const float* x, const float* margin, int64_t rows, const Weights& weights,
-            const Lists& lists, void* stream);
+// Replaces each deferred feature by its exact key, or by 0 where it is not active.
+int compute_exact(const float* x, const float* margin, int64_t rows, const Weights& weights,
+                  const CandidateLists& lists, Queue& queue);
 
-// Writes top_k slots a row: the k best, then the lowest features that are not among them.
-int finish(const Io* io, const float* margin, int64_t first, int64_t rows, int64_t features,
-           int64_t most_active, int64_t top_k, const Lists& lists, void* stream);
+// Writes top_k features per row: the k best, then the lowest features that are not among them.
+int finish(const LayerPointers* layer, const float* margin, int64_t first, int64_t rows,
+           int64_t features, int64_t max_active, int64_t top_k, const CandidateLists& lists,
+           Queue& queue);
+
+// Whether this build has these kernels.
+bool built();
 
 // Of the current device.
 int multiprocessors(int* count);
+// Host memory that the device reads directly.
+int allocate_pinned(void** memory, int64_t bytes);
+void free_pinned(void* memory);
 
-// Work enqueued on these `count` streams, which are made here, is recorded from here on and runs
-// only when launched.
-int begin_capture(void** streams, int64_t count);
-// Joins and destroys the streams. *graph: what was recorded, to be launched any number of times;
-// null where that fails.
-int end_capture(void** streams, int64_t count, void** graph);
-int launch_graph(void* graph, void* stream);
-void destroy_graph(void* graph);
-// Whether somebody records the stream's work.
+// The name of a status and what it means.
+const char* error_name(int status);
+const char* error_text(int status);
+
+// A new graph, empty.
+int make_graph(void** graph);
+// Makes *executable, which can be launched any number of times, of a graph, and destroys the graph.
+// *executable is null where that fails.
+int finish_graph(void* graph, void** executable);
+int launch_graph(void* executable, void* stream);
+void destroy_graph(void* executable);
+// Whether somebody captures the stream's work.
 bool is_capturing(void* stream);
 
 }  // namespace sparse_transcoder::cuda

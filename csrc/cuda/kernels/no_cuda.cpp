@@ -1,4 +1,5 @@
-// Linked where torch has no CUDA: no tensor can be on a device that would need these.
+// Linked into a build without CUDA kernels: the engine refuses CUDA tensors before any of these is
+// called.
 #include "cuda/kernels/kernels.h"
 
 namespace sparse_transcoder::cuda {
@@ -6,29 +7,38 @@ namespace {
 constexpr int no_device = 100;  // cudaErrorNoDevice
 }
 
-int set_io(const Io*, int64_t, Io*, void*) { return no_device; }
-int prepare(const Rows&, const Screen&, float*, void*, float*, const Lists&, void*) {
+bool built() { return false; }
+int set_layer_pointers(const LayerPointers*, int64_t, LayerPointers*, Queue&) { return no_device; }
+int prepare(const PrepareArgs&, const ScreenErrors&, float*, void*, float*, const CandidateLists&,
+            Queue&) {
   return no_device;
 }
-int multiply_few(const float*, int64_t, const void*, Dtype, int64_t, int64_t, int64_t, float*,
-                 void*) {
+int product_few_rows(const float*, int64_t, const void*, Dtype, int64_t, int64_t, int64_t, float*,
+                     Queue&) {
   return no_device;
 }
 int select(const float*, const float*, const float*, int64_t, int64_t, int64_t, const Weights&,
-           const Lists&, void*) {
+           const CandidateLists&, Queue&) {
   return no_device;
 }
-int merge(const float*, int64_t, const Weights&, const Lists&, void*) { return no_device; }
-int rescore(const float*, const float*, int64_t, const Weights&, const Lists&, void*) {
+int merge(const float*, int64_t, const Weights&, const CandidateLists&, Queue&) {
   return no_device;
 }
-int finish(const Io*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const Lists&,
-           void*) {
+int compute_exact(const float*, const float*, int64_t, const Weights&, const CandidateLists&,
+                  Queue&) {
+  return no_device;
+}
+int finish(const LayerPointers*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
+           const CandidateLists&, Queue&) {
   return no_device;
 }
 int multiprocessors(int*) { return no_device; }
-int begin_capture(void**, int64_t) { return no_device; }
-int end_capture(void**, int64_t, void**) { return no_device; }
+int allocate_pinned(void**, int64_t) { return no_device; }
+void free_pinned(void*) {}
+const char* error_name(int) { return "cudaErrorNoDevice"; }
+const char* error_text(int) { return "this build has no CUDA"; }
+int make_graph(void**) { return no_device; }
+int finish_graph(void*, void**) { return no_device; }
 int launch_graph(void*, void*) { return no_device; }
 void destroy_graph(void*) {}
 bool is_capturing(void*) { return false; }

@@ -1,362 +1,629 @@
 // From scores to the k best. Exact values are computed as on the CPU, bit for bit: a warp's 32
-// lanes are the 32 partial sums, a product of two float32 is exact in float64, and the shuffles
-// fold in the same order.
+// lanes are the 32 partial sums, a product of two float32 numbers is exact in float64, and the
+// shuffles fold in the same order.
 //
-// An activation and its feature are one integer, ordered as cpu::make_key orders them. Of a feature
-// that is not computed yet two integers are known that bracket it: its key is that of a value
-// between `lower` and `upper`, rounded to float32 as it will be, and rounding keeps the order.
+// An activation and its feature are one integer, ordered as cpu::make_key orders them. For a
+// feature that is not computed yet, two integers bracket its key: they are those of a lower and an
+// upper bound of its value, rounded to float32 as it will be, and rounding keeps the order.
+#include <climits>
 #include <cmath>
+#include <type_traits>
 
+#include "bounds.h"
 #include "cuda/kernels/element.cuh"
 #include "cuda/kernels/kernels.h"
+#include "cuda/kernels/launch.cuh"
 
 namespace sparse_transcoder::cuda {
 namespace {
 
-constexpr int in_shared = 1024;  // keys that a block sorts in shared memory
+constexpr int held = 8;                     // items that a thread keeps in registers
+constexpr int max_ranked = 2 * threads;     // keys that are sorted by counting
+constexpr int max_in_shared = 4 * threads;  // keys that a block sorts in shared memory
+constexpr int lane_scores = 8;              // that a lane compares at a time
+constexpr int warp_scores = 32 * lane_scores;
+static_assert(list_room >= warp_scores);
 
-__device__ uint64_t pack(float score, int64_t feature, bool ambiguous) {
+__device__ uint64_t defer(float score, int64_t feature, bool ambiguous) {
   return uint64_t{__float_as_uint(score)} << 32 | unsigned(feature) << 1 | unsigned(ambiguous);
 }
-__device__ float score_of(uint64_t open) { return __uint_as_float(unsigned(open >> 32)); }
-__device__ int64_t feature_of(uint64_t open) { return unsigned(open) >> 1; }
-__device__ bool is_ambiguous(uint64_t open) { return open & 1; }
+__device__ float score_of(uint64_t deferred) { return __uint_as_float(unsigned(deferred >> 32)); }
+__device__ int64_t feature_of(uint64_t deferred) { return unsigned(deferred) >> 1; }
+__device__ bool is_ambiguous(uint64_t deferred) { return deferred & 1; }
 
 __device__ uint64_t make_key(float value, int64_t feature) {
   return uint64_t{__float_as_uint(value)} << 32 | unsigned(~unsigned(feature));
 }
 
-// What a row's screen means for a feature: how far score + bias may be from the exact value.
-// Allowed for besides the margin: what float32 numbers under the normal range lose, and the
-// roundings of float64 sums with the bias.
+// What a row's scores tell about exact values. Allowed for besides the margin: what float32 numbers
+// under the normal range lose, and the roundings of float64 sums with the bias.
 struct Bracket {
   double margin;
-  FeatureBounds gate;
+  FeatureBounds bounds;
   double underflow;
 
   __device__ Bracket(float margin, const Weights& weights)
-      : margin(margin), gate(weights.gate), underflow((weights.size + 128) * 0x1p-124) {}
+      : margin(margin),
+        bounds(weights.bounds),
+        underflow(sparse_transcoder::underflow(weights.size)) {}
 
-  __device__ double slack(uint64_t open) const {
-    const int64_t feature = feature_of(open);
-    return margin * gate.norm[feature] + fabs(double(gate.bias[feature])) * 0x1p-50 + underflow;
+  __device__ double width(uint64_t deferred) const {
+    const int64_t feature = feature_of(deferred);
+    return margin * bounds.norm[feature] + fabs(double(bounds.bias[feature])) * 0x1p-50 + underflow;
   }
-  __device__ double middle(uint64_t open) const {
-    return double(score_of(open)) + gate.bias[feature_of(open)];
+  __device__ double middle(uint64_t deferred) const {
+    return double(score_of(deferred)) + bounds.bias[feature_of(deferred)];
   }
 
-  // Under the key of a feature that is surely active; 0 for an ambiguous one, which may have none.
-  __device__ uint64_t lower(uint64_t open) const {
-    const float value = float(middle(open) - slack(open));
-    return is_ambiguous(open) || !(value > 0) ? 0 : uint64_t{__float_as_uint(value)} << 32;
+  // At or under the key of a feature that is surely active; 0 for an ambiguous one, which may have
+  // none.
+  __device__ uint64_t lower(uint64_t deferred) const {
+    const float value = float(middle(deferred) - width(deferred));
+    return is_ambiguous(deferred) || !(value > 0) ? 0 : uint64_t{__float_as_uint(value)} << 32;
   }
-  // Whether it may reach `least`. Written so that NaN may.
-  __device__ bool reaches(uint64_t open, uint64_t least) const {
-    return !(float(middle(open) + slack(open)) < __uint_as_float(unsigned(least >> 32)));
+  // Whether the feature's key may reach kth_best. Written so that NaN may.
+  __device__ bool reaches(uint64_t deferred, uint64_t kth_best) const {
+    return !(float(middle(deferred) + width(deferred)) < __uint_as_float(unsigned(kth_best >> 32)));
   }
 };
 
-// A row's list, whose parts (one a group) lie `stride` apart; begin[g] of its items are before part
-// g.
-struct Span {
+// A row's list, whose parts (one per group) lie `stride` apart. begin[g] items come before part g.
+struct JoinedList {
   const uint64_t* items;
   int64_t stride;
   const int* begin;  // [groups + 1]
+  int groups;
 
   __device__ uint64_t operator[](int i) const {
-    int group = 0;
-    while (i >= begin[group + 1]) ++group;
-    return items[group * stride + i - begin[group]];
+    int low = 0, high = groups;  // the part is in [low, high)
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (begin[middle] <= i ? low : high) = middle;
+    }
+    return items[low * stride + i - begin[low]];
   }
 };
 
+struct Bin {
+  int digit;  // negative where the bins hold fewer numbers than the rank
+  int rank;   // within the bin
+  int count;
+};
+
+// The bin that holds the number of a rank (1: the largest), counted from the highest bin down. Each
+// warp finds it for itself; a lane looks at eight bins.
+__device__ Bin bin_of_rank(const int* bins, int rank) {
+  const int lane = threadIdx.x % 32;
+  int counts[8];
+#pragma unroll
+  for (int b = 0; b < 8; b += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(bins + lane * 8 + b);
+    counts[b] = four.x, counts[b + 1] = four.y, counts[b + 2] = four.z, counts[b + 3] = four.w;
+  }
+  int own = 0;
+#pragma unroll
+  for (int b = 0; b < 8; ++b) own += counts[b];
+  int reached = own;  // with the bins of higher lanes
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int more = __shfl_down_sync(all_lanes, reached, distance);
+    if (lane + distance < 32) reached += more;
+  }
+  Bin bin = {-1, rank - (reached - own), 0};
+  const bool here = reached >= rank && reached - own < rank;
+#pragma unroll
+  for (int b = 7; b >= 0; --b) {
+    if (bin.digit >= 0) continue;
+    if (counts[b] >= bin.rank) {
+      bin.digit = lane * 8 + b;
+      bin.count = counts[b];
+    } else {
+      bin.rank -= counts[b];
+    }
+  }
+  const unsigned found = __ballot_sync(all_lanes, here);
+  if (found == 0) return {-1, 0, 0};
+  const int lane_of_rank = __ffs(found) - 1;
+  return {__shfl_sync(all_lanes, bin.digit, lane_of_rank),
+          __shfl_sync(all_lanes, bin.rank, lane_of_rank),
+          __shfl_sync(all_lanes, bin.count, lane_of_rank)};
+}
+
 // The k-th largest of values(0), ... values(count - 1), or a lower bound that exactly k of them
-// reach; 0 where fewer than k are not 0. All threads of the block take part. Radix select: digits
+// reach; 0 where fewer than k are not 0. All threads of the block take part. A radix select: digits
 // of eight bits from the top.
 template <typename Values>
 __device__ uint64_t kth_largest(int count, int k, const Values& values) {
-  __shared__ int bins[256];
-  __shared__ int digit, rank, in_bin;
-  uint64_t prefix = 0;
-  if (threadIdx.x == 0) rank = k;
-  for (int shift = 56; shift >= 0; shift -= 8) {
-    bins[threadIdx.x] = 0;
-    if (threadIdx.x == 0) digit = -1;
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += threads) {
-      const uint64_t value = values(i);
-      if (value != 0 && (shift == 56 || value >> (shift + 8) == prefix))
-        atomicAdd(&bins[value >> shift & 255], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {  // a lane for eight bins: how many are in its bins and those above
-      const int lane = threadIdx.x, wanted = rank;
-      int own = 0;
-      for (int b = 0; b < 8; ++b) own += bins[lane * 8 + b];
-      int reached = own;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int more = __shfl_down_sync(0xffffffffu, reached, distance);
-        if (lane + distance < 32) reached += more;
-      }
-      if (reached >= wanted && reached - own < wanted) {
-        int left = wanted - (reached - own), b = lane * 8 + 7;
-        for (; bins[b] < left; --b) left -= bins[b];
-        digit = b;
-        rank = left;
-        in_bin = bins[b];
-      }
-    }
-    __syncthreads();
-    if (digit < 0) return 0;
-    prefix = prefix << 8 | unsigned(digit);
-    const bool whole_bin = in_bin == rank;
-    __syncthreads();
-    if (whole_bin) return prefix << shift;
+  // Three sets of bins take turns: one is filled while the next one is emptied, and a slow warp may
+  // still read the one before.
+  __shared__ __align__(16) int bins[3][256];
+  uint64_t own[held];
+#pragma unroll
+  for (int j = 0; j < held; ++j) {
+    const int i = j * threads + int(threadIdx.x);
+    own[j] = i < count ? values(i) : 0;
   }
+  bins[0][threadIdx.x] = 0;
+  __syncthreads();
+  uint64_t prefix = 0;
+  int rank = k;
+  for (int round = 0, shift = 56;; ++round, shift -= 8) {
+    int* filled = bins[round % 3];
+    bins[(round + 1) % 3][threadIdx.x] = 0;
+    const auto add = [&](uint64_t value) {
+      if (value != 0 && (shift == 56 || value >> (shift + 8) == prefix))
+        atomicAdd(&filled[value >> shift & 255], 1);
+    };
+#pragma unroll
+    for (int j = 0; j < held; ++j) add(own[j]);
+    for (int i = held * threads + int(threadIdx.x); i < count; i += threads) add(values(i));
+    __syncthreads();
+    const Bin bin = bin_of_rank(filled, rank);
+    prefix = bin.digit < 0 ? 0 : prefix << 8 | unsigned(bin.digit);
+    if (bin.digit < 0) break;
+    rank = bin.rank;
+    if (bin.count == rank || shift == 0) {
+      prefix <<= shift;
+      break;
+    }
+  }
+  __syncthreads();  // the bins are free again
   return prefix;
 }
 
-// Writes the items that are kept to `to`, which may be where the first of them lies; returns how
-// many.
+// Writes the items that are kept to `to`, which may be where the first of them lies, and returns
+// how many they are. All threads of the block take part.
 template <typename Items, typename Keeps>
 __device__ int compact(const Items& items, int count, uint64_t* to, const Keeps& keeps) {
+  if (count == 0) return 0;
   __shared__ int kept;
   if (threadIdx.x == 0) kept = 0;
-  __syncthreads();
-  for (int first = 0; first < count; first += threads) {
-    const int i = first + int(threadIdx.x);
-    const uint64_t item = i < count ? items[i] : 0;
-    const bool keep = i < count && keeps(item);
+  for (int first = 0; first < count; first += held * threads) {
+    uint64_t own[held];
+    unsigned keep = 0;
+#pragma unroll
+    for (int j = 0; j < held; ++j) {
+      const int i = first + j * threads + int(threadIdx.x);
+      if (i < count) own[j] = items[i];
+    }
+#pragma unroll
+    for (int j = 0; j < held; ++j) {
+      const int i = first + j * threads + int(threadIdx.x);
+      if (i < count && keeps(own[j])) keep |= 1u << j;
+    }
     __syncthreads();  // what is written next lies before what has been read
-    if (keep) to[atomicAdd(&kept, 1)] = item;
-    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < held; ++j)
+      if (keep >> j & 1) to[atomicAdd(&kept, 1)] = own[j];
   }
+  __syncthreads();
   const int result = kept;
   __syncthreads();
   return result;
 }
 
-// Drops what k others surely beat from both lists and puts the rest together at `open` and `keys`;
-// *open_size and *keys_size, in shared memory, become what is left. Returns the least key that k
-// features reach, or `least`, if that is larger.
+// Drops what k others surely beat from both lists and puts the rest together at `deferred` and
+// `exact`; *deferred_count and *exact_count, in shared memory, become what is left. Returns the
+// largest key that k features are known to reach, or `kth_best`, if that is larger.
 template <typename Items>
-__device__ uint64_t thin(const Items& open_items, const Items& key_items, uint64_t* open,
-                         uint64_t* keys, int* open_size, int* keys_size, const Bracket& bracket,
-                         int k, uint64_t least) {
-  const int opens = *open_size, exact = *keys_size;
-  if (opens + exact >= k) {
-    const uint64_t bound = kth_largest(opens + exact, k, [&](int i) {
-      return i < exact ? key_items[i] : bracket.lower(open_items[i - exact]);
+__device__ uint64_t drop_beaten(const Items& deferred_items, const Items& exact_items,
+                                uint64_t* deferred, uint64_t* exact, int* deferred_count,
+                                int* exact_count, const Bracket& bracket, int k,
+                                uint64_t kth_best) {
+  const int deferred_size = *deferred_count, exact_size = *exact_count;
+  if (deferred_size + exact_size >= k) {
+    const uint64_t reached = kth_largest(deferred_size + exact_size, k, [&](int i) {
+      return i < exact_size ? exact_items[i] : bracket.lower(deferred_items[i - exact_size]);
     });
-    least = max(least, bound);
+    kth_best = max(kth_best, reached);
   }
   __syncthreads();
-  const int open_left = compact(open_items, opens, open, [&](uint64_t item) {
-    return is_ambiguous(item) || bracket.reaches(item, least);
+  const int deferred_left = compact(deferred_items, deferred_size, deferred, [&](uint64_t item) {
+    return is_ambiguous(item) || bracket.reaches(item, kth_best);
   });
-  const int keys_left = compact(key_items, exact, keys, [&](uint64_t key) { return key >= least; });
+  const int exact_left =
+      compact(exact_items, exact_size, exact, [&](uint64_t key) { return key >= kth_best; });
   if (threadIdx.x == 0) {
-    *open_size = open_left;
-    *keys_size = keys_left;
+    *deferred_count = deferred_left;
+    *exact_count = exact_left;
   }
   __syncthreads();
-  return least;
+  return kth_best;
 }
 
-// sums[j] = x . w[j] for lane 0 of the calling warp, `count` features at a time so that x is
-// converted once.
+// Weights widened to float64 by moving their bits: the result is w * 2^-896, exactly, for zeros and
+// numbers under the normal range too. A conversion instruction has a quarter of the throughput.
+constexpr double input_scale = 0x1p895;  // makes products half of what they are
+constexpr int sign_and_number = int(0x8fffffffu);
+
+// A weight on its way from memory.
+__device__ float stored(const float* weight) { return *weight; }
+__device__ float stored(const __half* weight) { return widen(*weight); }
+__device__ int stored(const __nv_bfloat16* weight) {  // its sign in all the upper bits
+  return *reinterpret_cast<const int16_t*>(weight);
+}
+__device__ double scaled(float weight) {
+  const int bits = int(__float_as_uint(weight));
+  return __hiloint2double((bits >> 3) & sign_and_number, int(unsigned(bits) << 29));
+}
+__device__ double scaled(int weight) {
+  return __hiloint2double(int(unsigned(weight) << 13) & sign_and_number, 0);
+}
+
+// sums[j] = x . w[j] for lane 0 of the calling warp. `count` features are computed together so that
+// x is converted once. Every product and partial sum is half of its true value until the end:
+// halving is exact, so all roundings are the same.
 template <int count, typename Weight>
-__device__ void warp_dots(const float* x, const Weight* const (&w)[count], int64_t size,
+__device__ void warp_dots(const float* __restrict__ x, const Weight* const (&w)[count], int size,
                           double (&sums)[count]) {
+  constexpr int batch = 32 / count;  // inputs per lane that are loaded before the first is used
+  const int lane = threadIdx.x % 32;
+#pragma unroll
   for (int j = 0; j < count; ++j) sums[j] = 0;
-#pragma unroll(16 / count)
-  for (int64_t i = threadIdx.x % 32; i < size; i += 32) {
-    const double input = x[i];
+  const auto add = [&](int begin, auto is_whole) {
+    decltype(stored(w[0])) weights[batch][count];
+    float inputs[batch];
 #pragma unroll
-    for (int j = 0; j < count; ++j) sums[j] = fma(input, double(widen(w[j][i])), sums[j]);
-  }
+    for (int b = 0; b < batch; ++b) {
+      const int i = begin + 32 * b;
+      const bool inside = decltype(is_whole)::value || i < size;
+      inputs[b] = inside ? x[i] : 0;
 #pragma unroll
-  for (int j = 0; j < count; ++j)
+      for (int j = 0; j < count; ++j) weights[b][j] = inside ? stored(w[j] + i) : 0;
+    }
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {  // past the end 0 * 0 is added, which changes no sum
+      const double input = inputs[b] * input_scale;
+#pragma unroll
+      for (int j = 0; j < count; ++j) sums[j] = fma(input, scaled(weights[b][j]), sums[j]);
+    }
+  };
+  int begin = 0;
+#pragma unroll 1
+  for (; begin + 32 * batch <= size; begin += 32 * batch) add(begin + lane, std::true_type());
+  if (begin < size) add(begin + lane, std::false_type());
+#pragma unroll
+  for (int j = 0; j < count; ++j) {
+#pragma unroll
     for (int width = 16; width > 0; width /= 2)
-      sums[j] += __shfl_down_sync(0xffffffffu, sums[j], width);
+      sums[j] += __shfl_down_sync(all_lanes, sums[j], width);
+    sums[j] *= 2;
+  }
 }
 
-// Computes every item of a list that is this warp's (begin, begin + step, ..) and calls found(i,
-// item, key), with key 0 where the feature is not active, on lane 0.
-template <typename Weight, typename Found>
-__device__ void compute(const uint64_t* open, int count, int begin, int step, const float* x,
-                        const Weights& weights, const Found& found) {
-  constexpr int together = 4;
-  const auto* rows = static_cast<const Weight*>(weights.rows);
-  for (int i = begin; i < count; i += together * step) {
+// Computes the warp's share of a list, `together` features at a time, and calls found(i, item, key)
+// on lane 0, with key 0 where the feature is not active.
+template <int together, typename Weight, typename Found>
+__device__ void compute_together(const uint64_t* deferred, int count, int warp, int warp_count,
+                                 const float* x, const Weights& weights, const Found& found) {
+  const auto* W_enc = static_cast<const Weight*>(weights.W_enc);
+  for (int begin = warp * together; begin < count; begin += warp_count * together) {
+    uint64_t items[together];
     const Weight* w[together];
-    for (int j = 0; j < together; ++j)
-      w[j] = rows + feature_of(open[i + j * step < count ? i + j * step : i]) * weights.size;
-    double sums[together];
-    if (i + step < count) {
-      warp_dots(x, w, weights.size, sums);
-    } else {  // alone
-      const Weight* const one[1] = {w[0]};
-      double sum[1];
-      warp_dots(x, one, weights.size, sum);
-      sums[0] = sum[0];
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      items[j] = deferred[min(begin + j, count - 1)];
+      w[j] = W_enc + feature_of(items[j]) * weights.size;
     }
+    double sums[together];
+    warp_dots(x, w, int(weights.size), sums);
     if (threadIdx.x % 32 != 0) continue;
-    for (int j = 0; j < together && i + j * step < count; ++j) {
-      const uint64_t item = open[i + j * step];
-      const int64_t feature = feature_of(item);
-      const float value = float(sums[j] + weights.gate.bias[feature]);
-      found(i + j * step, item,
-            value >= weights.gate.min_active[feature] ? make_key(value, feature) : 0);
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      if (begin + j >= count) break;
+      const int64_t feature = feature_of(items[j]);
+      const float value = float(sums[j] + weights.bounds.bias[feature]);
+      const bool active = value >= weights.bounds.min_active[feature];
+      found(begin + j, items[j], active ? make_key(value, feature) : 0);
     }
   }
+}
+
+// Computes a list on warp_count warps, of which the caller is one: as few features together as keep
+// all warps busy.
+template <typename Weight, typename Found>
+__device__ void compute_deferred(const uint64_t* deferred, int count, int warp, int warp_count,
+                                 const float* x, const Weights& weights, const Found& found) {
+  if (count <= warp_count)
+    compute_together<1, Weight>(deferred, count, warp, warp_count, x, weights, found);
+  else if (count <= 2 * warp_count)
+    compute_together<2, Weight>(deferred, count, warp, warp_count, x, weights, found);
+  else
+    compute_together<4, Weight>(deferred, count, warp, warp_count, x, weights, found);
 }
 
 // What float32 scores are compared with: under the k-th best activation by what the comparison may
 // round.
-__device__ float bound_of(uint64_t least, const Weights& weights) {
-  if (least == 0) return -INFINITY;
-  const double value = __uint_as_float(unsigned(least >> 32));
-  return float(value - (value + weights.largest_bias) * 0x1p-20 - (weights.size + 128) * 0x1p-124);
+__device__ float score_bound(uint64_t kth_best, const Weights& weights) {
+  if (kth_best == 0) return -INFINITY;
+  const double value = __uint_as_float(unsigned(kth_best >> 32));
+  return float(value - (value + weights.max_bias) * kth_best_rounding - underflow(weights.size));
 }
 
-// One block a row and group of the panel's features.
+// Where a lane's j-th number of warp_scores lies: four numbers follow each other, which aligned
+// arrays give in one access.
+__device__ int place(int j) { return j / 4 * 128 + int(threadIdx.x % 32) * 4 + j % 4; }
+
+struct LaneNumbers {
+  float at[lane_scores];
+};
+
+// A lane's numbers among [0, count) of a warp's warp_scores; 0 from count on.
+__device__ LaneNumbers load(const float* __restrict__ from, int count, bool aligned) {
+  LaneNumbers numbers = {};
+  if (aligned) {
+#pragma unroll
+    for (int j = 0; j < lane_scores; j += 4) {
+      float4 four = {0, 0, 0, 0};
+      if (place(j) < count) four = *reinterpret_cast<const float4*>(from + place(j));
+      numbers.at[j] = four.x;
+      numbers.at[j + 1] = four.y;
+      numbers.at[j + 2] = four.z;
+      numbers.at[j + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < lane_scores; ++j) numbers.at[j] = place(j) < count ? from[place(j)] : 0;
+  }
+  return numbers;
+}
+
+// The lists of a row and group while a block fills them; their counts, in shared memory. Warps take
+// places without waiting for each other. Where the list of deferred features is full, they stop:
+// places from deferred_end on are not filled.
+struct OpenLists {
+  uint64_t *deferred, *exact;
+  int capacity, k;
+  struct Counts {
+    int deferred, deferred_end, exact, active;
+    uint64_t kth_best;
+  }* counts;
+
+  // Defers the items of the lanes that keep theirs, or none if there is not enough room. All lanes
+  // of a warp take part.
+  __device__ bool append(bool keep, uint64_t item) const {
+    const unsigned kept = __ballot_sync(all_lanes, keep);
+    if (kept == 0) return true;
+    const int lane = threadIdx.x % 32, added = __popc(kept);
+    int first = lane == 0 ? atomicAdd(&counts->deferred, added) : 0;
+    first = __shfl_sync(all_lanes, first, 0);
+    if (first + added > capacity) {
+      if (lane == 0) atomicMin(&counts->deferred_end, first);
+      return false;
+    }
+    if (keep) deferred[first + __popc(kept & ((1u << lane) - 1))] = item;
+    return true;
+  }
+};
+
+// Drops what k others surely beat. Where still fewer than list_room places are free, too many
+// features are near the k-th best or near their bounds, and they are computed. All threads of the
+// block take part. Not inlined: it is rare, and needs many registers.
 template <typename Weight>
-__global__ void __launch_bounds__(threads)
-    select_kernel(const float* scores, const float* x, const float* margins, int64_t first,
-                  int64_t count, Weights weights, Lists lists) {
-  const int row = blockIdx.x, group = blockIdx.y;
-  const float margin = margins[row];
-  if (isnan(margin)) return;
-  const int64_t list = int64_t{row} * lists.groups + group;
-  uint64_t* open = lists.open + list * lists.capacity;
-  uint64_t* keys = lists.keys + list * (lists.k + lists.capacity);
+__device__ __noinline__ void make_room(const OpenLists& lists, const float* x, float margin,
+                                       const Weights& weights) {
+  OpenLists::Counts& counts = *lists.counts;
+  uint64_t kth_best = counts.kth_best;
+  if (threadIdx.x == 0 && counts.deferred_end != INT_MAX) {
+    counts.deferred = counts.deferred_end;
+    counts.deferred_end = INT_MAX;
+  }
+  __syncthreads();
   const Bracket bracket(margin, weights);
-  const FeatureBounds& gate = weights.gate;
+  for (;;) {
+    kth_best = drop_beaten(lists.deferred, lists.exact, lists.deferred, lists.exact,
+                           &counts.deferred, &counts.exact, bracket, lists.k, kth_best);
+    const int left = counts.deferred;
+    __syncthreads();  // a thread that goes on may add to the count
+    if (left + list_room <= lists.capacity) break;
+    compute_deferred<Weight>(lists.deferred, left, threadIdx.x / 32, warps, x, weights,
+                             [&](int, uint64_t item, uint64_t key) {
+                               if (key != 0 && is_ambiguous(item)) atomicAdd(&counts.active, 1);
+                               if (key > kth_best) lists.exact[atomicAdd(&counts.exact, 1)] = key;
+                             });
+    __syncthreads();
+    if (threadIdx.x == 0) counts.deferred = 0;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) counts.kth_best = kth_best;
+  __syncthreads();
+}
 
-  __shared__ int open_size, keys_size, certain;
-  if (threadIdx.x == 0) {
-    open_size = lists.open_size[list];
-    keys_size = lists.keys_size[list];
-    certain = 0;
+// A row as one block of select_kernel sees it.
+struct ScoredRow {
+  const float* scores;
+  int first;  // feature of scores[0]
+  float margin;
+  FeatureBounds bounds;
+
+  // Whether the feature of a score may be active. Written so that NaN, which a margin or a score
+  // that is not finite can give, counts as "may be".
+  __device__ bool may_be_active(float score, float norm, float surely_out_below) const {
+    return !(fmaf(margin, norm, score) < surely_out_below);
   }
-  uint64_t least = lists.least[list];
-  float bound = bound_of(least, weights);
-  int sure_count = 0;
-  const int64_t share = (count + lists.groups - 1) / lists.groups;
-  const int64_t end = min(count, (group + 1) * share);
-  const float* score = scores + row * count;
-  __syncthreads();
-  bool full =
-      lists.open_size[list] + segment > lists.capacity;  // open_size may be changing already
-  const auto thin_here = [&] {
-    least = thin(open, keys, open, keys, &open_size, &keys_size, bracket, lists.k, least);
-    bound = bound_of(least, weights);
-  };
-  for (int64_t begin = group * share; begin < end; begin += segment) {
-    if (full) {
-      thin_here();
-      const bool crowded = open_size + segment > lists.capacity;
-      __syncthreads();  // a thread that goes on adds to open_size
-      if (crowded) {    // too many near the bound or their gates: compute them
-        compute<Weight>(open, open_size, threadIdx.x / 32, threads / 32, x + row * weights.size,
-                        weights, [&](int, uint64_t item, uint64_t key) {
-                          if (key != 0 && is_ambiguous(item)) atomicAdd(&certain, 1);
-                          if (key > least) keys[atomicAdd(&keys_size, 1)] = key;
-                        });
-        __syncthreads();
-        if (threadIdx.x == 0) open_size = 0;
-        __syncthreads();
-        thin_here();
-      }
-    }
-    constexpr int each = segment / threads;
-    int filled = 0;
-    float values[each], norms[each], lows[each];
+
+  // Finds the scores [begin, begin + count), at most warp_scores, whose features may be active.
+  // Their places go to `found`; returns how many they are.
+  __device__ int find(const LaneNumbers& values, int begin, int count, bool aligned,
+                      uint8_t* found) const {
+    const LaneNumbers norms = load(bounds.norm + first + begin, count, aligned),
+                      out_below = load(bounds.surely_out_below + first + begin, count, aligned);
+    unsigned active = 0;
 #pragma unroll
-    for (int j = 0; j < each; ++j) {
-      const int64_t i = begin + j * threads + threadIdx.x;
-      const bool inside = i < end;
-      values[j] = inside ? __ldcs(score + i) : -INFINITY;
-      norms[j] = inside ? gate.norm[first + i] : 0;
-      lows[j] = inside ? gate.surely_out_below[first + i] : INFINITY;
-    }
+    for (int j = 0; j < lane_scores; ++j)
+      if (may_be_active(values.at[j], norms.at[j], out_below.at[j])) active |= 1u << j;
+    if (count < warp_scores) {
 #pragma unroll
-    for (int j = 0; j < each; ++j) {
-      const int64_t i = begin + j * threads + threadIdx.x, feature = first + i;
-      const float slack = margin * norms[j], upper = values[j] + slack;
-      // Written so that NaN, which a margin or a score that is not finite can give, counts as "may
-      // be".
-      if (i < end && !(upper < lows[j])) {
-        const bool sure = values[j] - slack >= gate.surely_in_from[feature];
-        sure_count += sure;
-        if (!sure || !(upper < bound - gate.bias[feature])) {
-          const int slot = atomicAdd(&open_size, 1);
-          open[slot] = pack(values[j], feature, !sure);
-          filled = slot + 1;
-        }
-      }
+      for (int j = 0; j < lane_scores; ++j)
+        if (place(j) >= count) active &= ~(1u << j);
     }
-    // Not read from open_size: another thread may be adding to it again.
-    full = __syncthreads_or(filled + segment > lists.capacity);
+    if (!__any_sync(all_lanes, active != 0)) return 0;
+    const unsigned lower_lanes = (1u << threadIdx.x % 32) - 1;
+    int total = 0;
+#pragma unroll
+    for (int j = 0; j < lane_scores; ++j) {
+      const unsigned lanes = __ballot_sync(all_lanes, active >> j & 1);
+      if (active >> j & 1) found[total + __popc(lanes & lower_lanes)] = uint8_t(place(j));
+      total += __popc(lanes);
+    }
+    __syncwarp();
+    return total;
   }
-  if (open_size > max(2 * lists.k, segment / 2)) thin_here();  // the next panel's bound
-  if (sure_count) atomicAdd(&certain, sure_count);
+
+  // Lists the features of the places found[done], ... found[total - 1] that may reach `bound`, and
+  // counts those that are surely active. Returns total, or where to go on if the list is full.
+  __device__ int list(int begin, const uint8_t* found, int done, int total, float bound,
+                      const OpenLists& lists) const {
+    const int lane = threadIdx.x % 32;
+    for (; done < total; done += 32) {
+      const int i = done + lane;
+      bool surely = false, keep = false;
+      uint64_t item = 0;
+      if (i < total) {
+        const int place = begin + found[i];
+        const int64_t feature = first + place;
+        const float score = scores[place], width = margin * bounds.norm[feature];
+        surely = score - width >= bounds.surely_in_from[feature];
+        keep = !surely || !(score + width < bound - bounds.bias[feature]);
+        item = defer(score, feature, !surely);
+      }
+      if (!lists.append(keep, item)) break;
+      const unsigned active = __ballot_sync(all_lanes, surely);
+      if (lane == 0 && active != 0) atomicAdd(&lists.counts->active, __popc(active));
+    }
+    __syncwarp();  // `found` is free again
+    return min(done, total);
+  }
+};
+
+// One block per row and group of the tile's features.
+template <typename Weight>
+__global__ void __launch_bounds__(threads, 4)
+    select_kernel(const float* __restrict__ scores, const float* x, const float* margins, int first,
+                  int count, const __grid_constant__ Weights weights,
+                  const __grid_constant__ CandidateLists lists) {
+  const int row = blockIdx.x, group = blockIdx.y, warp = threadIdx.x / 32;
+  const int64_t list = int64_t{row} * lists.groups + group;
+  // A multiple of four, so that groups begin where accesses are aligned.
+  const int share = (count + 4 * lists.groups - 1) / (4 * lists.groups) * 4;
+  const int group_end = min(count, (group + 1) * share);
+  const bool aligned = count % 4 == 0 && first % 4 == 0;
+  const float margin = margins[row];
+  const int deferred_before = lists.deferred_count[list], exact_before = lists.exact_count[list];
+  const uint64_t kth_best_before = lists.kth_best[list];
+  if (isnan(margin)) return;
+  __shared__ uint8_t found[warps][warp_scores];
+  __shared__ OpenLists::Counts counts;
+  if (threadIdx.x == 0) counts = {deferred_before, INT_MAX, exact_before, 0, kth_best_before};
+  const OpenLists open = {lists.deferred + list * lists.capacity,
+                          lists.exact + list * (lists.k + lists.capacity), lists.capacity, lists.k,
+                          &counts};
+  const ScoredRow scored = {scores + int64_t{row} * count, first, margin, weights.bounds};
+  const auto left = [&](int from) { return min(group_end - from, warp_scores); };
+
+  int begin = group * share + warp * warp_scores, done = 0;
   __syncthreads();
+  for (;;) {
+    bool full = false;
+    const float bound = score_bound(counts.kth_best, weights);
+    LaneNumbers ahead = load(scored.scores + begin, left(begin), aligned);  // the next scores
+    while (begin < group_end) {
+      const LaneNumbers values = ahead;
+      const int next = begin + warps * warp_scores;
+      ahead = load(scored.scores + next, left(next), aligned);
+      const int total = scored.find(values, begin, left(begin), aligned, found[warp]);
+      done = scored.list(begin, found[warp], done, total, bound, open);
+      full = done < total;
+      if (full) break;
+      begin = next;
+      done = 0;
+    }
+    const bool rest = __syncthreads_or(full);
+    // With nothing left to do, a list that is long gives the next tile a better bound.
+    if (rest || counts.deferred > max(2 * lists.k, list_room / 2))
+      make_room<Weight>(open, x + row * weights.size, margin, weights);
+    if (!rest) break;
+  }
   if (threadIdx.x == 0) {
-    lists.open_size[list] = open_size;
-    lists.keys_size[list] = keys_size;
-    lists.least[list] = least;
-    lists.certain[list] += certain;
+    lists.deferred_count[list] = counts.deferred;
+    lists.exact_count[list] = counts.exact;
+    lists.kth_best[list] = counts.kth_best;
+    lists.active_count[list] += counts.active;
   }
 }
 
-// One block a row.
+// One block per row.
 __global__ void __launch_bounds__(threads)
-    merge_kernel(const float* margins, Weights weights, Lists lists) {
+    merge_kernel(const float* margins, Weights weights, CandidateLists lists) {
   const float margin = margins[blockIdx.x];
   if (isnan(margin)) return;
   const int64_t list = int64_t{blockIdx.x} * lists.groups;
-  uint64_t* open = lists.open + list * lists.capacity;
-  uint64_t* keys = lists.keys + list * (lists.k + lists.capacity);
-  __shared__ int open_begin[most_groups + 1], keys_begin[most_groups + 1], open_size, keys_size;
-  if (threadIdx.x == 0) {
-    int certain = 0;
-    open_begin[0] = keys_begin[0] = 0;
-    for (int group = 0; group < lists.groups; ++group) {
-      open_begin[group + 1] = open_begin[group] + lists.open_size[list + group];
-      keys_begin[group + 1] = keys_begin[group] + lists.keys_size[list + group];
-      certain += lists.certain[list + group];
+  uint64_t* deferred = lists.deferred + list * lists.capacity;
+  uint64_t* exact = lists.exact + list * (lists.k + lists.capacity);
+  __shared__ int deferred_begin[max_groups + 1], exact_begin[max_groups + 1];
+  __shared__ int deferred_count, exact_count;
+  if (threadIdx.x < 32) {  // a lane per group; sums over the lanes up to it
+    const int lane = threadIdx.x;
+    const bool there = lane < lists.groups;
+    const int own_deferred = there ? lists.deferred_count[list + lane] : 0,
+              own_exact = there ? lists.exact_count[list + lane] : 0;
+    int to_deferred = own_deferred, to_exact = own_exact,
+        active = there ? lists.active_count[list + lane] : 0;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int more_deferred = __shfl_up_sync(all_lanes, to_deferred, distance),
+                more_exact = __shfl_up_sync(all_lanes, to_exact, distance),
+                more_active = __shfl_up_sync(all_lanes, active, distance);
+      if (lane >= distance) {
+        to_deferred += more_deferred;
+        to_exact += more_exact;
+        active += more_active;
+      }
     }
-    open_size = open_begin[lists.groups];
-    keys_size = keys_begin[lists.groups];
-    lists.certain[list] = certain;
+    deferred_begin[lane + 1] = to_deferred;
+    exact_begin[lane + 1] = to_exact;
+    if (lane == 0) deferred_begin[0] = exact_begin[0] = 0;
+    if (lane == 31) {
+      deferred_count = to_deferred;
+      exact_count = to_exact;
+      lists.active_count[list] = active;
+    }
   }
   __syncthreads();
-  const Span opens{open, lists.capacity, open_begin},
-      exact{keys, lists.k + lists.capacity, keys_begin};
-  thin(opens, exact, open, keys, &open_size, &keys_size, Bracket(margin, weights), lists.k, 0);
+  const JoinedList all_deferred{deferred, lists.capacity, deferred_begin, lists.groups},
+      all_exact{exact, lists.k + lists.capacity, exact_begin, lists.groups};
+  drop_beaten(all_deferred, all_exact, deferred, exact, &deferred_count, &exact_count,
+              Bracket(margin, weights), lists.k, 0);
   if (threadIdx.x == 0) {
-    lists.open_size[list] = open_size;
-    lists.keys_size[list] = keys_size;
+    lists.deferred_count[list] = deferred_count;
+    lists.exact_count[list] = exact_count;
   }
 }
 
 // Blocks (row, part of its list). Neighbouring rows go through their features in about the same
-// order: the cache serves them.
+// order, so the cache serves them.
 template <typename Weight>
 __global__ void __launch_bounds__(threads)
-    rescore_kernel(const float* x, const float* margins, Weights weights, Lists lists) {
+    compute_exact_kernel(const float* __restrict__ x, const float* __restrict__ margins,
+                         Weights weights, CandidateLists lists) {
   const int64_t row = blockIdx.x, list = row * lists.groups;
+  const int count = lists.deferred_count[list];
   if (isnan(margins[row])) return;
-  uint64_t* open = lists.open + list * lists.capacity;
-  const int warp = int(blockIdx.y * (threads / 32) + threadIdx.x / 32),
-            warps = int(gridDim.y * (threads / 32));
-  compute<Weight>(open, lists.open_size[list], warp, warps, x + row * weights.size, weights,
-                  [&](int i, uint64_t item, uint64_t key) {
-                    if (key != 0 && is_ambiguous(item)) atomicAdd(&lists.certain[list], 1);
-                    open[i] = key;
-                  });
+  uint64_t* deferred = lists.deferred + list * lists.capacity;
+  const int warp = int(blockIdx.y * warps + threadIdx.x / 32), warp_count = int(gridDim.y * warps);
+  compute_deferred<Weight>(deferred, count, warp, warp_count, x + row * weights.size, weights,
+                           [&](int i, uint64_t item, uint64_t key) {
+                             if (key != 0 && is_ambiguous(item))
+                               atomicAdd(&lists.active_count[list], 1);
+                             deferred[i] = key;
+                           });
+}
+
+// How many of keys[0], ... keys[count - 1], in shared memory, are larger.
+__device__ int rank_of(uint64_t key, const uint64_t* keys, int count) {
+  int rank = 0;
+  for (int i = 0; i < count; ++i) rank += keys[i] > key;
+  return rank;
 }
 
 // Sorts count keys, descending, in place; count is a power of two. All threads of the block take
@@ -379,8 +646,17 @@ __device__ void bitonic_sort(uint64_t* keys, int count) {
     }
 }
 
-// Sorts `size` keys descending; slots up to the next power of two become 0, which no key equals.
-__device__ void sort_keys(uint64_t* keys, int size) {
+// Sorts `size` keys, descending; no two are equal. Where they are many, places up to the next power
+// of two become 0, which no key equals. `scratch` has room for max_ranked keys, in shared memory.
+__device__ void sort_keys(uint64_t* keys, int size, uint64_t* scratch) {
+  if (size <= max_ranked) {
+    for (int i = threadIdx.x; i < size; i += threads) scratch[i] = keys[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < size; i += threads)
+      keys[rank_of(scratch[i], scratch, size)] = scratch[i];
+    __syncthreads();
+    return;
+  }
   int count = 1;
   while (count < size) count *= 2;
   for (int i = size + int(threadIdx.x); i < count; i += threads) keys[i] = 0;
@@ -388,15 +664,51 @@ __device__ void sort_keys(uint64_t* keys, int size) {
   bitonic_sort(keys, count);
 }
 
-// One block a row.
+// Puts the k largest of values(0), ... values(count - 1) that are not 0 into `best`, descending,
+// and returns how many they are. No two that are not 0 are equal.
+template <typename Values>
+__device__ int k_largest(int count, int k, const Values& values, uint64_t* best,
+                         uint64_t* scratch) {
+  if (count <= max_ranked) {
+    for (int i = threadIdx.x; i < count; i += threads) scratch[i] = values(i);
+    __syncthreads();
+    int larger_than_0 = 0;
+    for (int i = threadIdx.x; i < count; i += threads) {
+      const uint64_t key = scratch[i];
+      if (key == 0) continue;
+      ++larger_than_0;
+      const int rank = rank_of(key, scratch, count);
+      if (rank < k) best[rank] = key;
+    }
+    int total = __syncthreads_count(larger_than_0 > 0);
+    total += __syncthreads_count(larger_than_0 > 1);
+    return min(total, k);
+  }
+  const uint64_t smallest = max(kth_largest(count, k, values), uint64_t{1});
+  __shared__ int size;
+  if (threadIdx.x == 0) size = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += threads) {
+    const uint64_t key = values(i);
+    if (key >= smallest) best[atomicAdd(&size, 1)] = key;
+  }
+  __syncthreads();
+  const int total = size;
+  sort_keys(best, total, scratch);
+  return total;
+}
+
+// One block per row.
 __global__ void __launch_bounds__(threads)
-    finish_kernel(const Io* io, const float* margins, int64_t first, int64_t features,
-                  int64_t most_active, int64_t top_k, int64_t sorted_stride, Lists lists) {
-  __shared__ uint64_t shared[in_shared];
+    finish_kernel(const LayerPointers* layer, const float* margins, int64_t first, int64_t features,
+                  int64_t max_active, int64_t top_k, int64_t sorted_stride, CandidateLists lists) {
+  __shared__ uint64_t shared[max_in_shared], scratch[max_ranked];
   const int64_t row = blockIdx.x, list = row * lists.groups;
-  float* activations = io->activations + (first + row) * top_k;
-  int64_t* indices = io->indices + (first + row) * top_k;
-  float* sparsity = io->sparsity + first + row;
+  const int deferred_count = lists.deferred_count[list], exact_count = lists.exact_count[list];
+  const int64_t active = lists.active_count[list];
+  float* activations = layer->activations + (first + row) * top_k;
+  int64_t* indices = layer->indices + (first + row) * top_k;
+  float* sparsity = layer->sparsity + first + row;
   if (isnan(margins[row])) {
     for (int64_t i = threadIdx.x; i < top_k; i += threads) {
       activations[i] = NAN;
@@ -405,22 +717,13 @@ __global__ void __launch_bounds__(threads)
     if (threadIdx.x == 0) *sparsity = NAN;
     return;
   }
-  const uint64_t* computed = lists.open + list * lists.capacity;
-  const uint64_t* keys = lists.keys + list * (lists.k + lists.capacity);
-  const int open_size = lists.open_size[list], keys_size = lists.keys_size[list];
-  const int64_t active = lists.certain[list];
-  if (threadIdx.x == 0) *sparsity = float(double(min(active, most_active)) / double(features));
-
-  uint64_t* best = sorted_stride <= in_shared ? shared : lists.sorted + row * sorted_stride;
-  const auto key = [&](int i) { return i < keys_size ? keys[i] : computed[i - keys_size]; };
-  const uint64_t least = max(kth_largest(open_size + keys_size, lists.k, key), uint64_t{1});
-  __shared__ int winners;
-  if (threadIdx.x == 0) winners = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < open_size + keys_size; i += threads)
-    if (key(i) >= least) best[atomicAdd(&winners, 1)] = key(i);
-  __syncthreads();
-  sort_keys(best, winners);
+  if (threadIdx.x == 0) *sparsity = float(double(min(active, max_active)) / double(features));
+  const uint64_t* computed = lists.deferred + list * lists.capacity;
+  const uint64_t* exact = lists.exact + list * (lists.k + lists.capacity);
+  uint64_t* best = sorted_stride <= max_in_shared ? shared : lists.sorted + row * sorted_stride;
+  const int winners = k_largest(
+      deferred_count + exact_count, lists.k,
+      [&](int i) { return i < exact_count ? exact[i] : computed[i - exact_count]; }, best, scratch);
   for (int i = threadIdx.x; i < winners; i += threads) {
     activations[i] = __uint_as_float(unsigned(best[i] >> 32));
     indices[i] = unsigned(~best[i]);
@@ -431,63 +734,61 @@ __global__ void __launch_bounds__(threads)
   // did not win.
   for (int i = threadIdx.x; i < winners; i += threads) best[i] = unsigned(best[i]);
   __syncthreads();
-  sort_keys(best, winners);
-  for (int64_t slot = threadIdx.x; slot < top_k - winners; slot += threads) {
-    int low = 0, high = winners;  // how many winners lie under the slot's feature
+  sort_keys(best, winners, scratch);
+  for (int64_t rank = threadIdx.x; rank < top_k - winners; rank += threads) {
+    int low = 0, high = winners;  // how many winners lie under this rank's feature
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (int64_t{unsigned(~best[middle])} - middle <= slot)
+      if (int64_t{unsigned(~best[middle])} - middle <= rank)
         low = middle + 1;
       else
         high = middle;
     }
-    activations[winners + slot] = 0;
-    indices[winners + slot] = slot + low;
+    activations[winners + rank] = 0;
+    indices[winners + rank] = rank + low;
   }
 }
 
-int64_t power_of_two(int64_t least) {
+int64_t power_of_two(int64_t min) {
   int64_t power = 1;
-  while (power < least) power *= 2;
+  while (power < min) power *= 2;
   return power;
+}
+
+// Blocks per row that compute its list: together with those of the other rows they fill a device.
+unsigned blocks_per_row(int64_t rows) {
+  constexpr int64_t blocks = 1024, max_per_row = 32;
+  return unsigned(rows >= blocks ? 1 : rows * max_per_row <= blocks ? max_per_row : blocks / rows);
 }
 
 }  // namespace
 
 int select(const float* scores, const float* x, const float* margin, int64_t rows, int64_t first,
-           int64_t count, const Weights& weights, const Lists& lists, void* stream) {
-  const dim3 grid(unsigned(rows), unsigned(lists.groups));
+           int64_t count, const Weights& weights, const CandidateLists& lists, Queue& queue) {
   return for_dtype(weights.dtype, [&](auto type) {
-    const auto kernel = select_kernel<decltype(type)>;
-    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(scores, x, margin, first, count,
-                                                                    weights, lists);
+    return launch(select_kernel<decltype(type)>, dim3(unsigned(rows), unsigned(lists.groups)),
+                  queue, scores, x, margin, int(first), int(count), weights, lists);
   });
 }
 
-int merge(const float* margin, int64_t rows, const Weights& weights, const Lists& lists,
-          void* stream) {
-  const auto kernel = merge_kernel;
-  const dim3 grid(unsigned(rows), 1);
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(margin, weights, lists);
-  return cudaGetLastError();
+int merge(const float* margin, int64_t rows, const Weights& weights, const CandidateLists& lists,
+          Queue& queue) {
+  return launch(merge_kernel, dim3(unsigned(rows)), queue, margin, weights, lists);
 }
 
-int rescore(const float* x, const float* margin, int64_t rows, const Weights& weights,
-            const Lists& lists, void* stream) {
-  const dim3 grid(unsigned(rows), unsigned(lists.groups));
+int compute_exact(const float* x, const float* margin, int64_t rows, const Weights& weights,
+                  const CandidateLists& lists, Queue& queue) {
   return for_dtype(weights.dtype, [&](auto type) {
-    const auto kernel = rescore_kernel<decltype(type)>;
-    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(x, margin, weights, lists);
+    return launch(compute_exact_kernel<decltype(type)>, dim3(unsigned(rows), blocks_per_row(rows)),
+                  queue, x, margin, weights, lists);
   });
 }
 
-int finish(const Io* io, const float* margin, int64_t first, int64_t rows, int64_t features,
-           int64_t most_active, int64_t top_k, const Lists& lists, void* stream) {
-  const auto kernel = finish_kernel;
-  const dim3 grid(unsigned(rows), 1);
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      io, margin, first, features, most_active, top_k, power_of_two(lists.k), lists);
-  return cudaGetLastError();
+int finish(const LayerPointers* layer, const float* margin, int64_t first, int64_t rows,
+           int64_t features, int64_t max_active, int64_t top_k, const CandidateLists& lists,
+           Queue& queue) {
+  return launch(finish_kernel, dim3(unsigned(rows)), queue, layer, margin, first, features,
+                max_active, top_k, power_of_two(lists.k), lists);
 }
 
 }  // namespace sparse_transcoder::cuda

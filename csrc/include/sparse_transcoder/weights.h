@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <sparse_transcoder/errors.h>
 
 #include <cstdint>
 #include <map>
@@ -36,13 +37,8 @@ struct LayerWeights {
 // empty). With a CUDA device the tensors are copied there. Throws FileNotFound, or c10::ValueError
 // naming the file and the reason. Matrices are scanned for NaN and Inf up to 256 MiB in all, so
 // that a large set opens at once; the Engine refuses any encoder that is not finite.
-std::map<int64_t, LayerWeights> load_weights(const std::string& dir,
-                                             std::vector<int64_t> layers = {},
-                                             at::Device device = at::kCPU);
-
-// A file or folder that is not there.
-struct FileNotFound : c10::Error {
-  using Error::Error;
-};
+SPARSE_TRANSCODER_API std::map<int64_t, LayerWeights> load_weights(const std::string& dir,
+                                                                   std::vector<int64_t> layers = {},
+                                                                   at::Device device = at::kCPU);
 
 }  // namespace sparse_transcoder

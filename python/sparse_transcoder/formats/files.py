@@ -1,4 +1,7 @@
-"""Reads checkpoint files that may lie: every error is one line with the file and the reason, and nothing in a file is run."""
+"""Reads checkpoint files that may lie.
+
+Every error is one line with the file and the reason. Nothing in a file is ever run.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,14 @@ from .. import _C
 from ..weights import TranscoderWeights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Tensors:
-    """The tensors of one file, taken by name; what nobody takes is refused, as it may change what is computed."""
+    """The tensors of one file, taken by name.
+
+    What nobody takes is refused, since it may change what is computed.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         self.path = path
@@ -31,15 +38,12 @@ class Tensors:
 
     def take(self, name: str, ndim: int) -> torch.Tensor:
         """A float tensor that must be there."""
-        tensor = self.left.pop(name, None)
-        if tensor is None:
+        tensor = self._take(name)
+        plain = tensor.layout == torch.strided and not tensor.is_meta
+        if tensor.ndim != ndim or tensor.dtype not in FLOATS or not plain:
             raise ValueError(
-                f"{self.path}: tensor {name} is missing, got {_short(', '.join(sorted(self.left)) or 'none')}"
-            )
-        if tensor.ndim != ndim or tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(
-                f"{self.path}: {name} must be a {ndim}-dimensional float32, bfloat16 or float16 tensor, "
-                f"got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                f"{self.path}: {name} must be a {ndim}-dimensional float32, bfloat16 or float16 "
+                f"tensor, got {dtype_name(tensor)} {list(tensor.shape)}"
             )
         return tensor.detach()
 
@@ -47,26 +51,32 @@ class Tensors:
         return self.take(name, ndim) if name in self else None
 
     def take_integer(self, name: str) -> int:
-        tensor = self.left.pop(name, None)
-        if tensor is None:
+        tensor = self._take(name)
+        if tensor.numel() != 1 or tensor.dtype not in INTEGERS:
             raise ValueError(
-                f"{self.path}: tensor {name} is missing, got {_short(', '.join(sorted(self.left)) or 'none')}"
+                f"{self.path}: {name} must be one integer, "
+                f"got {dtype_name(tensor)} {list(tensor.shape)}"
             )
-        if tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise ValueError(f"{self.path}: {name} must be one integer, got {tensor.dtype} {list(tensor.shape)}")
         return int(tensor)
 
     def drop(self, pattern: str) -> None:
         """Leave out tensors that do not change the encoding."""
-        self.left = {name: tensor for name, tensor in self.left.items() if not re.fullmatch(pattern, name)}
+        self.left = {name: t for name, t in self.left.items() if not re.fullmatch(pattern, name)}
 
     def finish(self) -> None:
         for name in sorted(self.left):
             raise ValueError(f'{self.path}: tensor "{_short(name)}" is not part of this layout')
 
+    def _take(self, name: str) -> torch.Tensor:
+        tensor = self.left.pop(name, None)
+        if tensor is None:
+            there = _short(", ".join(sorted(self.left)) or "none")
+            raise ValueError(f"{self.path}: tensor {name} is missing, got {there}")
+        return tensor
+
 
 class Config:
-    """A JSON file that must be an object; values are taken by name with their type."""
+    """A JSON file that must be an object. Values are taken by name with their type."""
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None) -> None:
         self.path = path
@@ -86,12 +96,13 @@ class Config:
     def need(self, name: str, kind: type) -> Any:
         value = self.get(name, kind, None)
         if value is None:
-            raise self.refuse(f"{name} is missing, got {_short(', '.join(map(str, self.values)) or 'nothing')}")
+            there = _short(", ".join(map(str, self.values)) or "nothing")
+            raise self.refuse(f"{name} is missing, got {there}")
         return value
 
     def k(self, name: str = "k", default: int | None = None) -> int:
         """The k of a top-k coder."""
-        value = self.need(name, int) if default is None else self.get(name, int, default)
+        value: int = self.need(name, int) if default is None else self.get(name, int, default)
         if not 1 <= value < 2**63:
             raise self.refuse(f"{name} must be at least 1 and fit 64 bits, got {_short(value)}")
         return value
@@ -100,56 +111,45 @@ class Config:
         """A nested object, empty where it is not there."""
         return Config(self.path, self.get(name, dict, {}))
 
+    def must_be_off(self, *names: str) -> None:
+        """Refuse switches of variants that we do not support."""
+        for name in names:
+            self.only(name, self.get(name, bool, False), (False,))
+
     def only(self, name: str, value: Any, supported: tuple[Any, ...]) -> Any:
         """Refuse a variant that we do not support, by its name."""
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
-            raise self.refuse(f"{name} {_short(value)} is not supported, only {', '.join(map(_short, supported))}")
+        if not any(value == one and type(value) is type(one) for one in supported):
+            known = ", ".join(map(_short, supported))
+            raise self.refuse(f"{name} {_short(value)} is not supported, only {known}")
         return value
 
 
 class Loading:
-    """One call of load_transcoders: where tensors go, and how many bytes are still checked for NaN and Inf.
+    """One call of load_transcoders: where tensors go, and how many bytes are still to be checked.
 
-    The budget lets a large set open at once; the engine checks every encoder it is given.
+    The check is for NaN and Inf. Its budget lets a large set open at once: the engine checks every
+    encoder that it is given.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.left_to_scan = 1 << 28
 
-    def weights(self, layer: int, source: Path, W_enc: torch.Tensor, **fields: Any) -> TranscoderWeights:
-        """Checked weights on the device. W_enc [F, H]: copied once where its file holds [H, F], else a view of the file.
+    def weights(
+        self, layer: int, source: Path, W_enc: torch.Tensor, **fields: Any
+    ) -> TranscoderWeights:
+        """Checked weights on the device; ``fields`` are those of TranscoderWeights.
 
-        b_dec [H] or [n * H], W_dec [n * H, F]: n layers written to, one after the other.
+        W_enc [F, H] is copied once where its file holds [H, F], else it is a view of the file.
+        W_dec is [n * H, F] and b_dec [H] or [n * H], for n layers written to, one after the other.
         """
-        features, hidden = W_enc.shape
-        if not features or not hidden:
-            raise ValueError(f"{source}: W_enc must not be empty, got [{features}, {hidden}]")
+        _check_shapes(source, W_enc, fields)
         for name in ("hook_in", "hook_out"):
             if not fields.get(name, "").isprintable():
-                raise ValueError(f"{source}: {name} must be printable text, got {_short(fields[name])}")
-        W_dec = fields.get("W_dec")
-        targets = W_dec.shape[0] // hidden if W_dec is not None and W_dec.shape[0] % hidden == 0 else 1
-        shapes = {
-            "b_enc": (features,),
-            "W_dec": (targets * hidden, features),
-            "b_dec": (hidden,),
-            "threshold": (features,),
-            "W_skip": (hidden, hidden),
-            "input_bias": (hidden,),
-            "ln_weight": (hidden,),
-            "ln_bias": (hidden,),
-        }
-        tensors = {"W_enc": W_enc}
-        for name, shape in shapes.items():
-            tensor = fields.get(name)
-            if tensor is None:
-                continue
-            wide = name == "b_dec" and tuple(tensor.shape) == (targets * hidden,)
-            if tuple(tensor.shape) != shape and not wide:
-                wanted, got = list(shape), list(tensor.shape)
-                raise ValueError(f"{source}: {name} must be {wanted} for W_enc [{features}, {hidden}], got {got}")
-            tensors[name] = tensor
+                hook = _short(fields[name])
+                raise ValueError(f"{source}: {name} must be printable text, got {hook}")
+        tensors = {"W_enc": W_enc, **fields}
+        tensors = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
         for name, tensor in tensors.items():
             if tensor.ndim == 2:
                 self.left_to_scan -= tensor.nbytes
@@ -160,11 +160,37 @@ class Loading:
                 tensors[name] = tensor.to(self.device)
             except torch.OutOfMemoryError:
                 raise torch.OutOfMemoryError(
-                    f"{source}: out of memory: {name} needs {tensor.nbytes} bytes on {self.device}; load on cpu and encode with "
-                    "device_weight_bytes"
+                    f"{source}: out of memory: {name} needs {tensor.nbytes} bytes on "
+                    f"{self.device}; load on cpu and encode with device_weight_bytes"
                 ) from None
         tensors["W_enc"] = tensors["W_enc"].contiguous()
         return TranscoderWeights(layer=layer, source=str(source), **{**fields, **tensors})
+
+
+def _check_shapes(source: Path, W_enc: torch.Tensor, fields: Mapping[str, Any]) -> None:
+    features, hidden = W_enc.shape
+    if not features or not hidden:
+        raise ValueError(f"{source}: W_enc must not be empty, got [{features}, {hidden}]")
+    W_dec, b_dec = fields.get("W_dec"), fields.get("b_dec")
+    written = hidden if W_dec is None or W_dec.shape[0] % hidden else W_dec.shape[0]
+    wide = b_dec is not None and tuple(b_dec.shape) == (written,)
+    shapes = {
+        "b_enc": (features,),
+        "W_dec": (written, features),
+        "b_dec": (written if wide else hidden,),
+        "threshold": (features,),
+        "W_skip": (hidden, hidden),
+        "input_bias": (hidden,),
+        "ln_weight": (hidden,),
+        "ln_bias": (hidden,),
+    }
+    for name, shape in shapes.items():
+        tensor = fields.get(name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{source}: {name} must be {list(shape)} for W_enc [{features}, {hidden}], "
+                f"got {list(tensor.shape)}"
+            )
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -177,15 +203,17 @@ def read_npz(path: Path) -> Tensors:
     try:
         import numpy
     except ImportError:
-        raise ImportError(f"{path}: numpy is needed to read .npz files: pip install numpy") from None
+        raise ImportError(
+            f"{path}: numpy is needed to read .npz files: pip install numpy"
+        ) from None
     _must_exist(path)
 
     def read() -> dict[str, torch.Tensor]:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-        most = 8 * path.stat().st_size + (64 << 20)  # weights hardly compress
-        if unpacked > most:
-            raise ValueError(f"it unpacks to {unpacked} bytes, expected at most {most}")
+        maximum = 8 * path.stat().st_size + (64 << 20)  # Weights hardly compress.
+        if unpacked > maximum:
+            raise ValueError(f"it unpacks to {unpacked} bytes, expected at most {maximum}")
         with numpy.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
@@ -193,21 +221,26 @@ def read_npz(path: Path) -> Tensors:
 
 
 def read_pickled(path: Path, key: str | None = None) -> Tensors:
-    """A state dict saved by torch.save, or the one under a key; memory-mapped and never unpickled unsafely."""
+    """A state dict saved by torch.save, or the one under a key of what was saved.
+
+    It is memory-mapped and never unpickled unsafely.
+    """
     _must_exist(path)
 
     def read() -> Any:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{member.filename} is compressed, which torch.save never does")
+                    raise ValueError(
+                        f"{member.filename} is compressed, which torch.save never does"
+                    )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     loaded = _guarded(path, "a checkpoint that can be read without running its code", read)
     state = loaded.get(key) if key and isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: must hold a {key or 'state dict'} of tensors")
-    return Tensors(path, {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()})
+    return Tensors(path, {str(name).removeprefix("_orig_mod."): t for name, t in state.items()})
 
 
 def short_hook(name: str) -> str:
@@ -221,13 +254,36 @@ def layer_in(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def config_text(path: Path) -> str:
+    """The beginning of a config.yaml, empty where there is none."""
+    return path.read_bytes()[:1_000_000].decode(errors="replace") if is_there(path) else ""
+
+
+def yaml_values(path: Path) -> dict[str, str]:
+    """The plain ``key: value`` lines of a config.yaml."""
+    values = {}
+    for line in config_text(path).splitlines():
+        key, _, value = line.partition(":")
+        if re.fullmatch(r"\w+", key) and value[:1].isspace():
+            value = value.strip()
+            if quoted := re.match(r"\"([^\"]*)\"|'([^']*)'", value):
+                values[key] = quoted[1] or quoted[2] or ""
+            else:
+                values[key] = re.split(r"(?:^|\s)#", value)[0].strip()
+    return values
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """One pass over the file; a sum that only overflows is looked at again."""
+    """One pass over the file. A sum that only overflows is looked at again."""
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file; anything else of this name is refused: a pipe, a link that leads nowhere."""
+    """Whether there is a file. A pipe or a link that leads nowhere is refused."""
     if path.is_file():
         return True
     if os.path.lexists(path):
@@ -250,15 +306,15 @@ def _guarded(path: Path, what: str, read: Callable[[], Any]) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    most = 10_000_000
+    maximum = 10_000_000
     _must_exist(path)
     try:
         with open(path, "rb") as file:
-            text = file.read(most + 1)
+            text = file.read(maximum + 1)
     except OSError as error:
         raise FileNotFoundError(f"{path}: cannot be opened: {error.strerror}") from None
-    if len(text) > most:
-        raise ValueError(f"{path}: must have at most {most} bytes")
+    if len(text) > maximum:
+        raise ValueError(f"{path}: must have at most {maximum} bytes")
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

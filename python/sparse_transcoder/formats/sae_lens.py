@@ -1,11 +1,16 @@
-"""SAELens: cfg.json beside sae_weights.safetensors, W_enc stored [H, F]; the activation is what ``architecture`` says."""
+"""SAELens: cfg.json beside sae_weights.safetensors, W_enc stored [H, F].
+
+``architecture`` declares the activation. The layout is that of
+https://github.com/jbloomAus/SAELens.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..weights import TranscoderWeights
-from .files import Config, Loading, read_safetensors, short_hook
+from .files import Config, Loading, layer_in, read_safetensors, short_hook
+from .layout import Layout, one_file
 
 # architecture -> (has thresholds, has a skip connection)
 ARCHITECTURES = {
@@ -19,10 +24,15 @@ ARCHITECTURES = {
 }
 
 
-def hook_name(config: Config) -> str:
-    """Where the hidden states come from; older files have it beside the other options."""
+def layer_of(path: Path) -> int | None:
+    return layer_in(_hook_name(Config(path.with_name("cfg.json"))))
+
+
+def _hook_name(config: Config) -> str:
+    """Where the hidden states come from. Older files have it beside the other options."""
     old = config.get("hook_name", str, config.get("hook_point", str, ""))
-    return config.within("metadata").get("hook_name", str, old)
+    name: str = config.within("metadata").get("hook_name", str, old)
+    return name
 
 
 def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
@@ -30,7 +40,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     architecture = config.get("architecture", str, "standard")
     k = None
     activation = config.get("activation_fn", str, config.get("activation_fn_str", str, "relu"))
-    if activation == "topk" and architecture in ("standard", "topk"):  # files older than version 6
+    if activation == "topk" and architecture in ("standard", "topk"):  # Files older than version 6.
         architecture, k = "topk", config.within("activation_fn_kwargs").k()
     else:
         config.only("activation_fn", activation, ("relu",))
@@ -38,10 +48,11 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     has_threshold, has_skip = ARCHITECTURES[architecture]
     if architecture == "topk":
         k = k or config.k()
-    config.only("rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", bool, False), (False,))
-    config.only("finetuning_scaling_factor", config.get("finetuning_scaling_factor", bool, False), (False,))
+    config.must_be_off("rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
     normalize = config.values.get("normalize_activations")
-    config.only("normalize_activations", "none" if normalize in (None, False) else normalize, ("none",))
+    config.only(
+        "normalize_activations", "none" if normalize in (None, False) else normalize, ("none",)
+    )
     transcoder = "transcoder" in architecture
     centred = config.get("apply_b_dec_to_input", bool, not transcoder)
     if transcoder and centred:
@@ -55,7 +66,7 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
     tensors.finish()
     metadata = config.within("metadata")
     hook_out = metadata.get("hook_name_out", str, config.get("hook_name_out", str, ""))
-    hook_in = hook_name(config)
+    hook_in = _hook_name(config)
     return loading.weights(
         layer,
         path,
@@ -70,3 +81,6 @@ def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
         hook_in=short_hook(hook_in),
         hook_out=short_hook(hook_out or ("" if transcoder else hook_in)),
     )
+
+
+LAYOUT = Layout("SAELens", one_file("sae_weights.safetensors", "cfg.json"), layer_of, load)

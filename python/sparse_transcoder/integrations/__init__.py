@@ -1,1 +1,1 @@
-"""Drop-ins for other projects; each module needs its project installed."""
+"""Drop-ins for other projects. Each module needs its project installed."""

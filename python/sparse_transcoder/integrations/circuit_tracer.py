@@ -1,4 +1,8 @@
-"""circuit-tracer on this engine: its attribution code runs unchanged, without the dense [positions, features] matrix."""
+"""circuit-tracer on this engine.
+
+Its attribution code (https://github.com/safety-research/circuit-tracer) runs unchanged, without the
+dense [positions, features] matrix.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,44 @@ from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTransco
 from ..encoder import SparseTranscoderEncoder
 from ..weights import TranscoderWeights
 
+RELUS = (torch.relu, torch.nn.functional.relu)
 
-def on_engine(transcoders: TranscoderSet, *, chunk_size: int = 512, screening: str = "auto") -> TranscoderSet:
-    """The same TranscoderSet, with ``encode_sparse``, and so ``compute_attribution_components``, on the engine.
 
-    The set given is left as it is; parameters are shared, and must stay on their device. An encoder that circuit-tracer loads
-    lazily is read once and held.
+def on_engine(
+    transcoders: TranscoderSet, *, chunk_size: int = 512, screening: str = "auto"
+) -> TranscoderSet:
+    """The same TranscoderSet, whose ``encode_sparse`` runs on the engine.
+
+    So does ``compute_attribution_components``, which calls it. The set given is left as it is.
+    Parameters are shared and must stay on their device. An encoder that circuit-tracer loads lazily
+    is read once and held.
 
     Args:
         transcoders: relu or JumpReLU transcoders.
-        chunk_size: see :class:`SparseTranscoderEncoder`. screening: likewise.
+        chunk_size: see :class:`SparseTranscoderEncoder`.
+        screening: see :class:`SparseTranscoderEncoder`.
 
     Raises:
-        TypeError: not a TranscoderSet. ValueError: an activation that is neither relu nor JumpReLU, or a negative threshold.
+        TypeError: ``transcoders`` is not a TranscoderSet.
+        ValueError: an activation is neither relu nor JumpReLU, or a threshold is negative.
 
     Example:
-        >>> model = ReplacementModel.from_pretrained_and_transcoders("google/gemma-2-2b", on_engine(transcoders))
+        >>> model = ReplacementModel.from_pretrained_and_transcoders(
+        ...     "google/gemma-2-2b", on_engine(transcoders)
+        ... )
     """
     if not isinstance(transcoders, TranscoderSet):
-        raise TypeError(f"transcoders must be a circuit-tracer TranscoderSet, got {type(transcoders).__name__}")
+        name = type(transcoders).__name__
+        raise TypeError(f"transcoders must be a circuit-tracer TranscoderSet, got {name}")
     weights = {layer: _weights(layer, transcoder) for layer, transcoder in enumerate(transcoders)}
-    encoder = SparseTranscoderEncoder(weights, activation_threshold=0.0, chunk_size=chunk_size, screening=screening)
+    encoder = SparseTranscoderEncoder(
+        weights, activation_threshold=0.0, chunk_size=chunk_size, screening=screening
+    )
     return TranscoderSet(
-        {layer: EngineTranscoder(t, encoder, layer, weights[layer].W_enc) for layer, t in enumerate(transcoders)},
+        {
+            layer: EngineTranscoder(transcoder, encoder, layer, weights[layer].W_enc)
+            for layer, transcoder in enumerate(transcoders)
+        },
         transcoders.feature_input_hook,
         transcoders.feature_output_hook,
         transcoders.scan,
@@ -39,10 +58,17 @@ def on_engine(transcoders: TranscoderSet, *, chunk_size: int = 512, screening: s
 
 
 class EngineTranscoder(SingleLayerTranscoder):
-    """A view of a SingleLayerTranscoder whose ``encode_sparse`` runs on the engine; all else is the transcoder's own."""
+    """A view of a SingleLayerTranscoder whose ``encode_sparse`` runs on the engine.
+
+    All else is the transcoder's own.
+    """
 
     def __init__(
-        self, transcoder: SingleLayerTranscoder, encoder: SparseTranscoderEncoder, layer: int, W_enc: torch.Tensor
+        self,
+        transcoder: SingleLayerTranscoder,
+        encoder: SparseTranscoderEncoder,
+        layer: int,
+        W_enc: torch.Tensor,
     ) -> None:
         torch.nn.Module.__init__(self)
         self.__dict__.update(transcoder.__dict__)
@@ -51,7 +77,11 @@ class EngineTranscoder(SingleLayerTranscoder):
     def encode_sparse(
         self, input_acts: torch.Tensor, zero_positions: slice = slice(0, 1)
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Active features of input_acts [N, H]: sparse COO [N, F] and their encoder rows [nnz, H]; none at ``zero_positions``."""
+        """Active features of input_acts [N, H], none of them at ``zero_positions``.
+
+        Returns:
+            (activations, a sparse COO tensor [N, F]; their encoder rows [nnz, H]).
+        """
         found = self._encoder.encode_sparse(self._layer, input_acts.to(self._encoder_rows.dtype))
         positions = torch.arange(found.shape[0], device=found.device)
         active = torch.ones_like(positions, dtype=torch.bool)
@@ -74,10 +104,11 @@ def _weights(layer: int, transcoder: SingleLayerTranscoder) -> TranscoderWeights
     if isinstance(activation, JumpReLU):
         if bool((activation.threshold < 0).any()):
             raise ValueError(
-                f"layer {layer}: JumpReLU thresholds must not be negative, got {activation.threshold.min()}"
+                f"layer {layer}: JumpReLU thresholds must not be negative, "
+                f"got {activation.threshold.min()}"
             )
         threshold = activation.threshold.detach().expand(transcoder.d_transcoder).contiguous()
-    elif activation not in (torch.relu, torch.nn.functional.relu) and not isinstance(activation, torch.nn.ReLU):
+    elif activation not in RELUS and not isinstance(activation, torch.nn.ReLU):
         name = getattr(activation, "__name__", type(activation).__name__)
         raise ValueError(f"layer {layer}: activation must be relu or JumpReLU, got {name}")
     return TranscoderWeights(

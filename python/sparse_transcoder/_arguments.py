@@ -1,4 +1,4 @@
-"""Checks of what callers pass: an error names the argument, what was expected and what came."""
+"""Checks of what callers pass. An error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from . import _C
 
-def _integer(name: str, value: Any) -> int:
+
+def integer(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -19,19 +21,20 @@ def _integer(name: str, value: Any) -> int:
     return number
 
 
-def _at_least(least: int, name: str, value: Any) -> int:
-    number = _integer(name, value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
+def at_least(minimum: int, name: str, value: Any) -> int:
+    number = integer(name, value)
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
 
 
-def _positive(name: str, value: Any) -> int:
-    return _at_least(1, name, value)
+def positive(name: str, value: Any) -> int:
+    return at_least(1, name, value)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, str) or (not hasattr(value, "__float__") and not hasattr(value, "__index__")):
+def number(name: str, value: Any) -> float:
+    is_number = hasattr(value, "__float__") or hasattr(value, "__index__")
+    if isinstance(value, str) or not is_number:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
         result = float(value)
@@ -42,7 +45,7 @@ def _number(name: str, value: Any) -> float:
     return result
 
 
-def _tensor(layer: int, value: Any, name: str = "hidden") -> torch.Tensor:
+def tensor(layer: int, value: Any, name: str = "hidden") -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"layer {layer}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -50,16 +53,18 @@ def _tensor(layer: int, value: Any, name: str = "hidden") -> torch.Tensor:
     return value
 
 
-def _device(value: str | torch.device | None) -> torch.device:
-    """A device that is here; None is CUDA where there is one, else the CPU."""
+def device(value: str | torch.device | None) -> torch.device:
+    """A device of this machine. None is CUDA where there is one and
+    this build has kernels for it, else the CPU."""
     if value is None:
-        value = "cuda" if torch.cuda.is_available() else "cpu"
+        value = "cuda" if _C.cuda_kernels() and torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(value)
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be cpu or cuda, got {value!r}") from None
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {chosen}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be here, got {chosen}, and torch sees {torch.cuda.device_count()} CUDA devices")
+    count = torch.cuda.device_count() if chosen.type == "cuda" else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise ValueError(f"device must be here, got {chosen}, and torch sees {count} CUDA devices")
     return chosen

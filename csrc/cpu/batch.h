@@ -1,0 +1,94 @@
+// Rows that go through the stages together: as many blocks, of one layer or of many, as the
+// workspace has rows for.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/panel_scan.h"
+#include "cpu/prepare_rows.h"
+#include "cpu/thread_pool.h"
+
+namespace sparse_transcoder::cpu {
+
+// Runs the stages of a batch on the workers. Tasks are computed from their numbers, so that nothing
+// is allocated.
+class Batch {
+ public:
+  // blocks: in the order of their workspace rows. ranges_per_block: 0 chooses.
+  Batch(const std::vector<RowBlock>& blocks, const Workspace& workspace, ThreadPool& threads,
+        int64_t ranges_per_block = 0)
+      : blocks_(blocks),
+        workspace_(workspace),
+        threads_(threads),
+        workers_(at::in_parallel_region()
+                     ? 1
+                     : std::min<int64_t>(workspace.plan.workers, at::get_num_threads())),
+        row_count_(blocks.back().workspace_row + blocks.back().row_count),
+        ranges_per_block_(ranges_per_block > 0 ? ranges_per_block : choose_ranges()) {}
+
+  void prepare_rows() const {
+    for_rows(prepare_phase, [this](int64_t worker, const RowBlock& block, int64_t row) {
+      prepare_row(workspace_, block, row, worker);
+    });
+  }
+
+  // body(worker, block, row) for every row.
+  template <typename Body>
+  void for_rows(Phase phase, const Body& body) const {
+    constexpr int64_t rows_per_task = 16;
+    const int64_t task_count = (row_count_ + rows_per_task - 1) / rows_per_task;
+    threads_.run(workers_, task_count, [&](int64_t worker, int64_t task) {
+      Stopwatch watch(*workspace_.workers[worker].counters, workspace_.timed);
+      const int64_t last = std::min((task + 1) * rows_per_task, row_count_);
+      for (int64_t row = task * rows_per_task; row < last; ++row) {
+        const RowBlock& block = block_of(row);
+        body(worker, block, row - block.workspace_row);
+      }
+      watch.add_to(phase);
+    });
+  }
+
+  // body(worker, range) for all features of every block.
+  template <typename Body>
+  void for_features(const Body& body) const {
+    const int64_t task_count = static_cast<int64_t>(blocks_.size()) * ranges_per_block_;
+    threads_.run(workers_, task_count, [&](int64_t worker, int64_t task) {
+      const RowBlock& block = blocks_[task / ranges_per_block_];
+      const int64_t number = task % ranges_per_block_;
+      const FeatureRange range = {&block, range_begin(block, number),
+                                  range_begin(block, number + 1)};
+      if (range.first < range.last) body(worker, range);
+    });
+  }
+
+ private:
+  // Enough to keep every worker busy to the end, even if other work slows one down.
+  int64_t choose_ranges() const {
+    const auto block_count = static_cast<int64_t>(blocks_.size());
+    return std::max<int64_t>(4, (4 * workers_ + block_count - 1) / block_count);
+  }
+
+  const RowBlock& block_of(int64_t workspace_row) const {
+    const auto after = std::upper_bound(
+        blocks_.begin(), blocks_.end(), workspace_row,
+        [](int64_t row, const RowBlock& block) { return row < block.workspace_row; });
+    return *std::prev(after);
+  }
+
+  // Ranges become smaller and smaller, so that the workers end together.
+  int64_t range_begin(const RowBlock& block, int64_t number) const {
+    const int64_t features = block.layer->features, n = ranges_per_block_, left = n - number;
+    const int64_t panels = (features + panel_features - 1) / panel_features;
+    return std::min((panels - left * left * panels / (n * n)) * panel_features, features);
+  }
+
+  const std::vector<RowBlock>& blocks_;
+  const Workspace& workspace_;
+  ThreadPool& threads_;
+  const int64_t workers_, row_count_, ranges_per_block_;
+};
+
+}  // namespace sparse_transcoder::cpu

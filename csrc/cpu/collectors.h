@@ -1,0 +1,107 @@
+// What becomes of the active features that a scan finds. A collector belongs to one worker and one
+// RowBlock. It has:
+//
+//   active_count(row)          the row's counter of active features
+//   min_value(row)             a score, without its bias, surely under this is of no use
+//   defer(row, feature)        takes a surely active feature before it is computed, or says false
+//   add(row, feature, value)   takes an active feature and its activation
+#pragma once
+
+#include <limits>
+
+#include "bounds.h"
+#include "cpu/exact_dot.h"
+#include "cpu/row_block.h"
+
+namespace sparse_transcoder::cpu {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+// Keeps the k best of each row in the worker's reservoirs.
+class TopKCollector {
+ public:
+  TopKCollector(const Workspace& workspace, const RowBlock& block, int64_t worker)
+      : workspace_(workspace), block_(block), worker_(worker), exact_(*block.layer) {}
+
+  int64_t& active_count(int64_t row) const { return reservoir_of(row).active_count; }
+
+  float min_value(int64_t row) const {
+    const double value = reservoir_of(row).min_activation();
+    if (value <= 0) return -infinity;
+    return static_cast<float>(value - (value + block_.layer->max_bias) * kth_best_rounding -
+                              underflow(block_.layer->hidden_size));
+  }
+
+  bool defer(int64_t row, const DeferredFeature& feature) const {
+    Reservoir& reservoir = reservoir_of(row);
+    if (reservoir.defer(feature)) return true;
+    compute_deferred(row, reservoir);
+    return false;
+  }
+
+  void add(int64_t row, int64_t feature, float value) const {
+    reservoir_of(row).add(make_key(value, feature));
+  }
+
+  // Turns the deferred features of one of the row's reservoirs into keys.
+  void compute_deferred(int64_t row, Reservoir& reservoir) const {
+    const float* x = hidden_row(workspace_, block_, row);
+    const DeferredFeature* deferred = reservoir.deferred;
+    for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
+      if (i + 1 < reservoir.deferred_count)
+        prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
+      const int64_t feature = deferred[i].feature;
+      reservoir.add(make_key(exact_.activation(x, feature), feature));
+    }
+    workspace_.workers[worker_].counters->computed += reservoir.deferred_count;
+    reservoir.deferred_count = 0;
+  }
+
+ private:
+  Reservoir& reservoir_of(int64_t row) const { return reservoir(workspace_, block_, row, worker_); }
+
+  const Workspace& workspace_;
+  const RowBlock& block_;
+  const int64_t worker_;
+  const ExactDot exact_;
+};
+
+// Counts the active features of each row and keeps none.
+struct CountCollector {
+  const Workspace& workspace;
+  const RowBlock& block;
+  const int64_t worker;
+
+  int64_t& active_count(int64_t row) const {
+    return reservoir(workspace, block, row, worker).active_count;
+  }
+  float min_value(int64_t) const { return infinity; }
+  bool defer(int64_t, const DeferredFeature&) const { return true; }
+  void add(int64_t, int64_t, float) const {}
+};
+
+// Writes every active feature to its entry. One worker scans all features of a row, so that they
+// come in ascending order.
+struct WriteCollector {
+  const Workspace& workspace;
+  const RowBlock& block;
+  const int64_t worker;
+  const SparseFeatures& out;
+
+  int64_t& active_count(int64_t row) const {
+    return reservoir(workspace, block, row, worker).active_count;
+  }
+  float min_value(int64_t) const { return -infinity; }
+  bool defer(int64_t, const DeferredFeature&) const { return false; }
+  void add(int64_t row, int64_t feature, float value) const {
+    const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
+    const int64_t entry = row_begin[0] + reservoir(workspace, block, row, worker).written++;
+    // A caller who changes the hidden states while they are encoded may make more entries than were
+    // counted.
+    if (entry >= row_begin[1]) return;
+    out.features.mutable_data_ptr<int64_t>()[entry] = feature;
+    out.activations.mutable_data_ptr<float>()[entry] = value;
+  }
+};
+
+}  // namespace sparse_transcoder::cpu

@@ -1,0 +1,30 @@
+// A layer's weights where the device reads them, and their low-precision copy.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <sparse_transcoder/options.h>
+
+#include "layer.h"
+
+namespace sparse_transcoder::cuda {
+
+// A layer as this backend encodes it.
+struct PreparedLayer : Layer {
+  at::Tensor W_enc;  // [F, H] contiguous; on the device, or in pinned host memory
+  bool streamed;     // whether W_enc stays on the host until it is needed
+  LayerBounds bounds;
+  bool bf16_screen = false;  // W_enc is bfloat16, or has such a copy, and may be screened so
+  at::Tensor bf16 = {};      // [F, H] bfloat16 on the device, or undefined
+  float bf16_error = 0;      // ||w - bf16(w)|| <= bf16_error * norm(w)
+};
+
+// Bytes of device memory that a resident layer takes.
+int64_t resident_bytes(const Layer& layer, const Options& options);
+
+PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool streamed);
+
+// Makes layer.bf16. Norms are raised where a row of numbers under bfloat16's normal range would
+// make the error of every feature large.
+void add_bf16_copy(PreparedLayer& layer);
+
+}  // namespace sparse_transcoder::cuda
