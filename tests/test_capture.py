@@ -1,10 +1,12 @@
-"""Hidden states of Hugging Face models: the right place and positions, whatever the padding."""
+"""Hidden states from Hugging Face models: right place, right positions, the same bits for any
+batch and padding."""
+
+import warnings
 
 import pytest
 import torch
+import transformers
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, capture
-
-transformers = pytest.importorskip("transformers")
 
 VOCAB, H, LAYERS = 97, 32, 3
 SHAPE = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -53,7 +55,8 @@ NORMS = {
 
 
 def made(family):
-    """A small model whose weights are not those it starts with, so that no two places agree."""
+    """A small model with all weights away from their starting values, so that no place equals
+    another by chance."""
     torch.manual_seed(0)
     model = family().eval()
     with torch.no_grad():
@@ -125,12 +128,24 @@ def test_whole_model_agrees(family):
         torch.testing.assert_close(hidden[layer], states[layer][0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [gpt2, gpt_neox])
-def test_layer_norm_output_is_the_mlp_input(family):
+@pytest.mark.parametrize(
+    ("family", "norm"),
+    [(gpt2, "transformer.h.1.ln_2"), (gpt_neox, "layers.1.post_attention_layernorm")],
+)
+def test_layer_norm_is_named_by_what_is_meant(family, norm):
     model = made(family)
     ids = torch.stack(prompts(5))
-    normalized = capture(model, ids, [1], "ln2.hook_normalized").hidden[1]
-    assert torch.equal(normalized, capture(model, ids, [1], "mlp.hook_in").hidden[1])
+    with pytest.raises(
+        ValueError, match=r"layer 1: .* is a LayerNorm, .* say \S+:output or \S+:normalized$"
+    ):
+        capture(model, ids, [1], "ln2.hook_normalized")
+    after = capture(model, ids, [1], f"{norm}:output").hidden[1]
+    before = capture(model, ids, [1], f"{norm}:normalized").hidden[1]
+    assert torch.equal(after, capture(model, ids, [1], "mlp.hook_in").hidden[1])
+    middle = capture(model, ids, [1], "hook_resid_mid").hidden[1].double()
+    torch.testing.assert_close(
+        before, torch.nn.functional.layer_norm(middle, (H,)).float(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("family", "gain"), [(llama, lambda w: w), (gemma2, lambda w: 1 + w)])
@@ -188,6 +203,7 @@ def test_masked_rows_and_holes(exact):
 
 def test_stops_after_the_deepest_layer():
     model = made(llama)
+    capture(model, torch.stack(prompts(5)), [0])  # the first call on a model runs a pass of its own
     ran = []
     parts = [block.mlp for block in blocks(model)] + [model.base_model.norm, model.lm_head]
     for i, part in enumerate(parts):
@@ -230,12 +246,17 @@ def test_place_that_a_parallel_layer_lacks():
     model = made(gpt_neox_parallel)
     ids = torch.stack(prompts(5))
     assert capture(model, ids, [1]).hidden[1].shape == (5, H)
-    for hook in ("hook_resid_mid", "ln2.hook_normalized"):
-        with pytest.raises(
-            ValueError,
-            match=f"layer 1: {hook} needs a norm between attention and MLP, got GPTNeoXLayer",
-        ):
-            capture(model, ids, [1], hook)
+    with pytest.raises(
+        ValueError,
+        match=r"layer 1: GPTNeoXForCausalLM has no hook_resid_mid: .* attention and MLP .* at once",
+    ):
+        capture(model, ids, [1], "hook_resid_mid")
+    pre, post, added = (
+        capture(model, ids, [1], hook).hidden[1]
+        for hook in ("hook_resid_pre", "hook_resid_post", "hook_mlp_out")
+    )
+    attention = capture(model, ids, [1], "gpt_neox.layers.{l}.attention:output").hidden[1]
+    torch.testing.assert_close(pre + attention + added, post)
 
 
 IDS = torch.tensor([[3, 4]])
@@ -249,7 +270,31 @@ IDS = torch.tensor([[3, 4]])
             ValueError,
             r"layer 0: hook must be one of mlp.hook_in, .*, got 'attn.hook_in'",
         ),
-        ({"hook": "blocks.1.mlp.hook_in"}, ValueError, "layer 0: hook must be one of"),
+        (
+            {"hook": "blocks.1.mlp.hook_in"},
+            ValueError,
+            "layer 0: hook must be a place of that layer, got 'blocks.1.mlp.hook_in'",
+        ),
+        (
+            {"hook": "model.layers.1.mlp:input"},
+            ValueError,
+            "layer 0: hook must be a place of that layer, .* is in layer 1",
+        ),
+        (
+            {"hook": "model.layers.0.ffn:input"},
+            ValueError,
+            "layer 0: LlamaForCausalLM has no module model.layers.0.ffn",
+        ),
+        (
+            {"hook": "model.layers.0.mlp:normalized"},
+            ValueError,
+            "layer 0: .*:normalized must be of an RMSNorm or LayerNorm",
+        ),
+        (
+            {"hook": "model.embed_tokens:input"},
+            ValueError,
+            "layer 0: model.embed_tokens:input must be a tensor, Embedding has none",
+        ),
         (
             {"hook": {1: "mlp.hook_in"}},
             ValueError,
@@ -267,9 +312,9 @@ IDS = torch.tensor([[3, 4]])
         ),
         ({"inputs": {"ids": IDS}}, ValueError, "inputs must hold input_ids, got ids"),
         (
-            {"inputs": {"input_ids": IDS, "position_ids": IDS}},
+            {"inputs": {"input_ids": IDS.repeat(2, 1), "position_ids": IDS[:, :1].repeat(3, 1)}},
             ValueError,
-            "alone, got also position_ids",
+            r"position_ids .* row for",
         ),
         ({"inputs": IDS.float()}, TypeError, "input_ids must be integers, got torch.float32"),
         (
@@ -296,7 +341,7 @@ IDS = torch.tensor([[3, 4]])
         (
             {"model": torch.nn.Linear(2, 2)},
             ValueError,
-            "model must be a Hugging Face causal model .*, got Linear",
+            "model must run on input_ids alone, Linear gives TypeError",
         ),
     ],
 )
@@ -372,11 +417,14 @@ def test_hook_given_and_recorded():
     model = made(llama)
     encoder = encoder_for({0: "blocks.0.mlp.hook_in", 1: ""})
     assert list(encoder.encode_model(model, IDS, hook="mlp.hook_in")) == [0, 1]
-    with pytest.raises(
-        ValueError,
-        match=r"layer 0: hook must be blocks.0.mlp.hook_in as the weights record, got hook",
-    ):
-        encoder.encode_model(model, IDS, hook="hook_resid_mid")
+    with pytest.warns(
+        UserWarning,
+        match="hook_resid_mid in layer 0, where the weights record blocks.0.mlp.hook_in",
+    ) as told:
+        named = encoder.encode_model(model, IDS, hook="hook_resid_mid")
+    assert len(told) == 1
+    middle = capture(model, IDS, [0], "hook_resid_mid").hidden[0]
+    assert torch.equal(named[0]["indices"], encoder.encode_layer(0, middle)["indices"])
     with pytest.raises(ValueError, match="layer 1: hook must be given, the weights record none"):
         encoder.encode_model(model, IDS)
     with pytest.raises(
@@ -385,3 +433,213 @@ def test_hook_given_and_recorded():
         encoder.encode_model(model, IDS, layers=[2])
     with pytest.raises(ValueError, match="layers must name at least one"):
         encoder.encode_model(model, IDS, layers=[])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "place"),
+    [
+        ("model.layers.1.post_attention_layernorm.output", "mlp.hook_in"),  # Gemma Scope 2
+        ("resid_post_layer_1", "hook_resid_post"),  # dictionary_learning
+        ("resid_pre_layer_1", "hook_resid_pre"),
+        ("layers.1", "hook_resid_post"),  # sparsify
+        ("layers.1.mlp", "mlp.hook_out"),
+        ("layers.1.self_attn", "model.layers.1.self_attn:output"),
+        ("model.layers[1].mlp.input", "mlp.hook_in"),  # nnsight
+    ],
+)
+def test_names_that_checkpoints_record(recorded, place):
+    model = made(llama)
+    encoder = encoder_for({1: recorded})
+    wanted = encoder.encode_layer(1, capture(model, IDS, [1], place).hidden[1])
+    assert torch.equal(encoder.encode_model(model, IDS)[1]["activations"], wanted["activations"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the two names are of one place
+        encoder.encode_model(model, IDS, hook=place)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        (
+            "model.layers.1.pre_feedforward_layernorm.output",
+            "LlamaForCausalLM has no module model.layers.1.pre_feedforward_layernorm",
+        ),
+        (
+            "resid_post_layer_2",
+            "layer 1: hook must be a place of that layer, got 'resid_post_layer_2'",
+        ),
+        ("layers.2.mlp", "layer 1: hook must be a place of that layer, got 'layers.2.mlp'"),
+        ("blocks.1.attn.hook_z", "layer 1: hook must be one of .*, got 'blocks.1.attn.hook_z'"),
+    ],
+)
+def test_recorded_names_without_a_place_are_refused(recorded, message):
+    model = made(llama)
+    encoder = encoder_for({1: recorded})
+    with pytest.raises(ValueError, match=message):
+        encoder.encode_model(model, IDS)
+    with pytest.warns(UserWarning, match="where the weights record"):
+        encoder.encode_model(model, IDS, hook="mlp.hook_in")
+
+
+def test_a_copy_is_kept_where_the_model_changes_its_own_tensor():
+    model = made(llama)
+    before = capture(model, IDS, [0], "hook_resid_mid").hidden[0]
+    blocks(model)[0].mlp.register_forward_pre_hook(lambda _, args: args[0].mul_(1.0))
+    blocks(model)[0].post_attention_layernorm.register_forward_hook(
+        lambda _, args, output: args[0].mul_(2.0) and None
+    )
+    assert torch.equal(capture(model, IDS, [0], "hook_resid_mid").hidden[0], before)
+
+
+def test_places_are_proven_again_when_a_module_is_exchanged():
+    model = made(llama)
+    capture(model, IDS, [1], "hook_resid_mid")
+
+    class Twice(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden_states, **kwargs):
+            return 2 * self.layer(hidden_states, **kwargs)
+
+    model.model.layers[1] = Twice(model.model.layers[1])
+    with pytest.raises(ValueError, match="layer 1: LlamaForCausalLM has no hook_resid_mid"):
+        capture(model, IDS, [1], "hook_resid_mid")
+
+
+def test_attention_that_adds_nothing_is_no_middle():
+    model = made(llama)
+    torch.nn.init.zeros_(blocks(model)[1].self_attn.o_proj.weight)
+    with pytest.raises(ValueError, match="adds nothing to the stream before its MLP"):
+        capture(model, IDS, [1], "hook_resid_mid")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_further_keys_of_a_tokenizer(exact):
+    model = made(llama)
+    inputs = padded(prompts(5, 3), "left")
+    plain = capture(model, inputs, [2], exact=exact).hidden[2]
+    more = dict(inputs) | {
+        "token_type_ids": 0 * inputs["input_ids"],
+        "length": torch.tensor([5, 3]),
+        "text": ["a", "b"],
+    }
+    assert torch.equal(capture(model, more, [2], exact=exact).hidden[2], plain)
+    later = dict(inputs) | {"position_ids": 7 * inputs["attention_mask"].cumsum(-1)}
+    assert not torch.allclose(capture(model, later, [2], exact=exact).hidden[2], plain, atol=1e-3)
+
+
+def test_exclude():
+    model = made(llama)
+    inputs = padded(prompts(5, 3), "left")
+    inputs["input_ids"][inputs["attention_mask"].cumsum(-1) * inputs["attention_mask"] == 1] = (
+        1  # the first token is BOS
+    )
+    encoder = encoder_for({1: "mlp.hook_in"})
+    whole = encoder.encode_model(model, inputs)[1]
+    mask = (inputs["input_ids"] == 1) & (inputs["attention_mask"] == 1)
+    for exclude in ("special", {1}, [1], mask, mask.long()):
+        some = encoder.encode_model(model, inputs, exclude=exclude)[1]
+        kept = whole["ctx_idx"] > 0
+        assert kept.sum() == 6 and some["ctx_idx"].tolist() == [1, 2, 3, 4, 1, 2]
+        for key in (*RESULTS, "batch_idx"):
+            assert torch.equal(some[key], whole[key][kept])
+    hidden = torch.randn(2, 4, H)
+    ids = torch.tensor([[1, 5, 6, 7], [8, 1, 9, 5]])
+    every = encoder.extract_attribution_features({1: hidden}, 10**6)
+    left = encoder.extract_attribution_features({1: hidden}, 10**6, exclude={1}, inputs=ids)
+    assert (
+        left
+        == [node for node in every if (node["batch_idx"], node["ctx_idx"]) not in ((0, 0), (1, 1))]
+        != every
+    )
+    assert left == encoder.extract_attribution_features({1: hidden}, 10**6, exclude=ids == 1)
+    marked = {"input_ids": ids, "special_tokens_mask": (ids == 1).long()}
+    assert left == encoder.extract_attribution_features(
+        {1: hidden}, 10**6, exclude="special", inputs=marked
+    )
+
+
+@pytest.mark.parametrize(
+    ("exclude", "kind", "message"),
+    [
+        ("bos", ValueError, "exclude must be \"special\", token ids or a mask, got 'bos'"),
+        (
+            torch.ones(1, 3),
+            ValueError,
+            r"exclude must be a mask \[1, 2\] as the tokens, got \[1, 3\]",
+        ),
+        (torch.tensor([[3, 4]]), ValueError, "exclude must be a mask of 0 and 1"),
+        (5, TypeError, "exclude must be .*, got int"),
+        ({"a"}, TypeError, "exclude must hold token ids, got str"),
+        ({3, 4}, ValueError, "exclude must leave at least one position, got none"),
+    ],
+)
+def test_exclude_errors(exclude, kind, message):
+    encoder = encoder_for({1: "mlp.hook_in"})
+    with pytest.raises(kind, match=message):
+        encoder.encode_model(made(llama), IDS, exclude=exclude)
+
+
+def test_special_needs_someone_who_knows():
+    encoder = encoder_for({1: ""})
+    with pytest.raises(ValueError, match="give their ids"):
+        encoder.extract_attribution_features(
+            {1: torch.randn(1, 2, H)}, exclude="special", inputs=IDS
+        )
+    with pytest.raises(ValueError, match="needs the tokens' ids, got none"):
+        encoder.extract_attribution_features({1: torch.randn(1, 2, H)}, exclude={3})
+
+
+def test_wrapped_models():
+    model = made(llama)
+    ids = torch.stack(prompts(5))
+    hooks = (
+        "hook_resid_mid",
+        "hook_mlp_out",
+        "mlp.hook_in",
+        "ln2.hook_normalized",
+        "model.layers.1.self_attn:output",
+    )
+    wanted = [capture(model, ids, [1], hook).hidden[1] for hook in hooks]
+    compiled = torch.compile(model)
+    for hook, states in zip(hooks, wanted, strict=True):
+        assert torch.equal(capture(compiled, ids, [1], hook).hidden[1], states)
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for hook, states in zip(hooks, wanted, strict=True):
+        assert torch.equal(capture(model, ids, [1], hook).hidden[1], states)
+    with torch.no_grad():
+        model(ids)  # still runs
+
+
+def test_offload_to_disk(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = made(llama), torch.stack(prompts(5))
+    wanted = capture(model, ids, [1]).hidden[1]
+    accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert torch.equal(capture(model, ids, [1]).hidden[1], wanted)
+
+
+def test_adapters():
+    peft = pytest.importorskip("peft")
+    base, ids = made(llama), torch.stack(prompts(5))
+    before = capture(base, ids, [1]).hidden[1]
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    assert torch.equal(
+        capture(model, ids, [1], "model.layers.{l}.mlp:input").hidden[1], before
+    )  # LoRA starts at nothing
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1.0)
+    after = capture(model, ids, [1]).hidden[1]
+    assert not torch.allclose(after, before, atol=1e-3)
+    pre, post = (
+        capture(model, ids, [layer], hook).hidden[layer]
+        for layer, hook in ((1, "hook_resid_pre"), (0, "hook_resid_post"))
+    )
+    assert torch.equal(pre, post)

@@ -104,7 +104,7 @@ def test_threshold_is_left_out_where_none_is_given():
     ("layer", "index"), [(0, 0), (0, 1), (1, 0), (25, 163839), (127, 2**21), (3, 2**31)]
 )
 def test_cantor_pair(layer, index):
-    (node,) = graph_json([feature(layer, index, 0, 1.0)], TOKENS)["nodes"]
+    node = graph_json([feature(layer, index, 0, 1.0)], TOKENS)["nodes"][0]
     assert node["feature"] == (layer + index) * (layer + index + 1) // 2 + index
     assert cantor_unpair(node["feature"]) == (layer, index)
 
@@ -149,6 +149,57 @@ def test_one_prompt_of_a_batch():
         graph_json(features, TOKENS)
     (node,) = graph_json(features, TOKENS, batch_idx=2)["nodes"]
     assert (node["node_id"], node["activation"]) == ("0_1_0", 2.0)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([11, 12, 13, 14]),
+        torch.tensor([[11, 12, 13, 14]]),
+        {"input_ids": [11, 12, 13, 14]},
+    ],
+)
+def test_token_ids_as_a_model_takes_them(ids):
+    assert full_graph(token_ids=ids) == full_graph()
+    with pytest.raises(ValueError, match=r"token_ids must be those of one prompt, got \[2, 2\]"):
+        full_graph(token_ids=torch.zeros(2, 2, dtype=torch.int64))
+
+
+def rows_of_the_viewer(graph):
+    """circuit-tracer's init-cg-link-graph.js: rows 0 to the logits' layer + 1, or to 27 where
+    there are none."""
+    logits = [n for n in graph["nodes"] if n["feature_type"] == "logit"]
+    last = max(
+        int(n["layer"]) for n in graph["nodes"] if n["feature_type"] not in ("logit", "embedding")
+    )
+    return (
+        last + 1 if logits else 26
+    ) + 2  # util-cg.js moves the logits to the row after the last feature
+
+
+@pytest.mark.parametrize("layer", [0, 25, 26, 27, 61])
+def test_deep_graphs_place_in_the_viewer(layer):
+    graph = graph_json([feature(layer, 3, 0, 1.0)], TOKENS)
+    assert layer + 1 < rows_of_the_viewer(graph)
+    added = [n for n in graph["nodes"] if n["feature_type"] == "logit"]
+    assert len(added) == (layer > 26)
+    for node in added:
+        assert (node["token_prob"], node["clerp"], node["is_target_logit"]) == (0.0, "", False)
+
+
+def test_exclude():
+    features = [feature(0, 3, 0, 8.0), feature(1, 4, 2, 3.0), feature(1, 5, 3, 1.0)]
+    links = [("0_3_0", "1_4_2", 1.0), ("1_4_2", "1_5_3", 2.0)]
+    for exclude, ids in (({11}, [11, 12, 13, 14]), (torch.tensor([1, 0, 0, 0]), None)):
+        graph = graph_json(features, TOKENS, links=links, token_ids=ids, exclude=exclude)
+        assert [n["node_id"] for n in graph["nodes"] if n["feature_type"] != "embedding"] == [
+            "1_4_2",
+            "1_5_3",
+        ]
+        assert [n["influence"] for n in graph["nodes"]][:2] == [0.75, 1.0]
+        assert graph["links"] == [{"source": "1_4_2", "target": "1_5_3", "weight": 2.0}]
+    with pytest.raises(ValueError, match="give their ids"):
+        graph_json(features, TOKENS, exclude="special", token_ids=[11, 12, 13, 14])
 
 
 def test_no_features():

@@ -118,6 +118,8 @@ def test_arguments():
     assert arguments(encoder.extract_attribution_features) == [
         ("hidden_states", none),
         ("top_k_global", 100),
+        ("exclude", None),
+        ("inputs", None),
     ]
     single = [
         ("hidden", none),

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypedDict
 
 import torch
 
 from . import _C
 from . import _arguments as check
-from .capture import capture, hook_of
+from .capture import capture_places
 from .graph import attribution_feature
+from .live import Monitor, Step, attach, changes_of, intervene, resolved
+from .places import Decoder, decoder
+from .probe import Place
+from .prompts import Exclude, excluded, prompts_of
 from .weights import TranscoderWeights, to_native
 
 
@@ -253,7 +258,12 @@ class SparseTranscoderEncoder:
         return self._by_layer(layer, y)
 
     def extract_attribution_features(
-        self, hidden_states: Mapping[int, torch.Tensor], top_k_global: int = 100
+        self,
+        hidden_states: Mapping[int, torch.Tensor],
+        top_k_global: int = 100,
+        *,
+        exclude: Exclude | None = None,
+        inputs: Any = None,
     ) -> list[dict[str, Any]]:
         """The strongest features over all layers, batch rows and positions, strongest first.
 
@@ -263,6 +273,10 @@ class SparseTranscoderEncoder:
         Args:
             hidden_states: {layer: [B, T, H] or [T, H]}.
             top_k_global: the largest number of features.
+            exclude: positions to leave out: a mask [B, T] that is true there, a set of token ids,
+                or "special", which is what a tokenizer's result marks.
+            inputs: the tokens of the hidden states, [B, T] or a tokenizer's result. They are needed
+                for every ``exclude`` but a mask.
 
         Returns:
             One dict per feature: ``node_id`` ("{layer}_{feature}_{ctx_idx}", with "{batch}" after
@@ -277,6 +291,9 @@ class SparseTranscoderEncoder:
         for layer in sorted(encoded):
             activations = encoded[layer]["activations"]
             batched = activations if activations.ndim == 3 else activations[None]
+            if exclude is not None:
+                out = excluded(exclude, (batched.shape[0], batched.shape[1]), inputs)
+                batched = batched.masked_fill(out.to(batched.device)[..., None], 0.0)
             flat = batched.flatten()
             entries = torch.nonzero(flat > 0).flatten()
             if entries.numel() > limit:
@@ -297,63 +314,184 @@ class SparseTranscoderEncoder:
     def encode_model(
         self,
         model: torch.nn.Module,
-        inputs: torch.Tensor | Mapping[str, torch.Tensor],
+        inputs: torch.Tensor | Mapping[str, Any],
         layers: Iterable[int] | None = None,
-        hook: str | None = None,
+        hook: str | Mapping[int, str] | None = None,
         *,
         exact: bool = True,
+        exclude: Exclude | None = None,
     ) -> dict[int, PositionFeatures]:
-        """Run a Hugging Face causal model as far as needed and encode its hidden states.
+        """Run a Hugging Face causal model as far as it is needed and encode its hidden states:
+        {layer: result}.
 
-        Hidden states are read where the weights of each layer say (``hook_in``). Padded positions
-        do not appear. With ``exact`` a batch of prompts gives the same as the prompts one by one,
-        bit for bit.
+        Hidden states are read where each layer's weights say (``hook_in``); padded positions do
+        not appear. With ``exact`` a batch of prompts gives the same as the prompts one by one, bit
+        for bit. See :func:`sparse_transcoder.capture`.
 
         Args:
             model: see :func:`sparse_transcoder.capture`.
-            inputs: token ids [B, T] or [T], or a tokenizer's result with ``input_ids`` and
-                ``attention_mask``.
-            layers: the layers to encode. None is all that have a transcoder.
-            hook: where to read. It is needed for layers whose weights record no ``hook_in``, and
-                must agree with those that do.
+            inputs: token ids [B, T] or [T], or a tokenizer's result.
+            layers: the layers to encode; None is all that have a transcoder.
+            hook: where to read, for all layers or {layer: place}; needed for layers whose weights
+                record no ``hook_in``. It wins over what they record, with one warning where the
+                two are different places.
             exact: run each prompt by itself, without its padding.
-
-        Returns:
-            {layer: result} with tensors [N, K] and [N] for the N real positions of all prompts.
+            exclude: positions that are read but not encoded: "special" (every id that the model's
+                configuration names, and what the tokenizer's result marks), a set of token ids, or
+                a mask [B, T] that is true there. ``ctx_idx`` still counts them.
 
         Raises:
-            KeyError: a layer has no transcoder.
-            ValueError: ``hook`` is missing or disagrees with the weights, or the reasons of
-                :func:`sparse_transcoder.capture`.
+            KeyError: there is no transcoder for a layer. ValueError: ``hook`` is missing, the
+                model has no such place, ``exclude``
+            leaves nothing, or as in :func:`sparse_transcoder.capture`.
 
         Example:
-            >>> tokens = tokenizer(prompts, return_tensors="pt", padding=True)
-            >>> encoder.encode_model(model, tokens)[12]["indices"]  # [N, top_k]
+            >>> encoder.encode_model(model, tokenizer(prompts, return_tensors="pt",
+            padding=True))[12]["indices"]  # [N, top_k]
         """
-        wanted = self.layers if layers is None else [check.integer("layer", i) for i in layers]
-        hooks = {layer: self._hook(layer, hook) for layer in wanted}
-        captured = capture(model, inputs, hooks, hooks, exact=exact)
+        prompts = prompts_of(inputs)
+        keep = None
+        if exclude is not None:
+            shape = (prompts.ids.shape[0], prompts.ids.shape[1])
+            given = inputs if isinstance(inputs, Mapping) else prompts.ids
+            keep = ~excluded(exclude, shape, given, model)[prompts.mask.cpu()]
+            if not bool(keep.any()):
+                raise ValueError("exclude must leave at least one position, got none")
+        captured = capture_places(
+            model, prompts, self._places(decoder(model), layers, hook), exact=exact
+        )
+        hidden, batch_idx, ctx_idx = captured.hidden, captured.batch_idx, captured.ctx_idx
+        if keep is not None:
+            hidden = {layer: states[keep.to(states.device)] for layer, states in hidden.items()}
+            batch_idx, ctx_idx = (index[keep.to(index.device)] for index in (batch_idx, ctx_idx))
         return {
             layer: {
                 **result,
-                "batch_idx": captured.batch_idx.to(result["indices"].device),
-                "ctx_idx": captured.ctx_idx.to(result["indices"].device),
+                "batch_idx": batch_idx.to(result["indices"].device),
+                "ctx_idx": ctx_idx.to(result["indices"].device),
             }
-            for layer, result in self.encode_all_layers(captured.hidden).items()
+            for layer, result in self.encode_all_layers(hidden).items()
         }
 
-    def _hook(self, layer: int, hook: str | None) -> str:
-        """The place that a layer reads, from its weights or from the caller."""
-        recorded = self._transcoder(layer).hook_in
-        if not recorded:
-            if hook is None:
-                raise ValueError(f"layer {layer}: hook must be given, the weights record none")
-            return hook
-        if hook is not None and hook_of(recorded, layer) != hook_of(hook, layer):
-            raise ValueError(
-                f"layer {layer}: hook must be {recorded} as the weights record, got {hook}"
-            )
-        return recorded
+    def attach(
+        self,
+        model: torch.nn.Module,
+        layers: Iterable[int] | None = None,
+        hook: str | Mapping[int, str] | None = None,
+        *,
+        exclude: Exclude | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        keep: int | None = None,
+    ) -> Monitor:
+        """Encode every forward pass of a model while a ``with`` block is open: every step of
+        ``generate``, with its KV cache.
+
+        Each pass gives a :class:`~sparse_transcoder.live.Step`: the features of its real
+        positions, equal bit for bit to what encoding the same rows afterwards gives. ``batch_idx``
+        is the row of that pass, so the beams of a beam search are rows, and what an assistant
+        model's guesses made the model read is there too. Only features are kept, and hidden states
+        of one pass at a time. The model's own output does not change, and its hooks are gone after
+        the block, also on errors.
+
+        Args:
+            model: see :func:`sparse_transcoder.capture`; compiled parts run uncompiled meanwhile.
+            layers: the layers to encode; None is all that have a transcoder.
+            hook: as in :meth:`encode_model`.
+            exclude: "special" or token ids that are not encoded, as in :meth:`encode_model`.
+            on_step: called with each step as it comes; nothing is kept then, so memory is flat
+                however long the text.
+            keep: how many steps ``monitor.steps`` holds at most, the last ones; None is all of
+                them.
+
+        Raises:
+            KeyError: there is no transcoder for a layer. ValueError: the model has no such place,
+                or ``hook`` is missing.
+
+        Example:
+            >>> with encoder.attach(model) as monitor:
+            ...     model.generate(**inputs, max_new_tokens=50)
+            >>> monitor.features()[12]["indices"]  # [N, top_k]: the prompt's positions and the
+            generated ones
+        """
+        return attach(
+            self, model, self._places(decoder(model), layers, hook), exclude, on_step, keep
+        )
+
+    def intervene(
+        self,
+        model: torch.nn.Module,
+        changes: Mapping[int, Mapping[int, float] | Iterable[int]],
+        mode: str = "add",
+        *,
+        hook: str | Mapping[int, str] | None = None,
+        hook_in: str | Mapping[int, str] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Change features in every forward pass of a model while a ``with`` block is open, at
+        every position.
+
+        To what the transcoder writes to (``hook_out``) is added, for each feature, its decoder
+        direction times: the value ("add"); the value less the feature's activation there and then
+        ("set"); less that activation ("ablate"). Activations are computed exactly, from what the
+        model holds at ``hook_in`` in the same pass, whatever ``activation_threshold`` is. Hooks
+        are gone after the block, also on errors; the model's weights are never touched.
+
+        Args:
+            model: see :func:`sparse_transcoder.capture`; compiled parts run uncompiled meanwhile.
+            changes: {layer: {feature: value}}; for "ablate" also {layer: features}, and values
+                play no part.
+            mode: "add", "set" or "ablate".
+            hook: where to write; needed for layers whose weights record no ``hook_out``, and wins
+                over what they record.
+            hook_in: where "set" and "ablate" read, as ``hook`` of :meth:`encode_model`.
+
+        Raises:
+            KeyError: there is no transcoder for a layer. ValueError: it has no W_dec or no such
+                feature, a value is not finite, or
+            the model has no such place, or one that can be read but not written. TypeError: an
+            argument's type is wrong.
+
+        Example:
+            >>> with encoder.intervene(model, {12: {4071: 8.0}}):
+            ...     model.generate(**inputs, max_new_tokens=50)
+        """
+        wanted = changes_of(self, changes, mode)
+        known = decoder(model)
+        reads = self._places(
+            known, [c.layer for c in wanted if c.activations is not None], hook_in, "hook_in"
+        )
+        told: list[str | None] = []
+        writes: dict[int, Place] = {}
+        for change in wanted:
+            for target in change.directions:
+                recorded = self._transcoders[
+                    target if target in self._transcoders else change.layer
+                ].hook_out
+                writes[target], differs = resolved(known, target, recorded, hook)
+                told.append(differs)
+                known.check_writable(writes[target], target)
+        _tell("written", told)
+        return intervene(model, wanted, reads, writes)
+
+    def _places(
+        self,
+        known: Decoder,
+        layers: Iterable[int] | None,
+        hook: str | Mapping[int, str] | None,
+        what: str = "hook",
+    ) -> dict[int, Place]:
+        """Where each layer's hidden states are read; one warning where the caller and the weights
+        disagree."""
+        wanted = (
+            self.layers if layers is None else [check.integer("layer", layer) for layer in layers]
+        )
+        if not wanted and what == "hook":
+            raise ValueError("layers must name at least one layer, got none")
+        found = {
+            layer: resolved(known, layer, self._transcoder(layer).hook_in, hook, what)
+            for layer in wanted
+        }
+        _tell("read", [differs for _, differs in found.values()])
+        return {layer: place for layer, (place, _) in found.items()}
 
     def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
         """What one unit of a feature's activation writes: its decoder direction [d_out], float32.
@@ -513,3 +651,11 @@ def _result(layer: int, features: _C.Features) -> LayerFeatures:
         "indices": features.indices,
         "sparsity": features.sparsity,
     }
+
+
+def _tell(done: str, differences: Iterable[str | None]) -> None:
+    said = [text for text in differences if text is not None]
+    if said:
+        warnings.warn(
+            f"hidden states are {done} where the caller says: {'; '.join(said)}", stacklevel=4
+        )

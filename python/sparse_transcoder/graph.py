@@ -6,6 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from .prompts import Exclude, excluded
+
+VIEWER_LAYERS = 27
+"""The layers that circuit-tracer's viewer has rows for in a graph without a logit node."""
+
 FEATURE_TYPE = "cross layer transcoder"
 """The viewer's name for a transcoder's feature, also of a transcoder that writes to one layer."""
 
@@ -39,13 +46,14 @@ def graph_json(
     slug: str = "graph",
     scan: str = "",
     links: Iterable[tuple[str, str, float]] = (),
-    token_ids: Sequence[int] | None = None,
+    token_ids: Sequence[int] | torch.Tensor | Mapping[str, Any] | None = None,
     logits: Iterable[tuple[int, str, float]] = (),
     n_layers: int | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     prompt: str | None = None,
     node_threshold: float | None = None,
     batch_idx: int | None = None,
+    exclude: Exclude | None = None,
 ) -> dict[str, Any]:
     """The graph of one prompt as a dict for ``json.dump``, with schema_version 1.
 
@@ -53,7 +61,9 @@ def graph_json(
     Neuronpedia. A feature's node has the id ``{layer}_{feature}_{ctx_idx}``. Its ``feature`` is the
     Cantor pair of layer and feature, which needs up to 64 bits. Its ``influence`` is the share of
     the influence that this feature and all stronger features hold: the viewer shows a node when
-    that share is at most its pruning threshold.
+    that share is at most its pruning threshold. The viewer takes the number of layers from the
+    logit nodes, and 27 where there are none: a deeper graph without ``logits`` gets one logit node
+    with no text and probability 0.
 
     Args:
         features: a result of :meth:`SparseTranscoderEncoder.extract_attribution_features`, or dicts
@@ -63,7 +73,8 @@ def graph_json(
         slug: the name of the graph.
         scan: the name of the model or transcoders, by which the viewer finds descriptions.
         links: (source node_id, target node_id, weight) of each edge.
-        token_ids: the ids of the tokens. Each adds an embedding node ``E_{id}_{ctx_idx}``.
+        token_ids: the T ids of the tokens: integers, a tensor or a tokenizer's result. Each adds an
+            embedding node ``E_{id}_{ctx_idx}``.
         logits: (token id, token, probability) of each predicted token, the target first. Each adds
             a node ``{n_layers + 1}_{id}_{T - 1}``.
         n_layers: the number of the model's layers. None counts up to the last layer of a feature.
@@ -71,6 +82,9 @@ def graph_json(
         prompt: the text. None joins the tokens.
         node_threshold: the pruning that the viewer starts with, 0 to 1.
         batch_idx: the prompt to take, where the features come from several.
+        exclude: positions whose features, and the links of these, are left out: a mask [T] that is
+            true there, a set of ids among ``token_ids``, or "special", which is what a tokenizer's
+            result marks. Their embedding nodes stay.
 
     Raises:
         ValueError: features come from several prompts and ``batch_idx`` is None, a position is
@@ -91,8 +105,12 @@ def graph_json(
         raise ValueError(f"batch_idx must choose one prompt, features come from {names}")
     if node_threshold is not None and not 0 <= node_threshold <= 1:
         raise ValueError(f"node_threshold must be 0 to 1, got {node_threshold}")
-    if token_ids is not None and len(token_ids) != len(tokens):
-        raise ValueError(f"token_ids must be {len(tokens)} as tokens, got {len(token_ids)}")
+    ids = [] if token_ids is None else _ids(token_ids, len(tokens))
+    dropped: set[str] = set()
+    if exclude is not None:
+        out = excluded(exclude, (1, len(tokens)), token_ids)[0].nonzero().flatten().tolist()
+        left = [f for f in chosen if int(f["ctx_idx"]) not in out]
+        dropped, chosen = {_id_of(f) for f in chosen} - {_id_of(f) for f in left}, left
 
     nodes = [
         _feature_node(f, share, len(tokens), labels or {})
@@ -102,7 +120,7 @@ def graph_json(
         _node(
             f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding"
         )
-        for position, token in enumerate(token_ids or ())
+        for position, token in enumerate(ids)
     ]
     last = max((int(f["layer"]) for f in chosen), default=-1)
     count = last + 1 if n_layers is None else n_layers
@@ -129,6 +147,10 @@ def graph_json(
             }
         )
 
+    if count > VIEWER_LAYERS and end >= 0 and nodes[-1]["feature_type"] != "logit":
+        logit_id = f"{count + 1}_-1_{end}"
+        nodes.append(_node(logit_id, f"L_-1-{end}", -1, str(count + 1), end, "logit"))
+
     known: set[str] = set()
     for node in nodes:
         if node["node_id"] in known:
@@ -136,6 +158,8 @@ def graph_json(
         known.add(node["node_id"])
     edges = []
     for source, target, weight in links:
+        if source in dropped or target in dropped:
+            continue
         for end_id in (source, target):
             if end_id not in known:
                 raise ValueError(f"a link must join nodes of the graph, got {end_id}")
@@ -165,6 +189,23 @@ def graph_json(
         "nodes": nodes,
         "links": edges,
     }
+
+
+def _ids(token_ids: Any, count: int) -> list[int]:
+    if isinstance(token_ids, Mapping):
+        token_ids = token_ids["input_ids"]
+    if isinstance(token_ids, torch.Tensor):
+        if token_ids.ndim == 2 and token_ids.shape[0] == 1:
+            token_ids = token_ids[0]
+        if token_ids.ndim != 1:
+            raise ValueError(f"token_ids must be those of one prompt, got {list(token_ids.shape)}")
+    if len(token_ids) != count:
+        raise ValueError(f"token_ids must be {count} as tokens, got {len(token_ids)}")
+    return [int(token) for token in token_ids]
+
+
+def _id_of(entry: Mapping[str, Any]) -> str:
+    return node_id(int(entry["layer"]), int(entry["feature"]), int(entry["ctx_idx"]))
 
 
 def cantor_pair(layer: int, feature: int) -> int:
