@@ -221,7 +221,8 @@ def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Key, t
     """The first floating-point tensor among a module's arguments, ``hidden_states`` before other
     keywords."""
     named = sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")
-    for key, value in [*enumerate(args), *named]:
+    arguments: list[tuple[Key, Any]] = [*enumerate(args), *named]
+    for key, value in arguments:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return key, value
     return None
