@@ -147,6 +147,7 @@ class Monitor:
 
     def _without_mask(self, mask: Any, cache: Any) -> torch.Tensor:
         """[B], where the rows of a pass begin that has no mask [B, T]: after the one before it."""
+        length: int | None
         try:
             length = 0 if cache is None else int(cache.get_seq_length())
         except (AttributeError, ValueError):  # the state of a recurrence has no length
