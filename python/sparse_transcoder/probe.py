@@ -221,8 +221,8 @@ def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Key, t
     """The first floating-point tensor among a module's arguments, ``hidden_states`` before other
     keywords."""
     named = sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")
-    arguments: list[tuple[Key, Any]] = [*enumerate(args), *named]
-    for key, value in arguments:
+    every: list[tuple[Key, Any]] = [*enumerate(args), *named]
+    for key, value in every:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return key, value
     return None
@@ -443,11 +443,8 @@ def _has_matrix(module: nn.Module) -> bool:
 def _by_position(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> bool:
     """The module gives the same row for the same row wherever it stands, and whatever the other
     rows are."""
-    order = [
-        *range(PROBE_TOKENS - 1, 1, -1),
-        2,
-        0,
-    ]  # backwards, and row 2 instead of row 1: another set of rows
+    # Backwards, and with row 2 in the place of row 1: another order, and another set of rows.
+    order = [*range(PROBE_TOKENS - 1, 1, -1), 2, 0]
 
     def mixed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.ndim < 2:
