@@ -104,14 +104,14 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   const int64_t groups =
       std::clamp<int64_t>(std::min(busy_blocks, plan.lists) / count, 1, cuda::max_groups);
   const cuda::CandidateLists lists = buffers.lists(groups, plan.capacity, request.k_filled());
-  float *x = floats(buffers.hidden), *margin = floats(buffers.margin),
-        *scores = floats(buffers.scores);
+  float *x = floats(buffers.hidden), *scores = floats(buffers.scores);
+  auto* margins = static_cast<Margin*>(buffers.margins.mutable_data_ptr());
   const at::Tensor left =
       (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
   check_cuda(
       cuda::prepare({pointers, dtype_of(request.hidden.scalar_type()), first, count, size,
                      floats(layer.input_bias), floats(layer.ln_weight), floats(layer.ln_bias)},
-                    errors, x, bf16 ? left.mutable_data_ptr() : nullptr, margin, lists, queue));
+                    errors, x, bf16 ? left.mutable_data_ptr() : nullptr, margins, lists, queue));
   const bool widen = !few && !bf16 && layer.dtype != Dtype::float32;
   const int64_t tile =
       few     ? std::min(plan.scores / count, layer.features)
@@ -132,11 +132,11 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
       }
       multiply(buffers.scores.narrow(0, 0, count * width).view({count, width}), left, right);
     }
-    check_cuda(cuda::select(scores, x, margin, count, feature, width, exact, lists, queue));
+    check_cuda(cuda::select(scores, x, margins, count, feature, width, exact, lists, queue));
   }
-  check_cuda(cuda::merge(margin, count, exact, lists, queue));
-  check_cuda(cuda::compute_exact(x, margin, count, exact, lists, queue));
-  check_cuda(cuda::finish(pointers, margin, first, count, layer.features, layer.max_active,
+  check_cuda(cuda::merge(margins, count, exact, lists, queue));
+  check_cuda(cuda::compute_exact(x, margins, count, exact, lists, queue));
+  check_cuda(cuda::finish(pointers, margins, first, count, layer.features, layer.max_active,
                           request.k_out, lists, queue));
 }
 

@@ -37,7 +37,7 @@ void check_cuda(int status) {
 
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
-  return 4 * plan.rows * (plan.hidden_size + 1) + 2 * plan.rounded +
+  return 4 * plan.rows * (plan.hidden_size + 2) + 2 * plan.rounded +
          4 * (plan.scores + plan.widened) + plan.lists * list + 8 * plan.rows * plan.sorted;
 }
 
@@ -48,7 +48,7 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
   };
   hidden = take(plan.rows * plan.hidden_size, at::kFloat);
   rounded = take(plan.rounded, at::kBFloat16);
-  margin = take(plan.rows, at::kFloat);
+  margins = take(plan.rows, at::kLong);
   scores = take(plan.scores, at::kFloat);
   widened = take(plan.widened, at::kFloat);
   deferred = take(plan.lists * plan.capacity, at::kLong);

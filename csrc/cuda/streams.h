@@ -46,7 +46,7 @@ struct CudaBuffers {
   static int64_t bytes(const CudaPlan& plan);
   cuda::CandidateLists lists(int64_t groups, int64_t capacity, int64_t k) const;
 
-  at::Tensor hidden, rounded, margin, scores, widened;
+  at::Tensor hidden, rounded, margins, scores, widened;
   at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best;
 };
 

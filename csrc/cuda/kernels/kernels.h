@@ -79,11 +79,11 @@ constexpr int64_t max_layer_pointers = 48;  // per set_layer_pointers: arguments
 int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers* layers,
                        Queue& queue);
 
-// x = norm(h) [count, H] in float32 and, where given, rounded to bfloat16. margin [count]:
-// |score - x . w| <= margin * norm(w), infinite where nothing is known, NaN for a row that is not
-// finite. Empties the lists.
+// x = norm(h) [count, H] in float32 and, where given, rounded to bfloat16. margins [count]:
+// infinite where nothing is known, NaN for a row that is not finite. The screens of this backend
+// have an error that is proportional to a feature's norm, so per_residual is 0. Empties the lists.
 int prepare(const PrepareArgs& args, const ScreenErrors& errors, float* x, void* rounded,
-            float* margin, const CandidateLists& lists, Queue& queue);
+            Margin* margins, const CandidateLists& lists, Queue& queue);
 
 // scores[r * count + f] = x[r] . w[first + f] in float32 for at most few_rows rows, reading w
 // [.., size] once. A sum is off by at most few_rows_rounding(size) * ||x|| ||w||.
@@ -101,19 +101,19 @@ constexpr float few_rows_rounding(int64_t size) {
 // lists those that may be active and among the k best. Features that k others surely beat are
 // dropped from a list that is full; where too many are left they are computed and the k best kept.
 // So no list overflows.
-int select(const float* scores, const float* x, const float* margin, int64_t rows, int64_t first,
+int select(const float* scores, const float* x, const Margin* margins, int64_t rows, int64_t first,
            int64_t count, const Weights& weights, const CandidateLists& lists, Queue& queue);
 
 // Joins each row's lists in its first one, without the features that k others surely beat.
-int merge(const float* margin, int64_t rows, const Weights& weights, const CandidateLists& lists,
+int merge(const Margin* margins, int64_t rows, const Weights& weights, const CandidateLists& lists,
           Queue& queue);
 
 // Replaces each deferred feature by its exact key, or by 0 where it is not active.
-int compute_exact(const float* x, const float* margin, int64_t rows, const Weights& weights,
+int compute_exact(const float* x, const Margin* margins, int64_t rows, const Weights& weights,
                   const CandidateLists& lists, Queue& queue);
 
 // Writes top_k features per row: the k best, then the lowest features that are not among them.
-int finish(const LayerPointers* layer, const float* margin, int64_t first, int64_t rows,
+int finish(const LayerPointers* layer, const Margin* margins, int64_t first, int64_t rows,
            int64_t features, int64_t max_active, int64_t top_k, const CandidateLists& lists,
            Queue& queue);
 

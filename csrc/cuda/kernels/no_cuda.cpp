@@ -9,7 +9,7 @@ constexpr int no_device = 100;  // cudaErrorNoDevice
 
 bool built() { return false; }
 int set_layer_pointers(const LayerPointers*, int64_t, LayerPointers*, Queue&) { return no_device; }
-int prepare(const PrepareArgs&, const ScreenErrors&, float*, void*, float*, const CandidateLists&,
+int prepare(const PrepareArgs&, const ScreenErrors&, float*, void*, Margin*, const CandidateLists&,
             Queue&) {
   return no_device;
 }
@@ -17,18 +17,18 @@ int product_few_rows(const float*, int64_t, const void*, Dtype, int64_t, int64_t
                      Queue&) {
   return no_device;
 }
-int select(const float*, const float*, const float*, int64_t, int64_t, int64_t, const Weights&,
+int select(const float*, const float*, const Margin*, int64_t, int64_t, int64_t, const Weights&,
            const CandidateLists&, Queue&) {
   return no_device;
 }
-int merge(const float*, int64_t, const Weights&, const CandidateLists&, Queue&) {
+int merge(const Margin*, int64_t, const Weights&, const CandidateLists&, Queue&) {
   return no_device;
 }
-int compute_exact(const float*, const float*, int64_t, const Weights&, const CandidateLists&,
+int compute_exact(const float*, const Margin*, int64_t, const Weights&, const CandidateLists&,
                   Queue&) {
   return no_device;
 }
-int finish(const LayerPointers*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
+int finish(const LayerPointers*, const Margin*, int64_t, int64_t, int64_t, int64_t, int64_t,
            const CandidateLists&, Queue&) {
   return no_device;
 }

@@ -99,7 +99,7 @@ __device__ void empty_lists(const CandidateLists& lists) {
 template <typename Hidden>
 __global__ void __launch_bounds__(threads)
     prepare_kernel(PrepareArgs args, ScreenErrors errors, float* __restrict__ x,
-                   __nv_bfloat16* __restrict__ rounded, float* __restrict__ margin,
+                   __nv_bfloat16* __restrict__ rounded, Margin* __restrict__ margins,
                    CandidateLists lists) {
   const LayerPointers layer = *args.layer;  // a copy: no store below can change it
   const int64_t row = args.first + blockIdx.x, step = layer.stride[2];
@@ -135,16 +135,16 @@ __global__ void __launch_bounds__(threads)
     });
   }
   block_sums(squares);
-  if (threadIdx.x == 0) margin[blockIdx.x] = margin_of(squares[0], squares[1], size, errors);
+  if (threadIdx.x == 0) margins[blockIdx.x] = {margin_of(squares[0], squares[1], size, errors), 0};
 }
 
 }  // namespace
 
 int prepare(const PrepareArgs& args, const ScreenErrors& errors, float* x, void* rounded,
-            float* margin, const CandidateLists& lists, Queue& queue) {
+            Margin* margins, const CandidateLists& lists, Queue& queue) {
   return for_dtype(args.dtype, [&](auto type) {
     return launch(prepare_kernel<decltype(type)>, dim3(unsigned(args.count)), queue, args, errors,
-                  x, static_cast<__nv_bfloat16*>(rounded), margin, lists);
+                  x, static_cast<__nv_bfloat16*>(rounded), margins, lists);
   });
 }
 

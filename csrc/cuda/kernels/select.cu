@@ -499,8 +499,8 @@ struct ScoredRow {
 // One block per row and group of the tile's features.
 template <typename Weight>
 __global__ void __launch_bounds__(threads, 4)
-    select_kernel(const float* __restrict__ scores, const float* x, const float* margins, int first,
-                  int count, const __grid_constant__ Weights weights,
+    select_kernel(const float* __restrict__ scores, const float* x, const Margin* margins,
+                  int first, int count, const __grid_constant__ Weights weights,
                   const __grid_constant__ CandidateLists lists) {
   const int row = blockIdx.x, group = blockIdx.y, warp = threadIdx.x / 32;
   const int64_t list = int64_t{row} * lists.groups + group;
@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(threads, 4)
   const int share = (count + 4 * lists.groups - 1) / (4 * lists.groups) * 4;
   const int group_end = min(count, (group + 1) * share);
   const bool aligned = count % 4 == 0 && first % 4 == 0;
-  const float margin = margins[row];
+  const float margin = margins[row].per_norm;
   const int deferred_before = lists.deferred_count[list], exact_before = lists.exact_count[list];
   const uint64_t kth_best_before = lists.kth_best[list];
   if (isnan(margin)) return;
@@ -554,8 +554,8 @@ __global__ void __launch_bounds__(threads, 4)
 
 // One block per row.
 __global__ void __launch_bounds__(threads)
-    merge_kernel(const float* margins, Weights weights, CandidateLists lists) {
-  const float margin = margins[blockIdx.x];
+    merge_kernel(const Margin* margins, Weights weights, CandidateLists lists) {
+  const float margin = margins[blockIdx.x].per_norm;
   if (isnan(margin)) return;
   const int64_t list = int64_t{blockIdx.x} * lists.groups;
   uint64_t* deferred = lists.deferred + list * lists.capacity;
@@ -604,11 +604,11 @@ __global__ void __launch_bounds__(threads)
 // order, so the cache serves them.
 template <typename Weight>
 __global__ void __launch_bounds__(threads)
-    compute_exact_kernel(const float* __restrict__ x, const float* __restrict__ margins,
+    compute_exact_kernel(const float* __restrict__ x, const Margin* __restrict__ margins,
                          Weights weights, CandidateLists lists) {
   const int64_t row = blockIdx.x, list = row * lists.groups;
   const int count = lists.deferred_count[list];
-  if (isnan(margins[row])) return;
+  if (isnan(margins[row].per_norm)) return;
   uint64_t* deferred = lists.deferred + list * lists.capacity;
   const int warp = int(blockIdx.y * warps + threadIdx.x / 32), warp_count = int(gridDim.y * warps);
   compute_deferred<Weight>(deferred, count, warp, warp_count, x + row * weights.size, weights,
@@ -700,8 +700,9 @@ __device__ int k_largest(int count, int k, const Values& values, uint64_t* best,
 
 // One block per row.
 __global__ void __launch_bounds__(threads)
-    finish_kernel(const LayerPointers* layer, const float* margins, int64_t first, int64_t features,
-                  int64_t max_active, int64_t top_k, int64_t sorted_stride, CandidateLists lists) {
+    finish_kernel(const LayerPointers* layer, const Margin* margins, int64_t first,
+                  int64_t features, int64_t max_active, int64_t top_k, int64_t sorted_stride,
+                  CandidateLists lists) {
   __shared__ uint64_t shared[max_in_shared], scratch[max_ranked];
   const int64_t row = blockIdx.x, list = row * lists.groups;
   const int deferred_count = lists.deferred_count[list], exact_count = lists.exact_count[list];
@@ -709,7 +710,7 @@ __global__ void __launch_bounds__(threads)
   float* activations = layer->activations + (first + row) * top_k;
   int64_t* indices = layer->indices + (first + row) * top_k;
   float* sparsity = layer->sparsity + first + row;
-  if (isnan(margins[row])) {
+  if (isnan(margins[row].per_norm)) {
     for (int64_t i = threadIdx.x; i < top_k; i += threads) {
       activations[i] = NAN;
       indices[i] = i;
@@ -763,31 +764,31 @@ unsigned blocks_per_row(int64_t rows) {
 
 }  // namespace
 
-int select(const float* scores, const float* x, const float* margin, int64_t rows, int64_t first,
+int select(const float* scores, const float* x, const Margin* margins, int64_t rows, int64_t first,
            int64_t count, const Weights& weights, const CandidateLists& lists, Queue& queue) {
   return for_dtype(weights.dtype, [&](auto type) {
     return launch(select_kernel<decltype(type)>, dim3(unsigned(rows), unsigned(lists.groups)),
-                  queue, scores, x, margin, int(first), int(count), weights, lists);
+                  queue, scores, x, margins, int(first), int(count), weights, lists);
   });
 }
 
-int merge(const float* margin, int64_t rows, const Weights& weights, const CandidateLists& lists,
+int merge(const Margin* margins, int64_t rows, const Weights& weights, const CandidateLists& lists,
           Queue& queue) {
-  return launch(merge_kernel, dim3(unsigned(rows)), queue, margin, weights, lists);
+  return launch(merge_kernel, dim3(unsigned(rows)), queue, margins, weights, lists);
 }
 
-int compute_exact(const float* x, const float* margin, int64_t rows, const Weights& weights,
+int compute_exact(const float* x, const Margin* margins, int64_t rows, const Weights& weights,
                   const CandidateLists& lists, Queue& queue) {
   return for_dtype(weights.dtype, [&](auto type) {
     return launch(compute_exact_kernel<decltype(type)>, dim3(unsigned(rows), blocks_per_row(rows)),
-                  queue, x, margin, weights, lists);
+                  queue, x, margins, weights, lists);
   });
 }
 
-int finish(const LayerPointers* layer, const float* margin, int64_t first, int64_t rows,
+int finish(const LayerPointers* layer, const Margin* margins, int64_t first, int64_t rows,
            int64_t features, int64_t max_active, int64_t top_k, const CandidateLists& lists,
            Queue& queue) {
-  return launch(finish_kernel, dim3(unsigned(rows)), queue, layer, margin, first, features,
+  return launch(finish_kernel, dim3(unsigned(rows)), queue, layer, margins, first, features,
                 max_active, top_k, power_of_two(lists.k), lists);
 }
 
