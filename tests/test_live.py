@@ -354,6 +354,7 @@ def test_a_decoder_of_many_layers_writes_to_each():
         layer=1,
         hook_in="mlp.hook_in",
         hook_out="hook_mlp_out",
+        write_layers=2,
     )
     encoder = SparseTranscoderEncoder({1: weights}, 4, 0.1)
     outs = [capture(model, ids, [layer], "hook_mlp_out").hidden[layer] for layer in (1, 2)]

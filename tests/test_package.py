@@ -217,7 +217,7 @@ import sparse_transcoder as s, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 def weights(device):
-    return {3: s.TranscoderWeights(torch.empty(8, 4, device=device), torch.zeros(8, device=device))}
+    return {3: s.TranscoderWeights(torch.zeros(8, 4, device=device), torch.zeros(8, device=device))}
 
 def refused(call):
     try:

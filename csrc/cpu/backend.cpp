@@ -109,6 +109,9 @@ class CpuBackend : public Backend {
     int64_t k;
     int64_t min_blocks;
   };
+  // Calls take(block) for each of them. Nothing that grows with the number of rows is held.
+  template <typename Take>
+  void for_blocks(const Rows& rows, const Plan& plan, const Take& take) const;
   std::vector<RowBlock> split(const Rows& rows, const Plan& plan) const;
 
   void encode(std::vector<Request> requests, const Workspace& workspace) const;
@@ -136,18 +139,23 @@ Memory CpuBackend::memory() const {
   return memory;
 }
 
-std::vector<RowBlock> CpuBackend::split(const Rows& rows, const Plan& plan) const {
+template <typename Take>
+void CpuBackend::for_blocks(const Rows& rows, const Plan& plan, const Take& take) const {
   const PreparedLayer& layer = layers_.at(rows.request.layer->id);
   const int64_t count =
       std::max(rows.min_blocks, (rows.count + plan.max_block_rows - 1) / plan.max_block_rows);
-  std::vector<RowBlock> blocks;
   for (int64_t i = 0, row = 0; i < count; ++i) {
     const int64_t row_count = (rows.count - row) / (count - i);
     if (row_count > 0)
-      blocks.push_back({&rows.request, &layer, rows.first + row, row_count, rows.k,
-                        choose_screen(layer.copies, crossovers_, row_count), row});
+      take(RowBlock{&rows.request, &layer, rows.first + row, row_count, rows.k,
+                    choose_screen(layer.copies, crossovers_, row_count), row});
     row += row_count;
   }
+}
+
+std::vector<RowBlock> CpuBackend::split(const Rows& rows, const Plan& plan) const {
+  std::vector<RowBlock> blocks;
+  for_blocks(rows, plan, [&](const RowBlock& block) { blocks.push_back(block); });
   return blocks;
 }
 
@@ -159,9 +167,9 @@ void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspac
   });
   std::vector<RowBlock> batch;
   int64_t used = 0;
-  for (const Request& request : requests)
-    for (RowBlock& block :
-         split({request, 0, request.row_count(), request.k_filled(), 1}, workspace.plan)) {
+  for (const Request& request : requests) {
+    const Rows rows = {request, 0, request.row_count(), request.k_filled(), 1};
+    for_blocks(rows, workspace.plan, [&](RowBlock block) {
       if (used + block.row_count > workspace.plan.max_rows) {
         encode(batch, workspace);
         batch.clear();
@@ -170,7 +178,8 @@ void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspac
       block.workspace_row = used;
       used += block.row_count;
       batch.push_back(block);
-    }
+    });
+  }
   if (!batch.empty()) encode(batch, workspace);
 }
 

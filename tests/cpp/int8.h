@@ -8,10 +8,10 @@
 
 namespace int8 {
 
+using sparse_transcoder::panel_features;
 using sparse_transcoder::cpu::Int8Features;
 using sparse_transcoder::cpu::Int8Layout;
 using sparse_transcoder::cpu::Int8Row;
-using sparse_transcoder::panel_features;
 
 template <typename T>
 T read(const void* from, int64_t i) {

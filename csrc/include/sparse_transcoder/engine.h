@@ -21,8 +21,8 @@
 namespace sparse_transcoder {
 
 // The instruction set that encodes on the CPU: the best of this machine, or the one that the
-// environment variable SPARSE_TRANSCODER_CPU names. Throws c10::ValueError, with the names that this
-// machine can run, where it names another.
+// environment variable SPARSE_TRANSCODER_CPU names. Throws c10::ValueError, with the names that
+// this machine can run, where it names another.
 SPARSE_TRANSCODER_API std::string_view cpu_instruction_set();
 
 class SPARSE_TRANSCODER_API Engine {
@@ -41,9 +41,9 @@ class SPARSE_TRANSCODER_API Engine {
   // number of rows.
   SparseFeatures encode_sparse(int64_t layer, const at::Tensor& hidden) const;
 
-  // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers one
-  // after the other): y = b_dec + sum over features of activation * W_dec[:, feature],
-  // plus x @ W_skip.T where the layer has a skip connection, which needs the hidden states.
+  // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers
+  // one after the other): y = b_dec + sum over features of activation * W_dec[:, feature], plus x @
+  // W_skip.T where the layer has a skip connection, which needs the hidden states.
   at::Tensor decode(int64_t layer, const at::Tensor& activations, const at::Tensor& indices,
                     const at::Tensor& hidden = {}) const;
   at::Tensor decode(int64_t layer, const SparseFeatures& features,
