@@ -259,3 +259,20 @@ def test_streams(kernels, rows, streamed, use_graphs, failing, seed):
         values, ids, sparsity = got[3 * i : 3 * i + 3]
         result = {"activations": values[None], "indices": ids[None], "sparsity": sparsity[None]}
         check(result, x, layers[i % len(layers)], 5, 0.0)
+
+
+def test_graphs_that_cannot_be_made(kernels):
+    """Such calls are enqueued as they are; after three failures a shape is not tried again."""
+    layer, calls = make_layer(64, 16), 8
+    layer["b_enc"][:] = 0
+    hidden = [normal(2, 16, seed=call)[None] for call in range(calls)]
+    launches = []
+    for failures in (0, 1, 3, 0):
+        kernels.fail_graphs(failures)
+        got = kernels.encode_calls([layer["W_enc"]], [0], hidden, [1] * calls, 5, 4, True, 1, -1)
+        launches.append(kernels.launched_graphs())
+        for i, x in enumerate(hidden):
+            names = ("activations", "indices", "sparsity")
+            found = {name: got[3 * i + n][None] for n, name in enumerate(names)}
+            check(found, x, layer, 5, 0.0)
+    assert launches[0] > 3 and launches == [launches[0], launches[0] - 1, 0, launches[0]]

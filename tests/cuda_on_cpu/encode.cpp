@@ -217,4 +217,9 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
         return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
                                                use_graphs, seed, failing);
       });
+  library.def("fail_graphs(int count) -> ()", [](int64_t count) {
+    failing_graphs = count;
+    launched_graphs = 0;
+  });
+  library.def("launched_graphs() -> int", [] { return launched_graphs; });
 }
