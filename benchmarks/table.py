@@ -83,7 +83,7 @@ def survivors(results):
         counts = [
             record["active_per_row"],
             let_through,
-            of["rescored"] / of["rows"],
+            of["computed"] / of["rows"],
             of["ambiguous"] / of["rows"],
         ]
         cells = [number(count) for count in counts]
@@ -107,7 +107,7 @@ def screens(results):
 
 def phases(results):
     """Where the time goes: shares of the workers' time."""
-    names = ["prepare", "screen", "refine", "rescore", "finish"]
+    names = ["prepare", "screen", "rescreen", "compute", "finish"]
     lines = []
     for record in results["cases"]:
         if not record["brief"]:

@@ -127,11 +127,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("pairs_float32", &Explanation::pairs_float32)
       .def_readonly("survivors", &Explanation::survivors)
       .def_readonly("ambiguous", &Explanation::ambiguous)
-      .def_readonly("rescored", &Explanation::rescored)
+      .def_readonly("computed", &Explanation::computed)
       .def_readonly("prepare_ms", &Explanation::prepare_ms)
       .def_readonly("screen_ms", &Explanation::screen_ms)
-      .def_readonly("refine_ms", &Explanation::refine_ms)
-      .def_readonly("rescore_ms", &Explanation::rescore_ms)
+      .def_readonly("rescreen_ms", &Explanation::rescreen_ms)
+      .def_readonly("compute_ms", &Explanation::compute_ms)
       .def_readonly("finish_ms", &Explanation::finish_ms);
 
   py::class_<Features>(m, "Features",

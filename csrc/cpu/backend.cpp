@@ -277,11 +277,11 @@ Explanation CpuBackend::explain(const Request& request) const {
     explanation.pairs_int8 += counters.pairs[static_cast<int>(ScreenType::int8)];
     explanation.survivors += counters.survivors;
     explanation.ambiguous += counters.ambiguous;
-    explanation.rescored += counters.computed;
+    explanation.computed += counters.computed;
     explanation.prepare_ms += counters.ms[prepare_phase];
     explanation.screen_ms += counters.ms[screen_phase];
-    explanation.refine_ms += counters.ms[rescreen_phase];
-    explanation.rescore_ms += counters.ms[compute_phase];
+    explanation.rescreen_ms += counters.ms[rescreen_phase];
+    explanation.compute_ms += counters.ms[compute_phase];
     explanation.finish_ms += counters.ms[finish_phase];
   }
   return explanation;

@@ -115,6 +115,12 @@ class Explanation:
     def ambiguous(self) -> int:
         ...
     @property
+    def compute_ms(self) -> float:
+        ...
+    @property
+    def computed(self) -> int:
+        ...
+    @property
     def fallback_rows(self) -> int:
         ...
     @property
@@ -139,13 +145,7 @@ class Explanation:
     def prepare_ms(self) -> float:
         ...
     @property
-    def refine_ms(self) -> float:
-        ...
-    @property
-    def rescore_ms(self) -> float:
-        ...
-    @property
-    def rescored(self) -> int:
+    def rescreen_ms(self) -> float:
         ...
     @property
     def rows(self) -> int:

@@ -581,9 +581,9 @@ class SparseTranscoderEncoder:
         Returns:
             ``rows`` and ``features``; ``pairs_int8``, ``pairs_int16`` and ``pairs_float32``, the
             (row, feature) pairs screened in each arithmetic; ``survivors`` of the int8 screen;
-            ``rescored``, the pairs computed exactly, of which ``ambiguous`` were too near their
+            ``computed``, the pairs computed exactly, of which ``ambiguous`` were too near their
             gate to be counted unseen; ``fallback_rows``, the rows too large to screen;
-            ``prepare_ms``, ``screen_ms``, ``refine_ms``, ``rescore_ms`` and ``finish_ms``, the
+            ``prepare_ms``, ``screen_ms``, ``rescreen_ms``, ``compute_ms`` and ``finish_ms``, the
             milliseconds of each phase, summed over workers; ``instruction_set``, as
             :func:`cpu_instruction_set` names it.
         """
