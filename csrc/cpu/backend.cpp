@@ -148,7 +148,7 @@ void CpuBackend::for_blocks(const Rows& rows, const Plan& plan, const Take& take
     const int64_t row_count = (rows.count - row) / (count - i);
     if (row_count > 0)
       take(RowBlock{&rows.request, &layer, rows.first + row, row_count, rows.k,
-                    choose_screen(layer.copies, crossovers_, row_count), row});
+                    choose_screen(layer.copies, crossovers_, layer.hidden_size, row_count), row});
     row += row_count;
   }
 }
@@ -189,8 +189,12 @@ void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& wo
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     PanelScan<TopKCollector>(workspace, range, worker).run();
   });
-  batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_row(workspace, block, row, worker);
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
+    merge_rows(workspace, block, first, last, worker);
+    watch.add_to(compute_phase);
+    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row, worker);
+    watch.add_to(finish_phase);
   });
 }
 
@@ -222,8 +226,9 @@ void CpuBackend::write_active(const std::vector<RowBlock>& blocks, const Workspa
       PanelScan<WriteCollector>(workspace, range, worker, {workspace, *range.block, worker, out})
           .run();
   });
-  batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_sparse_row(workspace, block, row, worker, out);
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    if (top_k) merge_rows(workspace, block, first, last, worker);
+    for (int64_t row = first; row < last; ++row) finish_sparse_row(workspace, block, row, out);
   });
 }
 

@@ -48,10 +48,11 @@ class TopKCollector {
     const float* x = hidden_row(workspace_, block_, row);
     const DeferredFeature* deferred = reservoir.deferred;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
-      if (i + 1 < reservoir.deferred_count)
-        prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
       const int64_t feature = deferred[i].feature;
-      reservoir.add(make_key(exact_.activation(x, feature), feature));
+      const int64_t next = i + 1 < reservoir.deferred_count ? deferred[i + 1].feature : feature;
+      float value;
+      exact_.activations(&x, 1, feature, next, &value);
+      reservoir.add(make_key(value, feature));
     }
     workspace_.workers[worker_].counters->computed += reservoir.deferred_count;
     reservoir.deferred_count = 0;
