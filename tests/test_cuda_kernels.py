@@ -22,7 +22,7 @@ def kernels(tmp_path_factory):
     files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
     wing = ("backend", "chunk", "streams", "weight_copy")
     files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
-    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer")]
+    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer", "stamp")]
     steps = ("prepare", "product_few_rows", "select")
     files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
     places = ("tests/cuda_on_cpu", "csrc", "csrc/include")

@@ -4,7 +4,11 @@
 #include <chrono>
 #include <cstdint>
 
-namespace sparse_transcoder::cpu {
+namespace sparse_transcoder {
+
+struct Layer;
+
+namespace cpu {
 
 enum Phase { prepare_phase, screen_phase, rescreen_phase, compute_phase, finish_phase };
 
@@ -12,7 +16,8 @@ enum Phase { prepare_phase, screen_phase, rescreen_phase, compute_phase, finish_
 struct Counters {
   int64_t pairs[3];  // by ScreenType
   int64_t survivors, ambiguous, computed, fallback_rows;
-  double ms[5];  // by Phase
+  double ms[5];               // by Phase
+  const Layer* contradicted;  // of this layer some results contradict each other; usually null
 };
 
 // Adds the time since the last call to a phase. It never looks at the clock unless it is running.
@@ -36,4 +41,5 @@ class Stopwatch {
   Clock::time_point last_;
 };
 
-}  // namespace sparse_transcoder::cpu
+}  // namespace cpu
+}  // namespace sparse_transcoder

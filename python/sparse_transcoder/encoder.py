@@ -18,7 +18,7 @@ from .live import Monitor, Step, attach, changes_of, intervene, resolved
 from .places import Decoder, decoder
 from .probe import Place
 from .prompts import Exclude, excluded, prompts_of
-from .weights import TranscoderWeights, to_native
+from .weights import TranscoderWeights, tensors_of, to_native
 
 
 class LayerFeatures(TypedDict):
@@ -59,6 +59,12 @@ class SparseTranscoderEncoder:
     Methods may be called from many threads at once, and the interpreter lock is released during the
     work. An encoder can be pickled and deep-copied: its weights and options travel, and a new
     engine is built from them. ``copy.copy`` shares the weights.
+
+    Weights must stay as they are while an encoder holds them: copies and bounds are made of them
+    when it is built. After a change, every method that uses the layer raises ValueError: build a
+    new encoder. Changes are seen by the tensors' version counters and by what they are. Inference
+    tensors count nothing, nor does writing through ``.data`` or NumPy: this is seen on the CPU
+    where most of a tensor changes, and not on CUDA.
 
     Args:
         transcoders: {layer: weights}.
@@ -128,6 +134,7 @@ class SparseTranscoderEncoder:
             if self.device_weight_bytes is None
             else self.device_weight_bytes,
         )
+        self._tensors = {layer: tensors_of(weights) for layer, weights in named.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -165,6 +172,7 @@ class SparseTranscoderEncoder:
             >>> encoder.encode_layer(12, hidden)["indices"]  # [B, T, top_k]
         """
         layer = check.integer("layer_idx", layer_idx)
+        self._check_fields(layer)
         return _result(layer, self._engine.encode(layer, check.tensor(layer, hidden)))
 
     def encode_chunked(self, layer_idx: int, hidden: torch.Tensor) -> LayerFeatures:
@@ -191,6 +199,8 @@ class SparseTranscoderEncoder:
         if unknown:
             names = ", ".join(map(str, unknown))
             warnings.warn(f"no transcoder for layers {names}: not encoded", stacklevel=2)
+        for layer in known.intersection(hidden):
+            self._check_fields(layer)
         encoded = self._engine.encode_all(
             {layer: check.tensor(layer, hidden[layer]) for layer in hidden if layer in known}
         )
@@ -207,6 +217,7 @@ class SparseTranscoderEncoder:
             that such tensors are in beta.
         """
         layer = check.integer("layer_idx", layer_idx)
+        self._check_fields(layer)
         found = self._engine.encode_sparse(layer, check.tensor(layer, hidden))
         return found.to_csr(self._transcoders[layer].W_enc.shape[0])
 
@@ -237,6 +248,7 @@ class SparseTranscoderEncoder:
             ValueError: the layer has no decoder, or shapes do not fit.
         """
         layer = check.integer("layer_idx", layer_idx)
+        self._check_fields(layer)
         x = None if hidden is None else check.tensor(layer, hidden)
         expected = f"layer {layer}: features must be an encode result or sparse CSR"
         if isinstance(features, torch.Tensor):
@@ -544,7 +556,18 @@ class SparseTranscoderEncoder:
         if layer not in self._transcoders:
             known = ", ".join(map(str, self.layers))
             raise KeyError(f"layer {layer}: there is no transcoder for it, only for layers {known}")
+        self._check_fields(layer)
+        self._engine.check_unchanged(layer)
         return self._transcoders[layer]
+
+    def _check_fields(self, layer: int) -> None:
+        """Refuse weights whose fields hold other tensors than those that the engine has."""
+        for name, tensor in self._tensors.get(layer, ()):
+            if getattr(self._transcoders[layer], name) is not tensor:
+                raise ValueError(
+                    f"layer {layer}: {name} must stay as it was when the encoder was built, it is "
+                    "another tensor now; build a new encoder"
+                )
 
     def _written(
         self, layer: int, features: list[int], strengths: list[float]
