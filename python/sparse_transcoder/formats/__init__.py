@@ -33,8 +33,8 @@ def load_transcoders(
     (cross-layer transcoders too), sparsify, SAELens, dictionary_learning, Llama Scope in its three
     forms, Qwen-Scope, Goodfire, qresearch and the reference project. The activation, thresholds,
     input bias, LayerNorm, skip connection and hook names are those that the checkpoint declares. A
-    variant that cannot be computed exactly is refused by name. circuit-tracer's config.yaml may list
-    files of the Hugging Face hub, of any of these layouts.
+    variant that cannot be computed exactly is refused by name. circuit-tracer's config.yaml may
+    list files of the Hugging Face hub, of any of these layouts.
 
     Files are memory-mapped, and only those of the layers asked for are opened. Layouts that store
     W_enc as [H, F] have it copied once to [F, H]. No file is unpickled unsafely.
