@@ -292,12 +292,17 @@ class _Encoders:
         """Active features of these layers as a sparse COO tensor [L, N, F], none of them at
         ``zero_positions``; and their encoder rows [nnz, H]."""
         self._build_if_changed()
+        shape = next(iter(inputs.values())).shape
+        active = torch.ones(shape[0], dtype=torch.bool)
+        active[zero_positions] = False
+        at = active.nonzero().flatten()
         states: dict[Any, torch.Tensor] = {
-            layer: x.detach().to(self._weights[layer].W_enc.dtype) for layer, x in inputs.items()
+            layer: x.detach()[at.to(x.device)].to(self._weights[layer].W_enc.dtype)
+            for layer, x in inputs.items()
         }
         found = self._encoder._engine.encode_sparse_all(states)
         entries = [
-            self._entries(layer, found[layer], x, zero_positions) for layer, x in states.items()
+            self._entries(layer, found[layer], x, at.to(x.device)) for layer, x in states.items()
         ]
         sizes = [len(features) for _, features, _ in entries]
         first = self._weights[0].W_enc
@@ -314,40 +319,42 @@ class _Encoders:
                 torch.cat([features for _, features, _ in entries]),
             ),
             torch.cat([values for _, _, values in entries]),
-            (len(self._layers), len(next(iter(inputs.values()))), first.shape[0]),
+            (len(self._layers), shape[0], first.shape[0]),
         )
         return sparse, rows
 
     def _entries(
-        self, layer: int, found: _C.SparseFeatures, x: torch.Tensor, zero_positions: slice
+        self, layer: int, found: _C.SparseFeatures, x: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer's positions, features and activations, ascending."""
+        """A layer's positions, features and activations, ascending; row n of x is at[n]."""
         dtype = self._layers[layer].b_enc().dtype
         counts = found.row_begin.diff()
-        positions = torch.arange(len(x), device=x.device).repeat_interleave(counts)
+        rows = torch.arange(len(x), device=x.device).repeat_interleave(
+            counts, output_size=len(found.features)
+        )
         features, values = found.features, found.activations
-        active = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        active[zero_positions] = False
         if layer in self._shifts:
             values = values + self._shifts[layer][features]
+        kept = None
+        if layer in self._shifts or dtype != values.dtype:
+            values = values.to(dtype)
+            kept = values != 0  # a negative threshold lets 0 pass, and the dtype may not hold less
+        more = []
         k = self._weights[layer].k
-        short = None if k is None else active & (counts < k) & x.isfinite().all(1)
-        kept = active[positions]
-        values = values.to(dtype)
-        kept &= values != 0  # where the dtype cannot hold it, or a negative threshold lets it pass
-        if short is not None and bool(short.any()):
-            kept &= ~short[positions]
-            more = [
-                self._whole_top_k(layer, x, some)
-                for some in torch.split(short.nonzero().flatten(), self._chunk_size)
-            ]
-            positions, features, values = (
-                torch.cat([old[kept], *new])
-                for old, *new in zip((positions, features, values), *more, strict=True)
+        if k is not None:
+            short = (counts < k) & x.isfinite().all(1)
+            kept = ~short[rows] if kept is None else kept & ~short[rows]
+            for some in torch.split(short.nonzero().flatten(), self._chunk_size):
+                more.append(self._whole_top_k(layer, x, some))
+        if kept is not None and not bool(kept.all()):
+            rows, features, values = rows[kept], features[kept], values[kept]
+        if more:
+            rows, features, values = (
+                torch.cat(parts) for parts in zip((rows, features, values), *more, strict=True)
             )
-            order = torch.argsort(positions * self._weights[layer].W_enc.shape[0] + features)
-            return positions[order], features[order], values[order]
-        return positions[kept], features[kept], values[kept]
+            order = torch.argsort(rows * self._weights[layer].W_enc.shape[0] + features)
+            rows, features, values = rows[order], features[order], values[order]
+        return at[rows], features, values
 
     def _whole_top_k(
         self, layer: int, x: torch.Tensor, rows: torch.Tensor
