@@ -70,6 +70,8 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
                     layer.device == layer.declared.W_enc.device() ? " like the weights"
                                                                   : " where the layer is encoded",
                     ", got ", hidden.device());
+  TORCH_CHECK_VALUE(is_plain(hidden.is_neg() ? at::_neg_view(hidden) : hidden), who,
+                    ": hidden must be in memory, got a freed or a lazy tensor");
 }
 
 // Outputs shaped like hidden, [.., K], [.., K] and [..].
@@ -95,7 +97,8 @@ std::string join(const std::map<int64_t, Layer>& layers) {
 }
 
 at::Tensor as_batch(const at::Tensor& hidden) {
-  return hidden.dim() == 2 ? hidden.detach().unsqueeze(0) : hidden.detach();
+  const at::Tensor plain = hidden.detach().resolve_neg();
+  return hidden.dim() == 2 ? plain.unsqueeze(0) : plain;
 }
 
 }  // namespace

@@ -204,3 +204,30 @@ def test_hidden_states_that_change_all_the_time():
         writer.join()
     found = encoder.encode_sparse(3, states[0])
     assert found.values().isfinite().all()
+
+
+def test_lazy_hidden_states():
+    """A negation that is not done yet; memory that is not there."""
+    layer = make_layer(F, H)
+    encoder = SparseTranscoderEncoder({3: TranscoderWeights(**layer)}, 8, 0.1)
+    for shape in ((5, H), (2, 5, H)):
+        hidden = normal(*shape, seed=1)
+        check(encoder.encode_layer(3, torch._neg_view(-hidden)), hidden, layer, 8, 0.1)
+        found = encoder.encode_sparse(3, torch._neg_view(-hidden))
+        assert torch.equal(found.to_dense(), encoder.encode_sparse(3, hidden).to_dense())
+        freed, less = hidden.clone(), hidden.clone()
+        freed.untyped_storage().resize_(0)
+        less.untyped_storage().resize_(64)
+        for none in (freed, less, torch._efficientzerotensor(shape)):
+            for call in (encoder.encode_layer, encoder.encode_sparse):
+                with pytest.raises(ValueError, match="layer 3: hidden must be in memory, got a"):
+                    call(3, none)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_lazy_weights(name):
+    for lazy in (torch._neg_view, lambda t: torch._efficientzerotensor(t.shape)):
+        layer = fields()
+        layer[name] = lazy(layer[name])
+        with pytest.raises(ValueError, match=f"layer 3: {name} must be in memory as it is"):
+            SparseTranscoderEncoder({3: TranscoderWeights(**layer)}, 8, 0.1)

@@ -196,9 +196,14 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
     layer = make_layer(300, 24, kind=kind)
     hidden = normal(1, tokens, 24, seed=5)
     hidden[0, 1], hidden[0, 2, 3] = 0.0, math.nan
-    begin, features, values = kernels.encode_sparse(
-        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed
-    )
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN and the largest integers
+    try:
+        assert torch.empty(3).isnan().all()
+        begin, features, values = kernels.encode_sparse(
+            hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert begin[0] == 0 and begin[-1] == len(features) == len(values)
     counts = begin.diff()
     rows = torch.arange(tokens).repeat_interleave(counts)

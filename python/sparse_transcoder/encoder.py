@@ -245,7 +245,8 @@ class SparseTranscoderEncoder:
 
         Raises:
             KeyError: the layer has no transcoder.
-            ValueError: the layer has no decoder, or shapes do not fit.
+            ValueError: the layer has no decoder, shapes do not fit, or the features are of another
+                layer.
         """
         layer = check.integer("layer_idx", layer_idx)
         self._check_fields(layer)
@@ -254,6 +255,11 @@ class SparseTranscoderEncoder:
         if isinstance(features, torch.Tensor):
             if features.layout != torch.sparse_csr:
                 raise TypeError(f"{expected}, got {features.layout}")
+            count = self._transcoder(layer).W_enc.shape[0]
+            if features.ndim != 2 or features.shape[1] != count:
+                raise ValueError(
+                    f"layer {layer}: features must be [N, {count}], got {list(features.shape)}"
+                )
             parts = (features.crow_indices(), features.col_indices(), features.values())
             y = self._engine.decode_sparse(layer, _C.SparseFeatures(*parts), x)
         elif isinstance(features, Mapping):
@@ -261,6 +267,11 @@ class SparseTranscoderEncoder:
                 names = list(features)
                 raise ValueError(
                     f"layer {layer}: features must hold activations and indices, got {names}"
+                )
+            if features.get("layer", layer) != layer:
+                raise ValueError(
+                    f"layer {layer}: features must be of this layer, got those of layer "
+                    f"{features['layer']}"
                 )
             activations = check.tensor(layer, features["activations"], "activations")
             indices = check.tensor(layer, features["indices"], "indices")
@@ -294,9 +305,16 @@ class SparseTranscoderEncoder:
             One dict per feature: ``node_id`` ("{layer}_{feature}_{ctx_idx}", with "{batch}" after
             the layer when B > 1), ``feature`` (int), ``layer`` (str), ``batch_idx``, ``ctx_idx``,
             ``feature_type``, ``influence`` and ``activation`` (both are the activation).
+
+        Raises:
+            ValueError: the layers' hidden states differ in B or T.
         """
         limit = check.positive("top_k_global", top_k_global)
         encoded = self.encode_all_layers(hidden_states)
+        rows = {tuple(e["sparsity"].shape) for e in encoded.values()}
+        if len({shape if len(shape) == 2 else (1, *shape) for shape in rows}) > 1:
+            shapes = ", ".join(f"{layer}: {list(hidden_states[layer].shape)}" for layer in encoded)
+            raise ValueError(f"hidden_states must be of the same prompts, got {shapes}")
         # The strongest of each layer, in the order of the tie rule: rows ascend, and among equals
         # of a row features ascend.
         found: list[tuple[float, int, int, int, int, bool]] = []
@@ -503,6 +521,16 @@ class SparseTranscoderEncoder:
             for layer in wanted
         }
         _tell("read", [differs for _, differs in found.values()])
+        others = [
+            f"layer {layer} has those of layer {weights.layer}"
+            for layer, weights in ((layer, self._transcoders[layer]) for layer in wanted)
+            if weights.layer not in (0, layer)  # 0 may be a layer that nobody said
+        ]
+        if others:
+            warnings.warn(
+                f"transcoders are used in other layers than their own: {'; '.join(others)}",
+                stacklevel=3,
+            )
         return {layer: place for layer, (place, _) in found.items()}
 
     def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
@@ -583,7 +611,8 @@ class SparseTranscoderEncoder:
                 )
         columns = torch.tensor(features, dtype=torch.int64, device=W_dec.device)
         directions = W_dec.detach().index_select(1, columns).float()
-        return self._by_layer(layer, directions @ directions.new_tensor(strengths))
+        with torch.autocast(directions.device.type, enabled=False):
+            return self._by_layer(layer, directions @ directions.new_tensor(strengths))
 
     def _by_layer(
         self, layer: int, written: torch.Tensor
