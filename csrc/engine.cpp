@@ -70,6 +70,8 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
                     layer.device == layer.declared.W_enc.device() ? " like the weights"
                                                                   : " where the layer is encoded",
                     ", got ", hidden.device());
+  TORCH_CHECK_VALUE(is_plain(hidden.is_neg() ? at::_neg_view(hidden) : hidden), who,
+                    ": hidden must be in memory, got a freed or a lazy tensor");
 }
 
 // Outputs shaped like hidden, [.., K], [.., K] and [..].
@@ -95,7 +97,8 @@ std::string join(const std::map<int64_t, Layer>& layers) {
 }
 
 at::Tensor as_batch(const at::Tensor& hidden) {
-  return hidden.dim() == 2 ? hidden.detach().unsqueeze(0) : hidden.detach();
+  const at::Tensor plain = hidden.detach().resolve_neg();
+  return hidden.dim() == 2 ? plain.unsqueeze(0) : plain;
 }
 
 }  // namespace
@@ -117,6 +120,12 @@ struct Engine::State {
     TORCH_CHECK_INDEX(found != layers.end(), "layer ", id,
                       ": there is no transcoder for it, only for layers ", join(layers));
     return found->second;
+  }
+  // Every call that reads weights begins with this.
+  const Layer& unchanged_layer(int64_t id) const {
+    const Layer& found = layer(id);
+    found.check_unchanged();
+    return found;
   }
   const Backend& backend(const Layer& layer) const { return *backends.at(layer.device); }
 };
@@ -151,7 +160,7 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
 }
 
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
-  for (const auto& [id, rows] : hidden) check_hidden(state_->layer(id), rows);
+  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
   std::map<int64_t, Features> results;
   std::map<at::Device, std::vector<Request>, CudaFirst> on;
   for (const auto& [id, rows] : hidden) {
@@ -164,19 +173,36 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
   return results;
 }
 
-SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
-  check_hidden(layer, hidden);
-  const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
-  if (hidden.numel() == 0)
-    return {at::zeros({1}, options), at::empty({0}, options),
-            at::empty({0}, options.dtype(at::kFloat))};
-  return state_->backend(layer).encode_sparse({&layer, as_batch(hidden)});
+SparseFeatures Engine::encode_sparse(int64_t layer, const at::Tensor& hidden) const {
+  return encode_sparse({{layer, hidden}}).at(layer);
 }
+
+std::map<int64_t, SparseFeatures> Engine::encode_sparse(
+    const std::map<int64_t, at::Tensor>& hidden) const {
+  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
+  std::map<int64_t, SparseFeatures> results;
+  std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  for (const auto& [id, rows] : hidden) {
+    const Layer& layer = state_->layer(id);
+    const auto options = rows.options().requires_grad(false).dtype(at::kLong);
+    if (rows.numel() == 0)
+      results[id] = {at::zeros({1}, options), at::empty({0}, options),
+                     at::empty({0}, options.dtype(at::kFloat))};
+    else
+      on[layer.device].push_back({&layer, as_batch(rows)});
+  }
+  for (const auto& [device, requests] : on) {
+    const auto found = state_->backends.at(device)->encode_sparse(requests);
+    for (size_t i = 0; i < requests.size(); ++i) results[requests[i].layer->id] = found[i];
+  }
+  return results;
+}
+
+void Engine::check_unchanged(int64_t layer) const { state_->unchanged_layer(layer); }
 
 at::Tensor Engine::decode(int64_t id, const SparseFeatures& features,
                           const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   const std::string who = "layer " + std::to_string(id);
   const auto check = [&](const at::Tensor& tensor, const char* name, at::ScalarType type) {
     TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ",
@@ -234,7 +260,7 @@ at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::T
 }
 
 Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   check_hidden(layer, hidden);
   if (hidden.numel() == 0) {
     Explanation nothing = {};

@@ -6,7 +6,11 @@
 
 #include "cpu/screen.h"
 
-namespace sparse_transcoder::cpu {
+namespace sparse_transcoder {
+
+struct Layer;
+
+namespace cpu {
 
 enum Phase { prepare_phase, screen_phase, rescreen_phase, compute_phase, finish_phase };
 
@@ -14,7 +18,8 @@ enum Phase { prepare_phase, screen_phase, rescreen_phase, compute_phase, finish_
 struct Counters {
   int64_t pairs[screen_type_count];
   int64_t survivors, ambiguous, computed, fallback_rows;
-  double ms[5];  // by Phase
+  double ms[5];               // by Phase
+  const Layer* contradicted;  // of this layer some results contradict each other; usually null
 };
 
 // Adds the thread's CPU time since the last call to a phase, so that other programs on the machine
@@ -44,4 +49,5 @@ class Stopwatch {
   double last_ms_;
 };
 
-}  // namespace sparse_transcoder::cpu
+}  // namespace cpu
+}  // namespace sparse_transcoder

@@ -39,8 +39,13 @@ class DeferredPairs {
       for (int64_t j = 0; j < count; ++j)
         x[j] = hidden_row(workspace_, block_, pairs_[first + j].row());
       exact_.activations(x, count, feature, next, values);
-      for (int64_t j = 0; j < count; ++j)
-        reservoir(workspace_, block_, pairs_[first + j].row(), 0).add(make_key(values[j], feature));
+      for (int64_t j = 0; j < count; ++j) {
+        if (values[j] > 0)
+          reservoir(workspace_, block_, pairs_[first + j].row(), 0)
+              .add(make_key(values[j], feature));
+        else  // it was surely active
+          counters_.contradicted = block_.layer;
+      }
     });
     counters_.computed += pairs_.size();
     pairs_.shrink(0);
@@ -146,25 +151,34 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
 }
 
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,
-                       const SparseFeatures& out) {
+                       int64_t worker) {
+  const SparseFeatures& out = block.request->sparse;
   const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
   const int64_t count = row_begin[1] - row_begin[0];
-  if (count == 0) return;
   int64_t* features = out.features.mutable_data_ptr<int64_t>() + row_begin[0];
   float* activations = out.activations.mutable_data_ptr<float>() + row_begin[0];
+  int64_t found = 0;
   if (!margin(workspace, block, row).is_finite()) {
-    features[0] = 0;
-    activations[0] = quiet_nan;
+    found = 1;
+    if (count > 0) {
+      features[0] = 0;
+      activations[0] = quiet_nan;
+    }
   } else if (block.k > 0) {
     Reservoir& best = reservoir(workspace, block, row, 0);
     best.shrink_to_k();
     std::sort(best.keys, best.keys + best.size,
               [](uint64_t a, uint64_t b) { return key_feature(a) < key_feature(b); });
-    for (int64_t i = 0; i < std::min(best.size, count); ++i) {
+    found = best.size;
+    for (int64_t i = 0; i < std::min(found, count); ++i) {
       features[i] = key_feature(best.keys[i]);
       activations[i] = key_value(best.keys[i]);
     }
+  } else {
+    for (int64_t i = 0; i < workspace.plan.workers; ++i)
+      found += reservoir(workspace, block, row, i).written;
   }
+  if (found != count) workspace.workers[worker].counters->contradicted = block.layer;
 }
 
 }  // namespace sparse_transcoder::cpu

@@ -168,7 +168,10 @@ class PanelScan {
       for (int64_t j = 0; j < count; ++j) {
         const Survivor& pair = survivors_[first + j];
         counters().ambiguous += pair.ambiguous();
-        if (!(values[j] >= bounds_.min_active[feature])) continue;
+        if (!(values[j] >= bounds_.min_active[feature])) {
+          if (!pair.ambiguous()) counters().contradicted = &layer();
+          continue;
+        }
         // The surely active ones are counted already.
         collector_.active_count(pair.row()) += pair.ambiguous();
         collector_.add(pair.row(), feature, values[j]);

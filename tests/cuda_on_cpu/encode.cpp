@@ -121,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   const Layer layer = make_layer(0, weights, options);
   const Streams at_once({});
   const SparseFeatures found =
-      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({&layer, hidden});
+      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({{&layer, hidden}}).front();
   return {found.row_begin, found.features, found.activations};
 }
 
