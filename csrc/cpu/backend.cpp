@@ -48,7 +48,8 @@ bool drops_features(const Layer& layer) { return layer.max_active < layer.featur
 
 Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Options& options) {
   Plan plan = {};
-  plan.workers = options.lanes > 0 ? options.lanes : at::get_num_threads();
+  plan.lanes_chosen = options.lanes > 0;
+  plan.workers = plan.lanes_chosen ? options.lanes : at::get_num_threads();
   for (const auto& [id, layer] : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer.hidden_size);
     // encode_sparse keeps all that a top-k coder keeps.
@@ -81,6 +82,13 @@ Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Option
                    row_count);
 }
 
+// What a call borrows: a workspace, and lists that keep their capacity.
+struct CallBuffers : Workspace {
+  using Workspace::Workspace;
+  std::vector<Request> requests;
+  std::vector<RowBlock> batch;
+};
+
 class CpuBackend : public Backend {
  public:
   CpuBackend(const std::vector<const Layer*>& layers, const Options& options)
@@ -89,16 +97,12 @@ class CpuBackend : public Backend {
       layers_.emplace(layer->id, prepare_layer(*layer, options.screening));
     const Plan plan = plan_workspace(layers_, options);
     workspaces_ =
-        std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
+        std::make_unique<Pool<CallBuffers>>([plan] { return std::make_unique<CallBuffers>(plan); });
     threads_ = std::make_unique<ThreadPool>(plan.workers - 1);
   }
 
-  void encode(const std::vector<Request>& requests) const override {
-    encode(requests, *workspaces_->borrow());
-  }
-
+  void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
   SparseFeatures encode_sparse(const Request& request) const override;
-  Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
@@ -114,7 +118,7 @@ class CpuBackend : public Backend {
   void for_blocks(const Rows& rows, const Plan& plan, const Take& take) const;
   std::vector<RowBlock> split(const Rows& rows, const Plan& plan) const;
 
-  void encode(std::vector<Request> requests, const Workspace& workspace) const;
+  void encode(const std::vector<Request>& requests, CallBuffers& buffers) const;
   void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
   SparseFeatures encode_sparse(const Request& request, const Workspace& workspace) const;
   void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
@@ -124,7 +128,7 @@ class CpuBackend : public Backend {
 
   const Crossovers crossovers_;
   std::map<int64_t, PreparedLayer> layers_;
-  std::unique_ptr<Pool<Workspace>> workspaces_;
+  std::unique_ptr<Pool<CallBuffers>> workspaces_;
   std::unique_ptr<ThreadPool> threads_;
 };
 
@@ -159,19 +163,24 @@ std::vector<RowBlock> CpuBackend::split(const Rows& rows, const Plan& plan) cons
   return blocks;
 }
 
-void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspace) const {
+void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffers) const {
   // Largest first, so that no worker is left alone with a large layer at the end.
-  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
-    const auto size = [](const Layer& layer) { return layer.features * layer.hidden_size; };
-    return size(*a.layer) > size(*b.layer);
-  });
-  std::vector<RowBlock> batch;
+  buffers.requests.assign(requests.begin(), requests.end());
+  std::sort(buffers.requests.begin(), buffers.requests.end(),
+            [](const Request& a, const Request& b) {
+              const auto size = [](const Layer& layer) {
+                return std::make_pair(layer.features * layer.hidden_size, -layer.id);
+              };
+              return size(*a.layer) > size(*b.layer);
+            });
+  std::vector<RowBlock>& batch = buffers.batch;
+  batch.clear();
   int64_t used = 0;
-  for (const Request& request : requests) {
+  for (const Request& request : buffers.requests) {
     const Rows rows = {request, 0, request.row_count(), request.k_filled(), 1};
-    for_blocks(rows, workspace.plan, [&](RowBlock block) {
-      if (used + block.row_count > workspace.plan.max_rows) {
-        encode(batch, workspace);
+    for_blocks(rows, buffers.plan, [&](RowBlock block) {
+      if (used + block.row_count > buffers.plan.max_rows) {
+        encode(batch, buffers);
         batch.clear();
         used = 0;
       }
@@ -180,7 +189,7 @@ void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspac
       batch.push_back(block);
     });
   }
-  if (!batch.empty()) encode(batch, workspace);
+  if (!batch.empty()) encode(batch, buffers);
 }
 
 void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
@@ -231,8 +240,7 @@ void CpuBackend::write_active(const std::vector<RowBlock>& blocks, const Workspa
 SparseFeatures CpuBackend::encode_sparse(const Request& request, const Workspace& workspace) const {
   const int64_t row_count = request.row_count(), max_rows = workspace.plan.max_rows;
   const int64_t k = drops_features(*request.layer) ? request.layer->max_active : 0;
-  const at::TensorOptions options = request.hidden.options().requires_grad(false);
-  SparseFeatures out = {at::zeros({row_count + 1}, options.dtype(at::kLong)), {}, {}};
+  SparseFeatures out = {at::zeros({row_count + 1}, at::kLong), {}, {}};
   int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
   const auto blocks_from = [&](int64_t first, int64_t min_blocks) {
     return split({request, first, std::min(max_rows, row_count - first), k, min_blocks},
@@ -241,8 +249,8 @@ SparseFeatures CpuBackend::encode_sparse(const Request& request, const Workspace
   for (int64_t first = 0; first < row_count; first += max_rows)
     count_active(blocks_from(first, 1), workspace, row_begin);
   std::partial_sum(row_begin, row_begin + row_count + 1, row_begin);
-  out.features = at::empty({row_begin[row_count]}, options.dtype(at::kLong));
-  out.activations = at::empty({row_begin[row_count]}, options.dtype(at::kFloat));
+  out.features = at::empty({row_begin[row_count]}, at::kLong);
+  out.activations = at::empty({row_begin[row_count]}, at::kFloat);
   for (int64_t first = 0; first < row_count; first += max_rows)
     write_active(blocks_from(first, 2 * workspace.plan.workers), workspace, out);
   return out;
@@ -259,16 +267,19 @@ SparseFeatures CpuBackend::encode_sparse(const Request& request) const {
   }
 }
 
-Explanation CpuBackend::explain(const Request& request) const {
+void CpuBackend::encode(const std::vector<Request>& requests, Explanation* told) const {
   const auto workspace = workspaces_->borrow();
-  for (const WorkerBuffers& worker : workspace->workers) *worker.counters = {};
-  workspace->timed = true;
-  encode({request}, *workspace);
-  workspace->timed = false;
-  Explanation explanation = {};
-  explanation.instruction_set = cpu_instruction_set();
-  explanation.rows = request.row_count();
-  explanation.features = request.layer->features;
+  if (told)
+    for (const WorkerBuffers& worker : workspace->workers) *worker.counters = {};
+  workspace->timed = told != nullptr;
+  encode(requests, *workspace);
+  if (!told) return;
+  Explanation& explanation = *told;
+  explanation.workers = call_workers(workspace->plan);
+  for (const Request& request : requests) {
+    explanation.rows += request.row_count();
+    explanation.features += request.layer->features;
+  }
   for (const WorkerBuffers& worker : workspace->workers) {
     const Counters& counters = *worker.counters;
     explanation.fallback_rows += counters.fallback_rows;
@@ -284,7 +295,6 @@ Explanation CpuBackend::explain(const Request& request) const {
     explanation.compute_ms += counters.ms[compute_phase];
     explanation.finish_ms += counters.ms[finish_phase];
   }
-  return explanation;
 }
 
 }  // namespace
