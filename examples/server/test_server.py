@@ -554,6 +554,18 @@ def test_other_refusals(server):
     status, message = server.refusal(COMPLETE, "x" * ((1 << 20) + 1))
     assert status == 413 and message == "body: must be at most 1 MiB"
     assert server.refusal("/v1/nothing", {})[0] == 404
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    with contextlib.closing(connection):  # chunks of which nobody says how many there will be
+        pieces = (b"x" * 65536 for _ in range(20))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", COMPLETE, pieces)
+            assert connection.getresponse().status == 413
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl -d says
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    with contextlib.closing(connection):
+        body = json.dumps({"prompt": "word " * 3000, "max_tokens": 0})
+        connection.request("POST", COMPLETE, body, form)
+        assert connection.getresponse().status == 200
     status, message = server.refusal(
         COMPLETE, {"prompt": PROMPTS[0], "max_tokens": 3000, "deadline": 0.3}
     )
