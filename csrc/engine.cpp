@@ -96,9 +96,24 @@ std::string join(const std::map<int64_t, Layer>& layers) {
   return names.str();
 }
 
-at::Tensor as_batch(const at::Tensor& hidden) {
-  const at::Tensor plain = hidden.detach().resolve_neg();
-  return hidden.dim() == 2 ? plain.unsqueeze(0) : plain;
+// The hidden states in memory. What torch negates when it is read is copied, and the copy is kept.
+Hidden in_memory(const at::Tensor& hidden, std::vector<at::Tensor>& kept) {
+  return view_of(hidden.is_neg() ? kept.emplace_back(hidden.resolve_neg()) : hidden);
+}
+
+void check_rows(const Layer& layer, const LayerRows& rows) {
+  const std::string who = "layer " + std::to_string(layer.id);
+  TORCH_CHECK_VALUE(rows.row_count >= 0, who, ": row_count must be at least 0, got ",
+                    rows.row_count);
+  TORCH_CHECK_TYPE(
+      rows.dtype == at::kFloat || rows.dtype == at::kBFloat16 || rows.dtype == at::kHalf, who,
+      ": hidden must be float32, bfloat16 or float16, got ", c10::getDtypeNames(rows.dtype).first);
+  TORCH_CHECK_VALUE(rows.stride >= 0, who, ": stride must be at least 0, got ", rows.stride);
+  TORCH_CHECK_VALUE(
+      rows.row_count == 0 || (rows.hidden && rows.activations && rows.indices && rows.sparsity),
+      who, ": hidden, activations, indices and sparsity must not be null");
+  TORCH_CHECK_VALUE(!rows.active || layer.device.is_cpu(), who,
+                    ": active is counted on cpu alone, the layer is encoded on ", layer.device);
 }
 
 }  // namespace
@@ -128,7 +143,24 @@ struct Engine::State {
     return found;
   }
   const Backend& backend(const Layer& layer) const { return *backends.at(layer.device); }
+  // Requests are checked and have rows.
+  void encode(const std::vector<Request>& requests, Explanation* explanation) const;
 };
+
+void Engine::State::encode(const std::vector<Request>& requests, Explanation* explanation) const {
+  if (explanation) {
+    *explanation = {};
+    explanation->instruction_set = cpu_instruction_set();
+  }
+  if (requests.empty()) return;
+  if (backends.size() == 1) return backends.begin()->second->encode(requests, explanation);
+  for (const auto& [device, backend] : backends) {
+    std::vector<Request> mine;
+    for (const Request& request : requests)
+      if (request.layer->device == device) mine.push_back(request);
+    if (!mine.empty()) backend->encode(mine, explanation);
+  }
+}
 
 Engine::Engine(std::map<int64_t, LayerWeights> weights, Options options)
     : state_(std::make_unique<State>()) {
@@ -162,16 +194,36 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
   for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
   std::map<int64_t, Features> results;
-  std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  std::vector<Request> requests;
+  std::vector<at::Tensor> kept;
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
     const int64_t k = k_out(layer, state_->options);
     const Features& out = results[id] = allocate(layer, rows, k);
-    if (rows.numel() > 0) on[layer.device].push_back({&layer, as_batch(rows), k, out});
+    if (rows.numel() > 0) requests.push_back({&layer, in_memory(rows, kept), k, view_of(out)});
   }
-  for (const auto& [device, requests] : on) state_->backends.at(device)->encode(requests);
+  state_->encode(requests, nullptr);
   return results;
 }
+
+void Engine::encode(std::span<const LayerRows> layers, Explanation* explanation) const {
+  // Of the calling thread, so that its capacity stays.
+  thread_local std::vector<Request> requests;
+  requests.clear();
+  for (const LayerRows& rows : layers) {
+    const Layer& layer = state_->unchanged_layer(rows.layer);
+    check_rows(layer, rows);
+    const int64_t stride = rows.stride > 0 ? rows.stride : layer.hidden_size;
+    if (rows.row_count > 0)
+      requests.push_back({&layer,
+                          {rows.hidden, rows.dtype, 1, rows.row_count, {0, stride, 1}},
+                          ranks(rows.layer),
+                          {rows.activations, rows.indices, rows.sparsity, rows.active}});
+  }
+  state_->encode(requests, explanation);
+}
+
+int64_t Engine::ranks(int64_t layer) const { return k_out(state_->layer(layer), state_->options); }
 
 SparseFeatures Engine::encode_sparse(int64_t layer, const at::Tensor& hidden) const {
   return encode_sparse({{layer, hidden}}).at(layer);
@@ -182,6 +234,7 @@ std::map<int64_t, SparseFeatures> Engine::encode_sparse(
   for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
   std::map<int64_t, SparseFeatures> results;
   std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  std::vector<at::Tensor> kept;
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
     const auto options = rows.options().requires_grad(false).dtype(at::kLong);
@@ -189,7 +242,7 @@ std::map<int64_t, SparseFeatures> Engine::encode_sparse(
       results[id] = {at::zeros({1}, options), at::empty({0}, options),
                      at::empty({0}, options.dtype(at::kFloat))};
     else
-      on[layer.device].push_back({&layer, as_batch(rows)});
+      on[layer.device].push_back({&layer, in_memory(rows, kept)});
   }
   for (const auto& [device, requests] : on) {
     const auto found = state_->backends.at(device)->encode_sparse(requests);
@@ -262,14 +315,27 @@ at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::T
 Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
   const Layer& layer = state_->unchanged_layer(id);
   check_hidden(layer, hidden);
-  if (hidden.numel() == 0) {
-    Explanation nothing = {};
-    nothing.instruction_set = cpu_instruction_set();
-    nothing.features = layer.features;
-    return nothing;
-  }
   const int64_t k = k_out(layer, state_->options);
-  return state_->backend(layer).explain({&layer, as_batch(hidden), k, allocate(layer, hidden, k)});
+  const Features out = allocate(layer, hidden, k);
+  std::vector<Request> requests;
+  std::vector<at::Tensor> kept;
+  if (hidden.numel() > 0) requests.push_back({&layer, in_memory(hidden, kept), k, view_of(out)});
+  Explanation explanation;
+  state_->encode(requests, &explanation);
+  explanation.features = layer.features;
+  return explanation;
+}
+
+std::vector<float> Engine::decoder_direction(int64_t id, int64_t feature) const {
+  const Layer& layer = state_->unchanged_layer(id);
+  const at::Tensor& W_dec = layer.declared.W_dec;
+  TORCH_CHECK_VALUE(W_dec.defined(), layer.name(),
+                    ": decoder_direction needs W_dec, which the checkpoint does not have");
+  TORCH_CHECK_VALUE(feature >= 0 && feature < layer.features, "layer ", id,
+                    ": feature must be in [0, ", layer.features, "), got ", feature);
+  const at::Tensor column = W_dec.detach().select(1, feature).to(at::kCPU, at::kFloat).contiguous();
+  const float* values = column.const_data_ptr<float>();
+  return {values, values + column.numel()};
 }
 
 std::vector<int64_t> Engine::layers() const {

@@ -49,7 +49,8 @@ bool drops_features(const Layer& layer) { return layer.max_active < layer.featur
 
 Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Options& options) {
   Plan plan = {};
-  plan.workers = options.lanes > 0 ? options.lanes : at::get_num_threads();
+  plan.lanes_chosen = options.lanes > 0;
+  plan.workers = plan.lanes_chosen ? options.lanes : at::get_num_threads();
   for (const auto& [id, layer] : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer.hidden_size);
     // encode_sparse keeps all that a top-k coder keeps.
@@ -74,6 +75,13 @@ Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Option
   return plan;
 }
 
+// What a call borrows: a workspace, and lists that keep their capacity.
+struct CallBuffers : Workspace {
+  using Workspace::Workspace;
+  std::vector<Request> requests;
+  std::vector<RowBlock> batch;
+};
+
 class CpuBackend : public Backend {
  public:
   CpuBackend(const std::vector<const Layer*>& layers, const Options& options)
@@ -82,32 +90,28 @@ class CpuBackend : public Backend {
       layers_.emplace(layer->id, prepare_layer(*layer, options.screening));
     const Plan plan = plan_workspace(layers_, options);
     workspaces_ =
-        std::make_unique<Pool<Workspace>>([plan] { return std::make_unique<Workspace>(plan); });
+        std::make_unique<Pool<CallBuffers>>([plan] { return std::make_unique<CallBuffers>(plan); });
     threads_ = std::make_unique<ThreadPool>(plan.workers - 1);
   }
 
-  void encode(const std::vector<Request>& requests) const override {
-    encode(requests, *workspaces_->borrow());
-  }
-
+  void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
   std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
-  Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
   // Calls run(blocks) for batches of all rows, cut into blocks of nearly one size.
   template <typename Run>
-  void for_batches(const std::vector<Request>& requests, const Workspace& workspace,
+  void for_batches(const std::vector<Request>& requests, CallBuffers& buffers,
                    int64_t max_block_rows, const Run& run) const;
 
-  void encode(std::vector<Request> requests, const Workspace& workspace) const;
+  void encode(const std::vector<Request>& requests, CallBuffers& buffers) const;
   void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
   void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
   void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
 
   const Crossovers crossovers_;
   std::map<int64_t, PreparedLayer> layers_;
-  std::unique_ptr<Pool<Workspace>> workspaces_;
+  std::unique_ptr<Pool<CallBuffers>> workspaces_;
   std::unique_ptr<ThreadPool> threads_;
 };
 
@@ -123,16 +127,17 @@ Memory CpuBackend::memory() const {
 }
 
 template <typename Run>
-void CpuBackend::for_batches(const std::vector<Request>& requests, const Workspace& workspace,
+void CpuBackend::for_batches(const std::vector<Request>& requests, CallBuffers& buffers,
                              int64_t max_block_rows, const Run& run) const {
-  std::vector<RowBlock> batch;
+  std::vector<RowBlock>& batch = buffers.batch;
+  batch.clear();
   int64_t used = 0;
   for (const Request& request : requests) {
     const PreparedLayer& layer = layers_.at(request.layer->id);
     const int64_t rows = request.row_count(), count = (rows + max_block_rows - 1) / max_block_rows;
     for (int64_t i = 0, row = 0; i < count; ++i) {
       const int64_t row_count = (rows - row) / (count - i);
-      if (used + row_count > workspace.plan.max_rows) {
+      if (used + row_count > buffers.plan.max_rows) {
         run(batch);
         batch.clear();
         used = 0;
@@ -155,15 +160,19 @@ void refuse_contradictions(const Workspace& workspace) {
   if (layer != nullptr) TORCH_CHECK_VALUE(false, layer->changed());
 }
 
-void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspace) const {
+void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffers) const {
   // Largest first, so that no worker is left alone with a large layer at the end.
-  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
-    const auto size = [](const Layer& layer) { return layer.features * layer.hidden_size; };
-    return size(*a.layer) > size(*b.layer);
-  });
-  for_batches(requests, workspace, workspace.plan.max_block_rows,
-              [&](const std::vector<RowBlock>& blocks) { encode(blocks, workspace); });
-  refuse_contradictions(workspace);
+  buffers.requests.assign(requests.begin(), requests.end());
+  std::sort(buffers.requests.begin(), buffers.requests.end(),
+            [](const Request& a, const Request& b) {
+              const auto size = [](const Layer& layer) {
+                return std::make_pair(layer.features * layer.hidden_size, -layer.id);
+              };
+              return size(*a.layer) > size(*b.layer);
+            });
+  for_batches(buffers.requests, buffers, buffers.plan.max_block_rows,
+              [&](const std::vector<RowBlock>& blocks) { encode(blocks, buffers); });
+  refuse_contradictions(buffers);
 }
 
 void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
@@ -220,7 +229,7 @@ void CpuBackend::write_active(const std::vector<RowBlock>& blocks,
 template <typename Make>
 void allocate_sparse(const Request& request, const Make& make) {
   try {
-    make(request.hidden.options().dtype(at::kLong));
+    make(at::TensorOptions(at::kLong));
   } catch (const c10::Error&) {
     TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", request.layer->id,
                      ": out of memory: the result needs ", 8 * (request.row_count() + 1),
@@ -269,16 +278,19 @@ std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> reque
   return results;
 }
 
-Explanation CpuBackend::explain(const Request& request) const {
+void CpuBackend::encode(const std::vector<Request>& requests, Explanation* told) const {
   const auto workspace = workspaces_->borrow();
-  for (const WorkerBuffers& worker : workspace->workers) *worker.counters = {};
-  workspace->timed = true;
-  encode({request}, *workspace);
-  workspace->timed = false;
-  Explanation explanation = {};
-  explanation.instruction_set = cpu_instruction_set();
-  explanation.rows = request.row_count();
-  explanation.features = request.layer->features;
+  if (told)
+    for (const WorkerBuffers& worker : workspace->workers) *worker.counters = {};
+  workspace->timed = told != nullptr;
+  encode(requests, *workspace);
+  if (!told) return;
+  Explanation& explanation = *told;
+  explanation.workers = call_workers(workspace->plan);
+  for (const Request& request : requests) {
+    explanation.rows += request.row_count();
+    explanation.features += request.layer->features;
+  }
   for (const WorkerBuffers& worker : workspace->workers) {
     const Counters& counters = *worker.counters;
     explanation.fallback_rows += counters.fallback_rows;
@@ -294,7 +306,6 @@ Explanation CpuBackend::explain(const Request& request) const {
     explanation.compute_ms += counters.ms[compute_phase];
     explanation.finish_ms += counters.ms[finish_phase];
   }
-  return explanation;
 }
 
 }  // namespace

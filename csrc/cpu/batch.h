@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "cpu/panel_scan.h"
@@ -13,8 +14,15 @@
 
 namespace sparse_transcoder::cpu {
 
-// Runs the stages of a batch on the workers. Tasks are computed from their numbers, so that nothing
-// is allocated.
+// Workers of one call. Options::lanes is obeyed. Where it leaves the choice, torch's thread count
+// of the moment bounds them, and a caller that is itself one of torch's threads works alone.
+inline int64_t call_workers(const Plan& plan) {
+  if (plan.lanes_chosen) return plan.workers;
+  return at::in_parallel_region() ? 1 : std::min<int64_t>(plan.workers, at::get_num_threads());
+}
+
+// Runs the stages of a batch on the workers. Tasks are computed from their numbers, and handed over
+// by reference, so that nothing is allocated.
 class Batch {
  public:
   // blocks: in the order of their workspace rows. ranges_per_block: 0 chooses.
@@ -23,9 +31,7 @@ class Batch {
       : blocks_(blocks),
         workspace_(workspace),
         threads_(threads),
-        workers_(at::in_parallel_region()
-                     ? 1
-                     : std::min<int64_t>(workspace.plan.workers, at::get_num_threads())),
+        workers_(call_workers(workspace.plan)),
         row_count_(blocks.back().workspace_row + blocks.back().row_count),
         ranges_per_block_(ranges_per_block > 0 ? ranges_per_block : choose_ranges()) {}
 
@@ -43,7 +49,7 @@ class Batch {
     // Enough tasks to keep every worker busy; many rows per task share what is read of a feature.
     const int64_t rows_per_task = std::clamp<int64_t>(row_count_ / (4 * workers_), 16, 256);
     const int64_t task_count = (row_count_ + rows_per_task - 1) / rows_per_task;
-    threads_.run(workers_, task_count, [&](int64_t worker, int64_t task) {
+    const auto rows_of = [&](int64_t worker, int64_t task) {
       const int64_t end = std::min((task + 1) * rows_per_task, row_count_);
       for (int64_t row = task * rows_per_task; row < end;) {
         const RowBlock& block = block_of(row);
@@ -51,20 +57,22 @@ class Batch {
         body(worker, block, row - block.workspace_row, last - block.workspace_row);
         row = last;
       }
-    });
+    };
+    threads_.run(workers_, task_count, std::cref(rows_of));
   }
 
   // body(worker, range) for all features of every block.
   template <typename Body>
   void for_features(const Body& body) const {
     const int64_t task_count = static_cast<int64_t>(blocks_.size()) * ranges_per_block_;
-    threads_.run(workers_, task_count, [&](int64_t worker, int64_t task) {
+    const auto features_of = [&](int64_t worker, int64_t task) {
       const RowBlock& block = blocks_[task / ranges_per_block_];
       const int64_t number = task % ranges_per_block_;
       const FeatureRange range = {&block, range_begin(block, number),
                                   range_begin(block, number + 1)};
       if (range.first < range.last) body(worker, range);
-    });
+    };
+    threads_.run(workers_, task_count, std::cref(features_of));
   }
 
  private:

@@ -128,14 +128,14 @@ void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first
 }
 
 void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
-  const Features& features = block.request->out;
+  const Output& output = block.request->out;
   const int64_t k = block.request->k_out, output_row = block.first_row + row;
-  const Ranks out = {features.activations.mutable_data_ptr<float>() + output_row * k,
-                     features.indices.mutable_data_ptr<int64_t>() + output_row * k, k};
-  float& sparsity = features.sparsity.mutable_data_ptr<float>()[output_row];
+  const Ranks out = {output.activations + output_row * k, output.indices + output_row * k, k};
+  float& sparsity = output.sparsity[output_row];
   if (!margin(workspace, block, row).is_finite()) {
     write_not_finite(out);
     sparsity = quiet_nan;
+    if (output.active) output.active[output_row] = -1;
     return;
   }
   Reservoir& best = reservoir(workspace, block, row, 0);
@@ -146,8 +146,9 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
     out.indices[rank] = key_feature(best.keys[rank]);
   }
   if (best.size < k) fill_ranks(out, best.size, workspace.workers[worker].winners);
-  const auto active = static_cast<double>(active_count(workspace, block, row));
-  sparsity = static_cast<float>(active / block.layer->features);
+  const int64_t active = active_count(workspace, block, row);
+  sparsity = static_cast<float>(static_cast<double>(active) / block.layer->features);
+  if (output.active) output.active[output_row] = active;
 }
 
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,

@@ -11,17 +11,16 @@ namespace sparse_transcoder::cpu {
 namespace {
 
 // x[i] = hidden[row][i] in float32, from any dtype and strides.
-void widen_row(const at::Tensor& hidden, int64_t row, float* x) {
-  const int64_t size = hidden.size(2), stride = hidden.stride(2);
-  const int64_t offset =
-      row / hidden.size(1) * hidden.stride(0) + row % hidden.size(1) * hidden.stride(1);
-  const auto* source =
-      static_cast<const char*>(hidden.const_data_ptr()) + offset * hidden.element_size();
-  const auto widen = active_kernels().widen[static_cast<int>(dtype_of(hidden.scalar_type()))];
-  if (stride == 1)
+void widen_row(const Hidden& hidden, int64_t size, int64_t row, float* x) {
+  const int64_t* strides = hidden.strides;
+  const auto bytes = static_cast<int64_t>(c10::elementSize(hidden.dtype));
+  const int64_t offset = row / hidden.tokens * strides[0] + row % hidden.tokens * strides[1];
+  const auto* source = static_cast<const char*>(hidden.data) + offset * bytes;
+  const auto widen = active_kernels().widen[static_cast<int>(dtype_of(hidden.dtype))];
+  if (strides[2] == 1)
     widen(source, x, size);
   else
-    for (int64_t i = 0; i < size; ++i) widen(source + i * stride * hidden.element_size(), x + i, 1);
+    for (int64_t i = 0; i < size; ++i) widen(source + i * strides[2] * bytes, x + i, 1);
 }
 
 void subtract_bias(const float* bias, int64_t size, float* x) {
@@ -39,8 +38,8 @@ void layer_norm(const float* weight, const float* bias, int64_t size, float* x) 
 }
 
 // What the encoder multiplies: the hidden state after the layer's own input bias and LayerNorm.
-void load_row(const PreparedLayer& layer, const at::Tensor& hidden, int64_t row, float* x) {
-  widen_row(hidden, row, x);
+void load_row(const PreparedLayer& layer, const Hidden& hidden, int64_t row, float* x) {
+  widen_row(hidden, layer.hidden_size, row, x);
   if (layer.input_bias.defined())
     subtract_bias(layer.input_bias.const_data_ptr<float>(), layer.hidden_size, x);
   if (layer.ln_weight.defined())

@@ -27,6 +27,8 @@ struct Plan {
   int64_t int16_stride;    // elements per row; 0 where no layer has an int16 copy
   int64_t max_k;           // features that a reservoir keeps
   int64_t capacity;        // keys that a reservoir holds
+  // Whether Options::lanes says how many workers there are.
+  bool lanes_chosen = false;
 
   int64_t survivor_capacity() const {
     return std::max(max_block_rows * panel_features * 3 / 2, tile_features);

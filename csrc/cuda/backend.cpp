@@ -27,9 +27,8 @@ class CudaBackend : public Backend {
  public:
   CudaBackend(const std::vector<const Layer*>& layers, const Options& options, at::Device device);
 
-  void encode(const std::vector<Request>& requests) const override;
+  void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
   std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
-  Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
@@ -78,7 +77,9 @@ void CudaBackend::refuse_capture() const {
                     "use_compile replays graphs of its own");
 }
 
-void CudaBackend::encode(const std::vector<Request>& requests) const {
+void CudaBackend::encode(const std::vector<Request>& requests, Explanation* explanation) const {
+  TORCH_CHECK_VALUE(!explanation, "layer ", requests.front().layer->id,
+                    ": explain needs hidden on cpu, got ", device_);
   refuse_capture();
   std::vector<CudaRequest> mine;
   for (const Request& request : requests) mine.push_back(prepared(request));
@@ -99,7 +100,7 @@ Features CudaBackend::encode_some(CudaStreams& streams, const cuda::PreparedLaye
   const Features out = {at::empty({some.size(1), k}, ranks),
                         at::empty({some.size(1), k}, ranks.dtype(at::kLong)),
                         at::empty({some.size(1)}, ranks)};
-  streams.encode({{{&layer, some, k, out}, &layer}}, weights_.get(), false);
+  streams.encode({{{&layer, view_of(some), k, view_of(out)}, &layer}}, weights_.get(), false);
   return out;
 }
 
@@ -114,7 +115,11 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
   refuse_capture();
   const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
   const int64_t rows = request.row_count(), features = layer.features;
-  const at::Tensor hidden = request.hidden.reshape({1, rows, layer.hidden_size});
+  const Hidden& given = request.hidden;
+  const at::Tensor hidden =
+      at::from_blob(const_cast<void*>(given.data), {given.batch, given.tokens, layer.hidden_size},
+                    at::IntArrayRef(given.strides), at::device(layer.device).dtype(given.dtype))
+          .reshape({1, rows, layer.hidden_size});
   const auto streams = pool_->borrow();
   const at::Tensor sparsity = encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0),
                    fractions = sparsity.to(at::kCPU);
@@ -149,11 +154,6 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
   }
   return {at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
           at::cat(indices), at::cat(activations)};
-}
-
-Explanation CudaBackend::explain(const Request& request) const {
-  TORCH_CHECK_VALUE(false, "layer ", request.layer->id, ": explain needs hidden on cpu, got ",
-                    request.hidden.device());
 }
 
 Memory CudaBackend::memory() const {

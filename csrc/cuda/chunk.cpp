@@ -109,7 +109,7 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   const at::Tensor left =
       (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
   check_cuda(
-      cuda::prepare({pointers, dtype_of(request.hidden.scalar_type()), first, count, size,
+      cuda::prepare({pointers, dtype_of(request.hidden.dtype), first, count, size,
                      floats(layer.input_bias), floats(layer.ln_weight), floats(layer.ln_bias)},
                     errors, x, bf16 ? left.mutable_data_ptr() : nullptr, margins, lists, queue));
   const bool widen = !few && !bf16 && layer.dtype != Dtype::float32;

@@ -181,15 +181,15 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
   Shape shape;
   bool small = true;
   for (const CudaRequest& request : requests) {
-    const at::Tensor& h = request.hidden;
-    values.push_back({h.const_data_ptr(),
-                      h.size(1),
-                      {h.stride(0), h.stride(1), h.stride(2)},
-                      request.out.activations.mutable_data_ptr<float>(),
-                      request.out.indices.mutable_data_ptr<int64_t>(),
-                      request.out.sparsity.mutable_data_ptr<float>()});
+    const Hidden& h = request.hidden;
+    values.push_back({h.data,
+                      h.tokens,
+                      {h.strides[0], h.strides[1], h.strides[2]},
+                      request.out.activations,
+                      request.out.indices,
+                      request.out.sparsity});
     shape.insert(shape.end(),
-                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.scalar_type())});
+                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.dtype)});
     small &= request.row_count() <= cuda::few_rows && !request.prepared->streamed;
   }
   cuda::Queue queue = {native(first)};

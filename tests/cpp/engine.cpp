@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cfenv>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -281,6 +282,99 @@ TEST(engine_has_the_one_right_answer) {
       check_shapes(c, hidden[0], engine.encode(3, hidden[0]));
     }
   }
+}
+
+// The results of one layer in arrays of the caller's.
+struct Arrays {
+  Arrays(const Engine& engine, int64_t layer, int64_t row_count)
+      : k(engine.ranks(layer)),
+        activations(row_count * k, -1.0f),
+        indices(row_count * k, -1),
+        active(row_count, -2),
+        sparsity(row_count, -1.0f) {}
+  LayerRows rows(int64_t layer, const at::Tensor& hidden) {
+    return {layer,           hidden.const_data_ptr(), hidden.size(0), activations.data(),
+            indices.data(),  sparsity.data(),         active.data(),  hidden.scalar_type(),
+            hidden.stride(0)};
+  }
+  Features features() {
+    const auto n = static_cast<int64_t>(sparsity.size());
+    return {at::from_blob(activations.data(), {n, k}),
+            at::from_blob(indices.data(), {n, k}, at::kLong), at::from_blob(sparsity.data(), {n})};
+  }
+
+  int64_t k;
+  std::vector<float> activations;
+  std::vector<int64_t> indices, active;
+  std::vector<float> sparsity;
+};
+
+TEST(engine_encodes_from_and_to_the_callers_memory) {
+  for (const Case& c : cases) {
+    const LayerWeights w = make_layer(c, Data::coarse),
+                       beside = make_layer({40, 5, 1, 1, 1, 1}, Data::coarse);
+    const at::Tensor wide = random({c.B * c.T, c.H + 3}, Data::coarse).to(c.hidden),
+                     hidden = wide.narrow(1, 2, c.H), other = random({7, 5}, Data::coarse);
+    const std::vector<Row> rows = reference(c, w, hidden);
+    for (const Screening screening : screenings) {
+      const Engine engine({{3, w}, {8, beside}}, {.top_k = c.top_k,
+                                                  .activation_threshold = c.threshold,
+                                                  .chunk_size = c.chunk_size,
+                                                  .lanes = c.lanes,
+                                                  .screening = screening});
+      Arrays one(engine, 3, c.B * c.T), again(engine, 3, 1), small(engine, 8, 7);
+      const LayerRows layers[] = {one.rows(3, hidden), small.rows(8, other),
+                                  again.rows(3, hidden.narrow(0, c.B * c.T - 1, 1))};
+      engine.encode(layers);
+      const Case of_beside = {40, 5, 1, 7, c.top_k, c.threshold};
+      check_exactly(c, rows, one.features());
+      check_exactly(c, {rows.back()}, again.features());
+      check_exactly(of_beside, reference(of_beside, beside, other), small.features());
+      for (size_t n = 0; n < rows.size(); ++n) EXPECT_EQUAL(one.active[n], rows[n].kept);
+    }
+  }
+}
+
+TEST(engine_marks_rows_of_the_caller_that_are_not_finite) {
+  const Case c = {60, 8, 1, 3, 4, 0.5f};
+  const LayerWeights w = make_layer(c, Data::normal);
+  const at::Tensor hidden = random({3, 8}, Data::normal);
+  hidden[1][5] = inf;
+  const Engine engine({{0, w}}, {.top_k = 4, .activation_threshold = 0.5f});
+  Arrays out(engine, 0, 3);
+  const LayerRows layers[] = {out.rows(0, hidden)};
+  engine.encode(layers);
+  check_nearly(c, w, reference(c, w, hidden), out.features());
+  EXPECT_EQUAL(out.active[1], -1);
+}
+
+TEST(engine_obeys_lanes_and_not_torchs_threads) {
+  const LayerWeights w = make_layer({4000, 64, 1, 1, 1, 1}, Data::normal);
+  const at::Tensor hidden = random({1, 64}, Data::normal);
+  const Engine chosen({{0, w}}, {.lanes = 3}), unchosen({{0, w}});
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  EXPECT_EQUAL(chosen.explain(0, hidden).workers, 3);
+  EXPECT_EQUAL(unchosen.explain(0, hidden).workers, 1);
+  at::set_num_threads(threads);
+  EXPECT_EQUAL(unchosen.explain(0, hidden).workers, threads);
+}
+
+TEST(engine_decoder_directions) {
+  LayerWeights w = make_layer({30, 8, 1, 1, 1, 1}, Data::normal);
+  w.W_dec = random({16, 30}, Data::normal).to(BF16);
+  w.write_layers = 2;
+  const Engine engine({{4, w}}),
+      encoder_alone({{4, make_layer({30, 8, 1, 1, 1, 1}, Data::normal)}});
+  const std::vector<double> all = wide(w.W_dec);
+  const std::vector<float> direction = engine.decoder_direction(4, 29);
+  EXPECT_EQUAL(direction.size(), size_t{16});
+  for (size_t i = 0; i < direction.size(); ++i) EXPECT_EQUAL(direction[i], all[i * 30 + 29]);
+  EXPECT_THROWS(c10::ValueError, "layer 4: feature must be in [0, 30), got 30",
+                engine.decoder_direction(4, 30));
+  EXPECT_THROWS(c10::ValueError, "layer 4: decoder_direction needs W_dec",
+                encoder_alone.decoder_direction(4, 0));
+  EXPECT_THROWS(c10::IndexError, "layer 5: there is no transcoder", engine.decoder_direction(5, 0));
 }
 
 TEST(engine_is_near_float64) {
@@ -578,7 +672,46 @@ CountingAllocator& counted() {
   return *allocator;
 }
 
+std::atomic<int64_t> news{0};
+
 }  // namespace
+
+// Every allocation of C++, in the library too. Not inlined: gcc would take free for a mismatch.
+[[gnu::noinline]] void* operator new(size_t size) {
+  ++news;
+  if (void* const block = std::malloc(size)) return block;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* block) noexcept { std::free(block); }
+[[gnu::noinline]] void operator delete(void* block, size_t) noexcept { std::free(block); }
+
+TEST(engine_allocates_nothing_for_rows_of_the_caller) {
+  CountingAllocator& memory = counted();
+  std::map<int64_t, LayerWeights> weights;
+  for (int64_t id = 0; id < 3; ++id)
+    weights[id] = make_layer({900, 40, 1, 1, 1, 1, id == 1 ? "topk" : "layer norm"}, Data::normal);
+  const at::Tensor hidden = random({45, 40}, Data::normal);
+  for (const Screening screening : screenings) {
+    const Engine engine(weights, {.top_k = 10,
+                                  .activation_threshold = 0.5f,
+                                  .chunk_size = 16,
+                                  .lanes = 3,
+                                  .screening = screening});
+    Arrays outs[] = {{engine, 0, 45}, {engine, 1, 45}, {engine, 2, 45}};
+    const LayerRows layers[] = {outs[0].rows(0, hidden), outs[1].rows(1, hidden),
+                                outs[2].rows(2, hidden)};
+    Explanation explanation;
+    engine.encode(layers, &explanation);  // warm-up
+    const int64_t blocks = memory.blocks, before = news;
+    for (int i = 0; i < 5; ++i) engine.encode(layers, i % 2 ? &explanation : nullptr);
+    EXPECT_EQUAL(news - before, 0);
+    EXPECT_EQUAL(memory.blocks - blocks, 0);
+    EXPECT_EQUAL(explanation.rows, 3 * 45);
+    EXPECT_EQUAL(explanation.features, 3 * 900);
+    EXPECT_EQUAL(explanation.workers, 3);
+    EXPECT(explanation.computed > 0 && explanation.finish_ms > 0);
+  }
+}
 
 TEST(engine_allocates_its_outputs_and_nothing_else) {
   CountingAllocator& memory = counted();
@@ -670,6 +803,33 @@ TEST(engine_refuses_wrong_hidden_states) {
   EXPECT_THROWS(c10::ValueError, "layer 41: hidden must be [.., 8], got [2, 4]",
                 engine.encode({{7, at::zeros({2, 4})}, {41, at::zeros({2, 4})}}));
   EXPECT_EQUAL(engine.encode(41, at::zeros({2, 8})).indices.size(0), 2);  // and goes on
+}
+
+TEST(engine_refuses_wrong_rows_of_the_caller) {
+  const Engine engine({{41, make_layer({30, 8, 1, 1, 1, 1}, Data::normal)}});
+  const at::Tensor hidden = at::zeros({2, 8});
+  Arrays out(engine, 41, 2);
+  const auto encode = [&](auto change) {
+    LayerRows layers[] = {out.rows(41, hidden)};
+    change(layers[0]);
+    engine.encode(layers);
+  };
+  EXPECT_THROWS(c10::IndexError, "layer 40: there is no transcoder for it, only for layers 41",
+                encode([](LayerRows& rows) { rows.layer = 40; }));
+  EXPECT_THROWS(c10::ValueError, "layer 41: row_count must be at least 0, got -1",
+                encode([](LayerRows& rows) { rows.row_count = -1; }));
+  EXPECT_THROWS(c10::TypeError,
+                "layer 41: hidden must be float32, bfloat16 or float16, got float64",
+                encode([](LayerRows& rows) { rows.dtype = at::kDouble; }));
+  EXPECT_THROWS(c10::ValueError, "layer 41: stride must be at least 0, got -8",
+                encode([](LayerRows& rows) { rows.stride = -8; }));
+  EXPECT_THROWS(c10::ValueError,
+                "layer 41: hidden, activations, indices and sparsity must not be null",
+                encode([](LayerRows& rows) { rows.indices = nullptr; }));
+  encode([](LayerRows& rows) { rows.row_count = 0; });
+  EXPECT_EQUAL(out.active[0], -2);
+  encode([](LayerRows& rows) { rows.stride = 0; });
+  EXPECT(out.active[1] >= 0);
 }
 
 TEST(engine_refuses_wrong_weights_and_options) {

@@ -48,16 +48,18 @@ Layer make_layer(int64_t id, const LayerWeights& weights, const Options& options
   return Layer(id, weights, at::kCPU, options.activation_threshold);
 }
 
-Features outputs(const Request& request) {
-  const int64_t rows = request.row_count(), k = request.k_out;
-  return {at::full({rows, k}, -1.0f), at::full({rows, k}, -1, at::kLong), at::full({rows}, -1.0f)};
-}
-
-Request make_request(const Layer& layer, const at::Tensor& hidden, const Options& options) {
-  Request request = {&layer, hidden, k_out(layer, options)};
-  request.out = outputs(request);
-  return request;
-}
+// A request with the tensors that it points to.
+struct Call {
+  Call(const Layer& layer, const at::Tensor& hidden, const Options& options)
+      : hidden(hidden), request{&layer, view_of(hidden), k_out(layer, options)} {
+    const int64_t rows = request.row_count(), k = request.k_out;
+    out = {at::full({rows, k}, -1.0f), at::full({rows, k}, -1, at::kLong), at::full({rows}, -1.0f)};
+    request.out = view_of(out);
+  }
+  at::Tensor hidden;
+  Features out;
+  Request request;
+};
 
 // One layer, chunk by chunk, with a tile of `scores` floats and lists with `room` beyond the
 // features that are gated at a time.
@@ -88,19 +90,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   plan.capacity = cuda::list_room + room;
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
-  const CudaRequest request = {make_request(layer, hidden, options), &layer};
+  const Call call(layer, hidden, options);
+  const CudaRequest request = {call.request, &layer};
   const cuda::LayerPointers pointers = {hidden.const_data_ptr(),
                                         hidden.size(1),
                                         {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
-                                        request.out.activations.mutable_data_ptr<float>(),
-                                        request.out.indices.mutable_data_ptr<int64_t>(),
-                                        request.out.sparsity.mutable_data_ptr<float>()};
+                                        request.out.activations,
+                                        request.out.indices,
+                                        request.out.sparsity};
   cuda::Queue at_once;
   const int64_t rows = request.row_count(), step = chunk_rows(request, plan);
   for (int64_t first = 0; first < rows; first += step)
     encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &pointers, buffers, plan,
                 at_once);
-  return {request.out.activations, request.out.indices, request.out.sparsity};
+  return {call.out.activations, call.out.indices, call.out.sparsity};
 }
 
 // Every kept feature of one layer, as Engine::encode_sparse gives it.
@@ -120,8 +123,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   options.device_weight_bytes = streamed ? 0 : int64_t{1} << 40;
   const Layer layer = make_layer(0, weights, options);
   const Streams at_once({});
-  const SparseFeatures found =
-      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({{&layer, hidden}}).front();
+  const SparseFeatures found = make_cuda_backend({&layer}, options, at::kCPU)
+                                   ->encode_sparse({{&layer, view_of(hidden)}})
+                                   .front();
   return {found.row_begin, found.features, found.activations};
 }
 
@@ -157,12 +161,14 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
     const std::unique_ptr<Backend> device = make_cuda_backend(pointers, options, at::kCPU);
     for (size_t call = 0; call < hidden.size(); ++call) {
       streams.set_current(streams.stream(callers[call]));
+      std::vector<Call> made;
       std::vector<Request> requests;
       for (size_t i = 0; i < layers.size(); ++i) {
         const at::Tensor& rows = hidden[call][i];
         const at::Tensor h = at::full_like(rows, std::numeric_limits<float>::quiet_NaN());
         copy_to(h, rows);
-        requests.push_back(make_request(layers[i], h, options));
+        made.emplace_back(layers[i], h, options);
+        requests.push_back(made.back().request);
       }
       try {
         device->encode(requests);
@@ -170,17 +176,16 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
                                      // not be
         TORCH_CHECK(products_left < 0);
       }
-      for (const Request& request : requests)
-        for (const at::Tensor& out :
-             {request.out.activations, request.out.indices, request.out.sparsity}) {
+      for (const Call& one : made)
+        for (const at::Tensor& out : {one.out.activations, one.out.indices, one.out.sparsity}) {
           alive.push_back(out);
           results.push_back(at::full_like(out, -2));
           copy_to(results.back(), out);
           copy_to(out, at::full_like(out, -3));
         }
-      for (const Request& request : requests) {
-        copy_to(request.hidden, at::full_like(request.hidden, 1e9));
-        alive.push_back(request.hidden);
+      for (const Call& one : made) {
+        copy_to(one.hidden, at::full_like(one.hidden, 1e9));
+        alive.push_back(one.hidden);
       }
     }
     streams.run_all();

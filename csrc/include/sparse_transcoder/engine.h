@@ -9,15 +9,20 @@
 // Weights must stay as they are: after a change of them every call of their layer is refused.
 // Results are exact (float64 accumulation of the stored weights) and the same bit for bit whatever
 // the chunk size, the batch, the layers beside it, or the number of threads. A user's mistake
-// throws c10::ValueError, c10::TypeError, c10::IndexError (unknown layer) or FileNotFound.
+// throws c10::ValueError, c10::TypeError, c10::IndexError (unknown layer) or FileNotFound: all are
+// c10::Error, whose what_without_backtrace() is the one line to show. No call may be running when
+// an Engine is destroyed; results outlive it.
 #pragma once
 
 #include <sparse_transcoder/features.h>
 #include <sparse_transcoder/options.h>
+#include <sparse_transcoder/rows.h>
 #include <sparse_transcoder/weights.h>
 
 #include <memory>
+#include <span>
 #include <string_view>
+#include <vector>
 
 namespace sparse_transcoder {
 
@@ -35,8 +40,15 @@ class SPARSE_TRANSCODER_API Engine {
   // One layer. hidden [B, T, H] or [T, H]: float32, bfloat16 or float16, any strides, on the device
   // that the layer is encoded on.
   Features encode(int64_t layer, const at::Tensor& hidden) const;
-  // Many layers at once, concurrently. Every key must be one of layers().
+  // Many layers at once, concurrently. Every key must be one of layers(). Layers may have different
+  // B and T.
   std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden) const;
+  // The same from and to the caller's memory, for servers: after the first call of a thread nothing
+  // is allocated where all layers are on the CPU. A layer may come more than once. explanation:
+  // what the call did, all layers together; on the CPU alone, and it costs looks at the clock.
+  void encode(std::span<const LayerRows> layers, Explanation* explanation = nullptr) const;
+  // K: the columns of a layer's results, min(top_k, F).
+  int64_t ranks(int64_t layer) const;
 
   // Every active feature, however many: no top_k. Memory beyond the result does not grow with the
   // number of rows.
@@ -52,6 +64,9 @@ class SPARSE_TRANSCODER_API Engine {
                     const at::Tensor& hidden = {}) const;
   at::Tensor decode(int64_t layer, const SparseFeatures& features,
                     const at::Tensor& hidden = {}) const;
+
+  // W_dec[:, feature] [d_out] as float32: what one unit of the feature adds to the reconstruction.
+  std::vector<float> decoder_direction(int64_t layer, int64_t feature) const;
 
   // Encodes on the CPU and tells how; the result is dropped.
   Explanation explain(int64_t layer, const at::Tensor& hidden) const;

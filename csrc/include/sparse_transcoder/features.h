@@ -38,8 +38,9 @@ struct Memory {
 // and its time, summed over workers.
 struct Explanation {
   std::string_view instruction_set;  // see cpu_instruction_set
-  int64_t rows, features;
-  int64_t fallback_rows;  // too large to screen: every feature of theirs is computed
+  int64_t workers;                   // threads that the call could use
+  int64_t rows, features;            // of all layers together
+  int64_t fallback_rows;             // too large to screen: every feature of theirs is computed
   int64_t pairs_int8, pairs_int16, pairs_float32;  // screened in each arithmetic
   int64_t survivors;                               // of the int8 screen
   int64_t ambiguous;                               // too near their gate to be counted unseen
