@@ -88,6 +88,26 @@ Features allocate(const Layer& layer, const at::Tensor& hidden, int64_t k) {
   }
 }
 
+void check_format(const Layer& layer, const SparseFormat& format) {
+  TORCH_CHECK_TYPE(format.features == at::kLong || format.features == at::kUInt32 ||
+                       format.features == at::kUInt16,
+                   "features must be int64, uint32 or uint16, got ",
+                   c10::getDtypeNames(format.features).first);
+  TORCH_CHECK_TYPE(format.activations == at::kFloat || format.activations == at::kHalf,
+                   "activations must be float32 or float16, got ",
+                   c10::getDtypeNames(format.activations).first);
+  TORCH_CHECK_VALUE(format.features != at::kUInt16 || layer.features <= 65536, "layer ", layer.id,
+                    ": uint16 holds at most 65536 features, got ", layer.features);
+}
+
+[[noreturn]] void refuse_sparse(const Layer& layer, int64_t row_count) {
+  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
+                   ": out of memory: the result needs ", 8 * (row_count + 1),
+                   " bytes and 12 for each active feature; fewer rows at a "
+                   "time need less, got ",
+                   row_count);
+}
+
 std::string join(const std::map<int64_t, Layer>& layers) {
   std::ostringstream names;
   for (const auto& [id, layer] : layers) names << (id == layers.begin()->first ? "" : ", ") << id;
@@ -167,11 +187,43 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
 SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const {
   const Layer& layer = state_->layer(id);
   check_hidden(layer, hidden);
+  const int64_t row_count = hidden.numel() / layer.hidden_size;
   const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
-  if (hidden.numel() == 0)
-    return {at::zeros({1}, options), at::empty({0}, options),
-            at::empty({0}, options.dtype(at::kFloat))};
-  return state_->backend(layer).encode_sparse({&layer, as_batch(hidden)});
+  try {
+    at::Tensor row_begin = at::zeros({row_count + 1}, options);
+    std::vector<at::Tensor> features = {at::empty({0}, options)},
+                            activations = {at::empty({0}, options.dtype(at::kFloat))};
+    int64_t entries = 0;
+    encode_sparse({{id, hidden}}, [&](const SparseRows& rows) {
+      const at::Tensor ends = rows.features.row_begin.slice(0, 1);
+      row_begin.narrow(0, rows.first_row + 1, ends.numel()).copy_(ends + entries);
+      entries += rows.features.features.numel();
+      features.push_back(rows.features.features);
+      activations.push_back(rows.features.activations);
+    });
+    return {row_begin, at::cat(features), at::cat(activations)};
+  } catch (const c10::OutOfMemoryError&) {
+    throw;
+  } catch (const c10::Error&) {  // of at::zeros and at::cat
+    if (!hidden.is_cpu()) throw;
+    refuse_sparse(layer, row_count);
+  } catch (const std::bad_alloc&) {
+    refuse_sparse(layer, row_count);
+  }
+}
+
+void Engine::encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
+                           const SparseFormat& format) const {
+  std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  for (const auto& [id, rows] : hidden) {
+    const Layer& layer = state_->layer(id);
+    check_hidden(layer, rows);
+    check_format(layer, format);
+    const int64_t k = format.only_top_k ? k_out(layer, state_->options) : layer.features;
+    if (rows.numel() > 0) on[layer.device].push_back({&layer, as_batch(rows), k});
+  }
+  for (const auto& [device, requests] : on)
+    state_->backends.at(device)->encode_sparse(requests, format, sink);
 }
 
 at::Tensor Engine::decode(int64_t id, const SparseFeatures& features,

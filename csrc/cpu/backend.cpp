@@ -15,7 +15,6 @@
 #include <sparse_transcoder/engine.h>
 
 #include <map>
-#include <numeric>
 #include <stdexcept>
 
 #include "cpu/batch.h"
@@ -73,12 +72,11 @@ Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Option
   return plan;
 }
 
-[[noreturn]] void refuse_sparse(const Layer& layer, int64_t row_count) {
-  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
-                   ": out of memory: the result needs ", 8 * (row_count + 1),
-                   " bytes and 12 for each active feature; fewer rows at a "
-                   "time need less, got ",
-                   row_count);
+// Features per row that the reservoirs keep for encode_sparse; 0 where it needs every active one,
+// and then none is kept in them.
+int64_t sparse_k(const Request& request) {
+  const int64_t k = request.k_filled();
+  return k < request.layer->features ? k : 0;
 }
 
 class CpuBackend : public Backend {
@@ -97,30 +95,26 @@ class CpuBackend : public Backend {
     encode(requests, *workspaces_->borrow());
   }
 
-  SparseFeatures encode_sparse(const Request& request) const override;
+  void encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
+                     const SparseSink& sink) const override;
   Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
-  // Rows [first, first + count) of a request, cut into blocks of nearly one size.
-  struct Rows {
-    const Request& request;
-    int64_t first, count;
-    int64_t k;
-    int64_t min_blocks;
-  };
-  // Calls take(block) for each of them. Nothing that grows with the number of rows is held.
+  // Calls take(block) for the rows of a request, in blocks of nearly one size.
   template <typename Take>
-  void for_blocks(const Rows& rows, const Plan& plan, const Take& take) const;
-  std::vector<RowBlock> split(const Rows& rows, const Plan& plan) const;
+  void for_blocks(const Request& request, int64_t k, const Plan& plan, const Take& take) const;
+  // Calls body(blocks) for batches that fit the workspace. k(request): what their reservoirs keep.
+  // Nothing that grows with the number of rows is held.
+  template <typename K, typename Body>
+  void for_batches(std::vector<Request> requests, const Workspace& workspace, const K& k,
+                   const Body& body) const;
 
-  void encode(std::vector<Request> requests, const Workspace& workspace) const;
-  void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
-  SparseFeatures encode_sparse(const Request& request, const Workspace& workspace) const;
-  void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                    int64_t* row_begin) const;
+  void encode(const std::vector<Request>& requests, const Workspace& workspace) const;
+  void encode_sparse(const std::vector<RowBlock>& blocks, const Workspace& workspace,
+                     const SparseFormat& format, const SparseSink& sink) const;
   void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                    const SparseFeatures& out) const;
+                    const std::vector<SparseWriter>& writers) const;
 
   const Crossovers crossovers_;
   std::map<int64_t, PreparedLayer> layers_;
@@ -140,26 +134,22 @@ Memory CpuBackend::memory() const {
 }
 
 template <typename Take>
-void CpuBackend::for_blocks(const Rows& rows, const Plan& plan, const Take& take) const {
-  const PreparedLayer& layer = layers_.at(rows.request.layer->id);
-  const int64_t count =
-      std::max(rows.min_blocks, (rows.count + plan.max_block_rows - 1) / plan.max_block_rows);
+void CpuBackend::for_blocks(const Request& request, int64_t k, const Plan& plan,
+                            const Take& take) const {
+  const PreparedLayer& layer = layers_.at(request.layer->id);
+  const int64_t all = request.row_count();
+  const int64_t count = (all + plan.max_block_rows - 1) / plan.max_block_rows;
   for (int64_t i = 0, row = 0; i < count; ++i) {
-    const int64_t row_count = (rows.count - row) / (count - i);
-    if (row_count > 0)
-      take(RowBlock{&rows.request, &layer, rows.first + row, row_count, rows.k,
-                    choose_screen(layer.copies, crossovers_, row_count), row});
+    const int64_t row_count = (all - row) / (count - i);
+    take(RowBlock{&request, &layer, row, row_count, k,
+                  choose_screen(layer.copies, crossovers_, row_count), 0});
     row += row_count;
   }
 }
 
-std::vector<RowBlock> CpuBackend::split(const Rows& rows, const Plan& plan) const {
-  std::vector<RowBlock> blocks;
-  for_blocks(rows, plan, [&](const RowBlock& block) { blocks.push_back(block); });
-  return blocks;
-}
-
-void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspace) const {
+template <typename K, typename Body>
+void CpuBackend::for_batches(std::vector<Request> requests, const Workspace& workspace, const K& k,
+                             const Body& body) const {
   // Largest first, so that no worker is left alone with a large layer at the end.
   std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
     const auto size = [](const Layer& layer) { return layer.features * layer.hidden_size; };
@@ -167,11 +157,10 @@ void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspac
   });
   std::vector<RowBlock> batch;
   int64_t used = 0;
-  for (const Request& request : requests) {
-    const Rows rows = {request, 0, request.row_count(), request.k_filled(), 1};
-    for_blocks(rows, workspace.plan, [&](RowBlock block) {
+  for (const Request& request : requests)
+    for_blocks(request, k(request), workspace.plan, [&](RowBlock block) {
       if (used + block.row_count > workspace.plan.max_rows) {
-        encode(batch, workspace);
+        body(batch);
         batch.clear();
         used = 0;
       }
@@ -179,84 +168,106 @@ void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspac
       used += block.row_count;
       batch.push_back(block);
     });
-  }
-  if (!batch.empty()) encode(batch, workspace);
+  if (!batch.empty()) body(batch);
 }
 
-void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
-  const Batch batch(blocks, workspace, *threads_);
-  batch.prepare_rows();
-  batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    PanelScan<TopKCollector>(workspace, range, worker).run();
-  });
-  batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_row(workspace, block, row, worker);
+void CpuBackend::encode(const std::vector<Request>& requests, const Workspace& workspace) const {
+  const auto k = [](const Request& request) { return request.k_filled(); };
+  for_batches(requests, workspace, k, [&](const std::vector<RowBlock>& blocks) {
+    const Batch batch(blocks, workspace, *threads_);
+    batch.prepare_rows();
+    batch.for_features([&](int64_t worker, const FeatureRange& range) {
+      PanelScan<TopKCollector>(workspace, range, worker).run();
+    });
+    batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
+      finish_row(workspace, block, row, worker);
+    });
   });
 }
 
-// row_begin[1 + row] becomes the row's number of entries.
-void CpuBackend::count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                              int64_t* row_begin) const {
+void CpuBackend::encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
+                               const SparseSink& sink) const {
+  const auto workspace = workspaces_->borrow();
+  for_batches(requests, *workspace, sparse_k, [&](const std::vector<RowBlock>& blocks) {
+    encode_sparse(blocks, *workspace, format, sink);
+  });
+}
+
+// One pass: workers gather entries while they count them. Where that is more than a worker's buffer
+// takes, the counts are right all the same, and a second pass writes the entries.
+void CpuBackend::encode_sparse(const std::vector<RowBlock>& blocks, const Workspace& workspace,
+                               const SparseFormat& format, const SparseSink& sink) const {
+  struct Found {
+    const Entry* entries = nullptr;
+    int64_t count = 0;
+  };
   const Batch batch(blocks, workspace, *threads_);
+  std::vector<Found> found(blocks.size() * batch.ranges_per_block());  // by task
+  for (const WorkerBuffers& worker : workspace.workers) *worker.entry_count = {0, false};
   batch.prepare_rows();
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    PanelScan<CountCollector>(workspace, range, worker).run();
+    if (range.block->k > 0) return PanelScan<TopKCollector>(workspace, range, worker).run();
+    const WorkerBuffers& buffers = workspace.workers[worker];
+    const int64_t before = buffers.entry_count->used;
+    PanelScan<GatherCollector>(workspace, range, worker).run();
+    found[range.task] = {buffers.entries + before, buffers.entry_count->used - before};
   });
-  for (const RowBlock& block : blocks)
+
+  std::vector<SparseRows> results;
+  std::vector<SparseWriter> writers;
+  results.reserve(blocks.size());  // writers refer to them
+  const at::TensorOptions options(at::kCPU);
+  for (const RowBlock& block : blocks) {
+    const at::Tensor row_begin = at::zeros({block.row_count + 1}, options.dtype(at::kLong));
+    int64_t* begin = row_begin.mutable_data_ptr<int64_t>();
     for (int64_t row = 0; row < block.row_count; ++row)
-      row_begin[1 + block.first_row + row] =
-          margin(workspace, block, row).is_finite() ? cpu::active_count(workspace, block, row) : 1;
+      begin[row + 1] = begin[row] + entry_count(workspace, block, row);
+    const int64_t count = begin[block.row_count];
+    results.push_back({block.request->layer->id,
+                       block.first_row,
+                       {row_begin, at::empty({count}, options.dtype(format.features)),
+                        at::empty({count}, options.dtype(format.activations))},
+                       0});
+    writers.emplace_back(results.back());
+  }
+
+  const auto full = [](const WorkerBuffers& worker) { return worker.entry_count->full; };
+  if (std::any_of(workspace.workers.begin(), workspace.workers.end(), full)) {
+    write_active(blocks, workspace, writers);
+  } else {
+    batch.for_blocks([&](int64_t i) {
+      const int64_t ranges = batch.ranges_per_block();
+      for (int64_t task = i * ranges; task < (i + 1) * ranges; ++task)
+        for (int64_t e = 0; e < found[task].count; ++e) {
+          const Entry& entry = found[task].entries[e];
+          int64_t& written = reservoir(workspace, blocks[i], entry.row, 0).written;
+          writers[i].write(writers[i].row_begin[entry.row] + written++, entry.feature, entry.value);
+        }
+    });
+    batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
+      finish_sparse_row(workspace, block, row, worker, writers[&block - blocks.data()]);
+    });
+  }
+  for (SparseRows& rows : results) sink(std::move(rows));
 }
 
 // Writes the entries of rows that are counted.
 void CpuBackend::write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                              const SparseFeatures& out) const {
-  const bool top_k = drops_features(*blocks.front().layer);
+                              const std::vector<SparseWriter>& writers) const {
   // One range per block gives a WriteCollector all features of a row.
-  const Batch batch(blocks, workspace, *threads_, top_k ? 0 : 1);
+  const Batch batch(blocks, workspace, *threads_, 1);
   batch.prepare_rows();
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    if (top_k)
+    const SparseWriter& out = writers[range.block - blocks.data()];
+    if (range.block->k > 0)
       PanelScan<TopKCollector>(workspace, range, worker).run();
     else
       PanelScan<WriteCollector>(workspace, range, worker, {workspace, *range.block, worker, out})
           .run();
   });
   batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_sparse_row(workspace, block, row, worker, out);
+    finish_sparse_row(workspace, block, row, worker, writers[&block - blocks.data()]);
   });
-}
-
-// Two passes, one to count and one to write, so that nothing is held but the result.
-SparseFeatures CpuBackend::encode_sparse(const Request& request, const Workspace& workspace) const {
-  const int64_t row_count = request.row_count(), max_rows = workspace.plan.max_rows;
-  const int64_t k = drops_features(*request.layer) ? request.layer->max_active : 0;
-  const at::TensorOptions options = request.hidden.options().requires_grad(false);
-  SparseFeatures out = {at::zeros({row_count + 1}, options.dtype(at::kLong)), {}, {}};
-  int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
-  const auto blocks_from = [&](int64_t first, int64_t min_blocks) {
-    return split({request, first, std::min(max_rows, row_count - first), k, min_blocks},
-                 workspace.plan);
-  };
-  for (int64_t first = 0; first < row_count; first += max_rows)
-    count_active(blocks_from(first, 1), workspace, row_begin);
-  std::partial_sum(row_begin, row_begin + row_count + 1, row_begin);
-  out.features = at::empty({row_begin[row_count]}, options.dtype(at::kLong));
-  out.activations = at::empty({row_begin[row_count]}, options.dtype(at::kFloat));
-  for (int64_t first = 0; first < row_count; first += max_rows)
-    write_active(blocks_from(first, 2 * workspace.plan.workers), workspace, out);
-  return out;
-}
-
-SparseFeatures CpuBackend::encode_sparse(const Request& request) const {
-  const auto workspace = workspaces_->borrow();
-  try {
-    return encode_sparse(request, *workspace);
-  } catch (const c10::Error&) {  // of at::empty
-    refuse_sparse(*request.layer, request.row_count());
-  } catch (const std::bad_alloc&) {
-    refuse_sparse(*request.layer, request.row_count());
-  }
 }
 
 Explanation CpuBackend::explain(const Request& request) const {

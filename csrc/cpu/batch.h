@@ -35,6 +35,14 @@ class Batch {
     });
   }
 
+  int64_t ranges_per_block() const { return ranges_per_block_; }
+
+  // body(position) for every block.
+  template <typename Body>
+  void for_blocks(const Body& body) const {
+    threads_.run(workers_, blocks_.size(), [&](int64_t, int64_t position) { body(position); });
+  }
+
   // body(worker, block, row) for every row.
   template <typename Body>
   void for_rows(Phase phase, const Body& body) const {
@@ -59,7 +67,7 @@ class Batch {
       const RowBlock& block = blocks_[task / ranges_per_block_];
       const int64_t number = task % ranges_per_block_;
       const FeatureRange range = {&block, range_begin(block, number),
-                                  range_begin(block, number + 1)};
+                                  range_begin(block, number + 1), task};
       if (range.first < range.last) body(worker, range);
     });
   }

@@ -66,27 +66,11 @@ class TopKCollector {
   const ExactDot exact_;
 };
 
-// Counts the active features of each row and keeps none.
-struct CountCollector {
+// Takes every active feature of a row to the worker's entries, while there is room.
+struct GatherCollector {
   const Workspace& workspace;
   const RowBlock& block;
   const int64_t worker;
-
-  int64_t& active_count(int64_t row) const {
-    return reservoir(workspace, block, row, worker).active_count;
-  }
-  float min_value(int64_t) const { return infinity; }
-  bool defer(int64_t, const DeferredFeature&) const { return true; }
-  void add(int64_t, int64_t, float) const {}
-};
-
-// Writes every active feature to its entry. One worker scans all features of a row, so that they
-// come in ascending order.
-struct WriteCollector {
-  const Workspace& workspace;
-  const RowBlock& block;
-  const int64_t worker;
-  const SparseFeatures& out;
 
   int64_t& active_count(int64_t row) const {
     return reservoir(workspace, block, row, worker).active_count;
@@ -94,13 +78,33 @@ struct WriteCollector {
   float min_value(int64_t) const { return -infinity; }
   bool defer(int64_t, const DeferredFeature&) const { return false; }
   void add(int64_t row, int64_t feature, float value) const {
-    const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
-    const int64_t entry = row_begin[0] + reservoir(workspace, block, row, worker).written++;
+    const WorkerBuffers& buffers = workspace.workers[worker];
+    EntryCount& count = *buffers.entry_count;
+    count.full |= count.used == workspace.plan.entry_capacity();
+    if (count.full) return;
+    buffers.entries[count.used++] = {static_cast<int32_t>(row), static_cast<uint32_t>(feature),
+                                     value};
+  }
+};
+
+// Writes every active feature to its entry of a block's result. One worker scans all features of a
+// row, so that they come in ascending order.
+struct WriteCollector {
+  const Workspace& workspace;
+  const RowBlock& block;
+  const int64_t worker;
+  const SparseWriter& out;
+
+  int64_t& active_count(int64_t row) const {
+    return reservoir(workspace, block, row, worker).active_count;
+  }
+  float min_value(int64_t) const { return -infinity; }
+  bool defer(int64_t, const DeferredFeature&) const { return false; }
+  void add(int64_t row, int64_t feature, float value) const {
+    const int64_t entry = out.row_begin[row] + reservoir(workspace, block, row, worker).written++;
     // A caller who changes the hidden states while they are encoded may make more entries than were
     // counted.
-    if (entry >= row_begin[1]) return;
-    out.features.mutable_data_ptr<int64_t>()[entry] = feature;
-    out.activations.mutable_data_ptr<float>()[entry] = value;
+    if (entry < out.row_begin[row + 1]) out.write(entry, feature, value);
   }
 };
 

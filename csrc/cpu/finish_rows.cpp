@@ -60,14 +60,15 @@ void write_not_finite(const Ranks& out) {
   for (int64_t rank = 0; rank < out.count; ++rank) out.indices[rank] = rank;
 }
 
-}  // namespace
-
+// Active features of a row that is finite.
 int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t row) {
   int64_t count = 0;
   for (int64_t worker = 0; worker < workspace.plan.workers; ++worker)
     count += reservoir(workspace, block, row, worker).active_count;
   return std::min(count, block.layer->max_active);
 }
+
+}  // namespace
 
 void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const Features& features = block.request->out;
@@ -91,24 +92,23 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
   sparsity = static_cast<float>(active / block.layer->features);
 }
 
+int64_t entry_count(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  if (!margin(workspace, block, row).is_finite()) return 1;
+  const int64_t count = active_count(workspace, block, row);
+  return block.k > 0 ? std::min(count, block.k) : count;
+}
+
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,
-                       int64_t worker, const SparseFeatures& out) {
-  const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
-  const int64_t count = row_begin[1] - row_begin[0];
-  if (count == 0) return;
-  int64_t* features = out.features.mutable_data_ptr<int64_t>() + row_begin[0];
-  float* activations = out.activations.mutable_data_ptr<float>() + row_begin[0];
+                       int64_t worker, const SparseWriter& out) {
+  const int64_t first = out.row_begin[row], count = out.row_begin[row + 1] - first;
   if (!margin(workspace, block, row).is_finite()) {
-    features[0] = 0;
-    activations[0] = quiet_nan;
-  } else if (block.k > 0) {
+    out.write(first, 0, quiet_nan);
+  } else if (block.k > 0 && count > 0) {
     const Reservoir best = merge_reservoirs(workspace, block, row, worker);
     std::sort(best.keys, best.keys + best.size,
               [](uint64_t a, uint64_t b) { return key_feature(a) < key_feature(b); });
-    for (int64_t i = 0; i < std::min(best.size, count); ++i) {
-      features[i] = key_feature(best.keys[i]);
-      activations[i] = key_value(best.keys[i]);
-    }
+    for (int64_t i = 0; i < std::min(best.size, count); ++i)
+      out.write(first + i, key_feature(best.keys[i]), key_value(best.keys[i]));
   }
 }
 

@@ -9,12 +9,12 @@ namespace sparse_transcoder::cpu {
 // activation 0.
 void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker);
 
-// Writes the entries of one row that its WriteCollector has not written: all of a top-k coder's,
-// and the one of a row that is not finite.
+// Writes the entries of one row that no collector holds: those of its reservoirs, where block.k is
+// not 0, and the one of a row that is not finite.
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,
-                       int64_t worker, const SparseFeatures& out);
+                       int64_t worker, const SparseWriter& out);
 
-// Active features of a row that is finite.
-int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t row);
+// Entries of a row in a sparse result.
+int64_t entry_count(const Workspace& workspace, const RowBlock& block, int64_t row);
 
 }  // namespace sparse_transcoder::cpu

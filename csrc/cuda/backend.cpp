@@ -28,11 +28,14 @@ class CudaBackend : public Backend {
   CudaBackend(const std::vector<const Layer*>& layers, const Options& options, at::Device device);
 
   void encode(const std::vector<Request>& requests) const override;
-  SparseFeatures encode_sparse(const Request& request) const override;
+  void encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
+                     const SparseSink& sink) const override;
   Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
+  void encode_sparse(const Request& request, const SparseFormat& format,
+                     const SparseSink& sink) const;
   void refuse_capture() const;
   CudaRequest prepared(const Request& request) const {
     return {request, &layers_.at(request.layer->id)};
@@ -102,22 +105,38 @@ Features CudaBackend::encode_some(CudaStreams& streams, const cuda::PreparedLaye
   return out;
 }
 
-// Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
-SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
+// float16 as SparseFormat says.
+at::Tensor to_half(const at::Tensor& activations) {
+  const at::Tensor half = activations.clamp_max(65504).to(at::kHalf);
+  return half.masked_fill(half == 0, 0x1p-24);
+}
+
+void CudaBackend::encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
+                                const SparseSink& sink) const {
   refuse_capture();
+  for (const Request& request : requests) encode_sparse(request, format, sink);
+}
+
+// Two passes where every active feature is wanted: all rows are counted, then written chunk by
+// chunk. Waits for the counts.
+void CudaBackend::encode_sparse(const Request& request, const SparseFormat& format,
+                                const SparseSink& sink) const {
   const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
   const int64_t rows = request.row_count(), features = layer.features;
   const at::Tensor hidden = request.hidden.reshape({1, rows, layer.hidden_size});
   const auto streams = pool_->borrow();
-  const at::Tensor fractions =
-      encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0).to(at::kCPU);
+  const bool counted = request.k_out == features;
+  at::Tensor fractions;
+  if (counted)
+    fractions = encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0).to(at::kCPU);
   // Room for the largest count of rows, rounded up past the float32 rounding of the fraction.
-  const auto room = [&](const at::Tensor& some) {
-    const double fraction = some.max().item<double>();
+  const auto room = [&](int64_t first, int64_t count) {
+    if (!counted) return request.k_filled();
+    const double fraction = fractions.narrow(0, first, count).max().item<double>();
     return std::min(static_cast<int64_t>(fraction * features * round_up) + 1, layer.max_active);
   };
   // Larger lists than those of the top-k path exist only as long as this call.
-  const int64_t max_room = room(fractions);
+  const int64_t max_room = room(0, rows);
   std::optional<CudaStreams> larger;
   if (max_room > max_k_) {
     Options one_stream = options_;
@@ -125,21 +144,24 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
     larger.emplace(plan_cuda({&layer}, one_stream, max_room, multiprocessors_), *streams);
   }
   CudaStreams& writers = larger ? *larger : *streams;
-  std::vector<at::Tensor> counts, indices, activations;
   for (int64_t first = 0; first < rows; first += options_.chunk_size) {
     const int64_t count = std::min(options_.chunk_size, rows - first);
-    const Features top = encode_some(writers, layer, hidden.narrow(1, first, count),
-                                     room(fractions.narrow(0, first, count)));
+    const Features top =
+        encode_some(writers, layer, hidden.narrow(1, first, count), room(first, count));
     const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
                      kept = top.activations > 0;
     kept.narrow(1, 0, 1).logical_or_(broken);
     const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
-    counts.push_back(kept.sum(1));
-    indices.push_back(ascending.masked_select(ascending < features));
-    activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
+    const at::Tensor begin =
+        at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), kept.sum(1).cumsum(0)});
+    const at::Tensor found = ascending.masked_select(ascending < features);
+    const at::Tensor values = top.activations.gather(1, order).masked_select(ascending < features);
+    const bool half = format.activations == at::kHalf;
+    sink({layer.id,
+          first,
+          {begin, found.to(format.features), half ? to_half(values) : values},
+          half ? (values > 65504).sum().item<int64_t>() : 0});
   }
-  return {at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
-          at::cat(indices), at::cat(activations)};
 }
 
 Explanation CudaBackend::explain(const Request& request) const {

@@ -103,12 +103,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   return {request.out.activations, request.out.indices, request.out.sparsity};
 }
 
-// Every kept feature of one layer, as Engine::encode_sparse gives it.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& hidden,
-                                                             const at::Tensor& W_enc,
-                                                             const at::Tensor& b_enc,
-                                                             std::optional<int64_t> k, double tau,
-                                                             int64_t chunk, bool streamed) {
+// What encode_sparse gives a sink, put together: the k strongest features of each row, or all.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(
+    const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
+    std::optional<int64_t> k, double tau, int64_t chunk, bool streamed, int64_t top_k, bool half) {
   products_left = -1;
   Options options;
   options.activation_threshold = static_cast<float>(tau);
@@ -120,9 +118,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   options.device_weight_bytes = streamed ? 0 : int64_t{1} << 40;
   const Layer layer = make_layer(0, weights, options);
   const Streams at_once({});
-  const SparseFeatures found =
-      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({&layer, hidden});
-  return {found.row_begin, found.features, found.activations};
+  std::vector<at::Tensor> counts = {at::zeros({1}, at::kLong)}, features, activations;
+  make_cuda_backend({&layer}, options, at::kCPU)
+      ->encode_sparse({{&layer, hidden, std::min(top_k, layer.features)}},
+                      {half ? at::kUInt16 : at::kLong, half ? at::kHalf : at::kFloat},
+                      [&](const SparseRows& rows) {
+                        counts.push_back(rows.features.row_begin.diff());
+                        features.push_back(rows.features.features);
+                        activations.push_back(rows.features.activations);
+                      });
+  return {at::cat(counts).cumsum(0), at::cat(features), at::cat(activations)};
 }
 
 // Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with
@@ -201,7 +206,7 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::encode);
   library.def(
       "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool "
-      "streamed) "
+      "streamed, int top_k, bool half) "
       "-> (Tensor, Tensor, Tensor)",
       &sparse_transcoder::encode_sparse);
   library.def(

@@ -37,9 +37,13 @@ class SPARSE_TRANSCODER_API Engine {
   // Many layers at once, concurrently. Every key must be one of layers().
   std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden) const;
 
-  // Every active feature, however many: no top_k. Memory beyond the result does not grow with the
-  // number of rows.
+  // Every active feature, however many: no top_k. For a moment the result is held twice.
   SparseFeatures encode_sparse(int64_t layer, const at::Tensor& hidden) const;
+  // Many layers at once, concurrently, in one pass over the weights. The sink gets at most
+  // chunk_size rows at a time, on the calling thread, those of a layer in their order; so nothing
+  // is held that grows with the number of rows. What it throws ends the call.
+  void encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
+                     const SparseFormat& format = {}) const;
 
   // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers
   // one after the other): y = b_dec + sum over features of activation * W_dec[:, feature], plus x @
