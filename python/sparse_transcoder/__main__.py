@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   python -m sparse_transcoder convert sae-lens-folder native-folder
   python -m sparse_transcoder convert clts/layer_3 native-folder --dtype bfloat16
   python -m sparse_transcoder encode --model M --transcoders DIR --out OUT texts/
+  python -m sparse_transcoder index OUT
 
 exit codes: 0 done, 1 the checkpoint or a folder is wrong, 2 the command line is wrong
 """
@@ -73,10 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
     encode = commands.add_parser("encode", help="the features of every token of a corpus")
     corpus_command.add_encode(encode)
+    index = commands.add_parser("index", help="what features fire on: a page, and other formats")
+    corpus_command.add_index(index)
     options = parser.parse_args(arguments)
     try:
-        if options.command == "encode":
-            corpus_command.encode(options)
+        if options.command in ("encode", "index"):
+            getattr(corpus_command, options.command)(options)
             return 0
         if options.command == "info":
             checkpoint = find(local_folder(options.folder), options.layer, options.variant)

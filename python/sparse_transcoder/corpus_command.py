@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,53 @@ def encode(options: argparse.Namespace) -> None:
         )
     index, count = options.worker
     run.write_parts(range(index, run.corpus.part_count, count), not options.quiet)
+
+
+def add_index(index: argparse.ArgumentParser) -> None:
+    add = index.add_argument
+    add("out", metavar="OUT", help="a folder that encode has written")
+    add("--formats", default="html", help="of delphi,parquet,circuit-tracer,neuronpedia,html")
+    add("--model", metavar="M", help="for the tokens of the logit lens (default: the one encoded)")
+    add("--transcoders", metavar="DIR", help="likewise")
+    add("--labels", type=Path, metavar="JSON", help="{layer: {feature: text}}, for the page")
+    add("--scale", action="store_true", help="Neuronpedia's values times the decoder rows' norms")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def index(options: argparse.Namespace) -> None:
+    from .corpus.index import index as write
+    from .corpus.models import load_model
+    from .corpus.read import Corpus
+
+    corpus = Corpus(options.out)
+    formats = [name.strip() for name in options.formats.split(",")]
+    origin = corpus.manifest["origin"]
+    names = {name: getattr(options, name) or origin.get(name) for name in ("model", "transcoders")}
+    model = transcoders = None
+    if not {"circuit-tracer", "neuronpedia", "html"}.isdisjoint(formats):
+        try:
+            transcoders = load_transcoders(names["transcoders"] or "", corpus.layers, device="cpu")
+            model, _ = load_model(names["model"] or "")
+        except (OSError, ValueError, ImportError) as error:
+            if options.model or options.transcoders or options.scale:
+                raise
+            reason = " ".join(str(error).split())
+            print(f"without the tokens of the logit lens: {reason}", file=sys.stderr)
+    labels = None
+    if options.labels:
+        given = json.loads(options.labels.read_text(encoding="utf-8"))
+        labels = {int(i): {int(f): str(t) for f, t in of.items()} for i, of in given.items()}
+    target = write(
+        corpus,
+        formats,
+        model=model,
+        transcoders=transcoders if model is not None else None,
+        labels=labels,
+        scale=options.scale,
+        progress=not options.quiet,
+    )
+    for name in formats:
+        print(target / name / ("explorer.html" if name == "html" else ""))
 
 
 @contextlib.contextmanager

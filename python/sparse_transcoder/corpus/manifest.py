@@ -41,6 +41,7 @@ def of_model(model: torch.nn.Module) -> dict[str, Any]:
     parameter = next(iter(tensors.values()))
     return {
         "class": type(inner).__name__,
+        "prefix": getattr(inner, "base_model_prefix", ""),
         "config": text_digest(settings),
         "weights": digest(tensors),
         "dtype": str(parameter.dtype),

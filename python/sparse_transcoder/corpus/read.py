@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,9 @@ class Corpus:
         }
         return Part(int(metadata["first_window"]), found["tokens"], found["mask"], layers, metadata)
 
+    def __iter__(self) -> Iterator[Part]:
+        return map(self.part, range(self.part_count))
+
     def __len__(self) -> int:
         return self.part_count
 
@@ -145,9 +149,13 @@ class Corpus:
                 f"first {missing[0]}: start encode again"
             )
 
+    def word(self, token: int) -> str:
+        """The text of a token id; models may have ids that their tokenizer does not know."""
+        known = self._vocabulary
+        return known[token] if token < len(known) else f"<{token}>"
+
     @functools.cached_property
-    def vocabulary(self) -> list[str]:
-        """The text of every token id."""
+    def _vocabulary(self) -> list[str]:
         text = (self.folder / "vocabulary.json").read_text(encoding="utf-8")
         vocabulary: list[str] = json.loads(text)
         return vocabulary
