@@ -73,9 +73,9 @@ class HtmlWriter:
             "median": short(feature.quantiles[49]) if len(feature.quantiles) else 0,
             "bars": feature.histogram.tolist(),
             "tokens": [[self._word(t), short(share)] for t, share in feature.tokens],
-            "top": [self._example(one) for one in feature.top[:TOP]],
+            "top": self._examples(feature.top, TOP),
             "intervals": [
-                [short(x.lower), short(x.upper), short(x.share), self._spread(x.examples)]
+                [*map(short, (x.lower, x.upper, x.share)), self._examples(x.examples, PER_INTERVAL)]
                 for x in feature.intervals
             ],
         }
@@ -88,9 +88,12 @@ class HtmlWriter:
                 found[name] = [[self._word(t), short(v)] for t, v in pairs if v]
         return found
 
-    def _spread(self, examples: list[Example]) -> list[Any]:
-        step = max(1, len(examples) // PER_INTERVAL)
-        return [self._example(one) for one in examples[::step][:PER_INTERVAL]]
+    def _examples(self, examples: list[Example], count: int) -> list[Any]:
+        """The first ones; those that read the same are shown once."""
+        found: dict[tuple[int, ...], list[Any]] = {}
+        for one in map(self._example, examples):
+            found.setdefault(tuple(one[2]), one)
+        return list(found.values())[:count]
 
     def _example(self, example: Example) -> list[Any]:
         """[window, peak - first, words, positions and activations that are not 0]"""
