@@ -1,11 +1,13 @@
 """A tiny model, its tokenizer, transcoders and a text. As a program, it encodes the text in
-processes that it kills: tiny_corpus.py OUT KILLS SEED."""
+processes that it kills: tiny_corpus.py OUT KILLS SEED, or OUT largest BYTES."""
 
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -107,7 +109,16 @@ def kill_and_start_again(out, kills, seed):
                     path.unlink()
 
 
-if __name__ == "__main__":
-    from pathlib import Path
+def killed_while_it_writes(out, largest):
+    """Encodes the text; the system kills the process when a file would be larger than this."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    encode(out)
 
-    kill_and_start_again(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+
+if __name__ == "__main__":
+    if sys.argv[2] == "largest":
+        killed_while_it_writes(Path(sys.argv[1]), int(sys.argv[3]))
+    else:
+        kill_and_start_again(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

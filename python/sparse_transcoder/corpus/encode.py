@@ -201,7 +201,8 @@ class Run:
                 write_json(path, manifest | {"text": packed, "origin": dict(origin or {})})
         self.corpus = Corpus(folder)
         self._real = int(self.corpus.manifest["text"]["last_window"])
-        self._hash = manifests.text_digest(self.corpus.manifest)
+        # Without origin: workers may know the model by other names.
+        self._hash = manifests.text_digest(manifest | {"text": self.corpus.manifest["text"]})
 
     def write_parts(self, parts: Iterable[int], progress: bool = True) -> None:
         """Writes those of the parts that are missing. Ctrl-C ends it after the part at hand, a
