@@ -30,6 +30,7 @@ BASELINES = [
     "circuit-tracer",
 ]
 GPU_BASELINES = ["product bf16", "linear+topk bf16", "reference bf16", "reference fp32"]
+WAYS = ["circuit-tracer", "on the engine"]
 MIB = 1 << 20
 # README's rows: (case, what a reader calls it).
 SHORT = {
@@ -83,7 +84,7 @@ def survivors(results):
         counts = [
             record["active_per_row"],
             let_through,
-            of["rescored"] / of["rows"],
+            of["computed"] / of["rows"],
             of["ambiguous"] / of["rows"],
         ]
         cells = [number(count) for count in counts]
@@ -107,7 +108,7 @@ def screens(results):
 
 def phases(results):
     """Where the time goes: shares of the workers' time."""
-    names = ["prepare", "screen", "refine", "rescore", "finish"]
+    names = ["prepare", "screen", "rescreen", "compute", "finish"]
     lines = []
     for record in results["cases"]:
         if not record["brief"]:
@@ -288,11 +289,32 @@ def corpus_memory(results):
     return markdown(["peak MiB, tokens:", *(f"{tokens:,}" for tokens in columns)], lines)
 
 
+def attribution(results):
+    """circuit-tracer's feature step, its own and on the engine: milliseconds and MiB."""
+    of = results["machine"]
+    shared = ", shared with other work" if of["shared"] else ""
+    lines = []
+    for case in results["cases"]:
+        ms, mib = ([case[kind][way] for way in WAYS] for kind in ("ms", "mib"))
+        lines.append(
+            [
+                case["name"],
+                f"{case['active_per_row']:.0f}",
+                *map(number, ms),
+                number(ms[0] / ms[1]),
+                *map(number, mib),
+            ]
+        )
+    heads = [*(f"{way}, ms" for way in WAYS), "times as fast", *(f"{way}, MiB" for way in WAYS)]
+    case = f"{of['cpu']}, {of['threads']} threads{shared}"
+    return markdown([case, "active per row", *heads], lines)
+
+
 def tables():
     """{name: table} of every table in the documents."""
     read = {
         name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("cpu", "crossovers", "gpu", "corpus")
+        for name in ("cpu", "crossovers", "gpu", "attribution", "corpus")
     }
     cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
     return {
@@ -310,6 +332,7 @@ def tables():
         "gpu_machine": gpu_machine(card),
         "corpus_speed": corpus_speed(read["corpus"]),
         "corpus_memory": corpus_memory(read["corpus"]),
+        "attribution": attribution(read["attribution"]),
     }
 
 

@@ -16,9 +16,10 @@ namespace sparse_transcoder {
 // One layer's rows and where their results go.
 struct Request {
   const Layer* layer;
-  at::Tensor hidden;  // [B, T, H], any strides
-  int64_t k_out = 0;  // ranks per row in the output; of encode_sparse the most features per row
-  Features out = {};  // contiguous over the B * T rows; undefined where none is asked for
+  at::Tensor hidden;           // [B, T, H], any strides
+  int64_t k_out = 0;           // ranks per row in the output
+  Features out = {};           // contiguous over the B * T rows; undefined where none is asked for
+  SparseFeatures sparse = {};  // of encode_sparse, whose backend makes it
 
   int64_t row_count() const { return hidden.size(0) * hidden.size(1); }
   // Ranks that features may fill.
@@ -41,9 +42,13 @@ class Backend {
   // Layers run concurrently, and each is one of this backend's. On CUDA the caller's current stream
   // waits for the results and the host does not.
   virtual void encode(const std::vector<Request>& requests) const = 0;
-  // The k_filled strongest features of each row, in ascending order; request.out is not used.
-  virtual void encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
-                             const SparseSink& sink) const = 0;
+  // Every active feature of each request, concurrently; k_out and out are not used. Where hidden
+  // states are changed meanwhile, it throws or gives the features of what it read.
+  virtual std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const = 0;
+  // The k_filled strongest features of each row, in ascending order, chunk by chunk; out is not
+  // used.
+  virtual void encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                           const SparseSink& sink) const = 0;
   // Encodes and tells how.
   virtual Explanation explain(const Request& request) const = 0;
   // Bytes that the backend itself holds. weight_bytes: its copies of encoders.

@@ -70,6 +70,8 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
                     layer.device == layer.declared.W_enc.device() ? " like the weights"
                                                                   : " where the layer is encoded",
                     ", got ", hidden.device());
+  TORCH_CHECK_VALUE(is_plain(hidden.is_neg() ? at::_neg_view(hidden) : hidden), who,
+                    ": hidden must be in memory, got a freed or a lazy tensor");
 }
 
 // Outputs shaped like hidden, [.., K], [.., K] and [..].
@@ -100,14 +102,6 @@ void check_format(const Layer& layer, const SparseFormat& format) {
                     ": uint16 holds at most 65536 features, got ", layer.features);
 }
 
-[[noreturn]] void refuse_sparse(const Layer& layer, int64_t row_count) {
-  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
-                   ": out of memory: the result needs ", 8 * (row_count + 1),
-                   " bytes and 12 for each active feature; fewer rows at a "
-                   "time need less, got ",
-                   row_count);
-}
-
 std::string join(const std::map<int64_t, Layer>& layers) {
   std::ostringstream names;
   for (const auto& [id, layer] : layers) names << (id == layers.begin()->first ? "" : ", ") << id;
@@ -115,7 +109,8 @@ std::string join(const std::map<int64_t, Layer>& layers) {
 }
 
 at::Tensor as_batch(const at::Tensor& hidden) {
-  return hidden.dim() == 2 ? hidden.detach().unsqueeze(0) : hidden.detach();
+  const at::Tensor plain = hidden.detach().resolve_neg();
+  return hidden.dim() == 2 ? plain.unsqueeze(0) : plain;
 }
 
 }  // namespace
@@ -137,6 +132,12 @@ struct Engine::State {
     TORCH_CHECK_INDEX(found != layers.end(), "layer ", id,
                       ": there is no transcoder for it, only for layers ", join(layers));
     return found->second;
+  }
+  // Every call that reads weights begins with this.
+  const Layer& unchanged_layer(int64_t id) const {
+    const Layer& found = layer(id);
+    found.check_unchanged();
+    return found;
   }
   const Backend& backend(const Layer& layer) const { return *backends.at(layer.device); }
 };
@@ -171,7 +172,7 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
 }
 
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
-  for (const auto& [id, rows] : hidden) check_hidden(state_->layer(id), rows);
+  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
   std::map<int64_t, Features> results;
   std::map<at::Device, std::vector<Request>, CudaFirst> on;
   for (const auto& [id, rows] : hidden) {
@@ -184,51 +185,50 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
   return results;
 }
 
-SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
-  check_hidden(layer, hidden);
-  const int64_t row_count = hidden.numel() / layer.hidden_size;
-  const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
-  try {
-    at::Tensor row_begin = at::zeros({row_count + 1}, options);
-    std::vector<at::Tensor> features = {at::empty({0}, options)},
-                            activations = {at::empty({0}, options.dtype(at::kFloat))};
-    int64_t entries = 0;
-    encode_sparse({{id, hidden}}, [&](const SparseRows& rows) {
-      const at::Tensor ends = rows.features.row_begin.slice(0, 1);
-      row_begin.narrow(0, rows.first_row + 1, ends.numel()).copy_(ends + entries);
-      entries += rows.features.features.numel();
-      features.push_back(rows.features.features);
-      activations.push_back(rows.features.activations);
-    });
-    return {row_begin, at::cat(features), at::cat(activations)};
-  } catch (const c10::OutOfMemoryError&) {
-    throw;
-  } catch (const c10::Error&) {  // of at::zeros and at::cat
-    if (!hidden.is_cpu()) throw;
-    refuse_sparse(layer, row_count);
-  } catch (const std::bad_alloc&) {
-    refuse_sparse(layer, row_count);
+SparseFeatures Engine::encode_sparse(int64_t layer, const at::Tensor& hidden) const {
+  return encode_sparse({{layer, hidden}}).at(layer);
+}
+
+std::map<int64_t, SparseFeatures> Engine::encode_sparse(
+    const std::map<int64_t, at::Tensor>& hidden) const {
+  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
+  std::map<int64_t, SparseFeatures> results;
+  std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  for (const auto& [id, rows] : hidden) {
+    const Layer& layer = state_->layer(id);
+    const auto options = rows.options().requires_grad(false).dtype(at::kLong);
+    if (rows.numel() == 0)
+      results[id] = {at::zeros({1}, options), at::empty({0}, options),
+                     at::empty({0}, options.dtype(at::kFloat))};
+    else
+      on[layer.device].push_back({&layer, as_batch(rows)});
   }
+  for (const auto& [device, requests] : on) {
+    const auto found = state_->backends.at(device)->encode_sparse(requests);
+    for (size_t i = 0; i < requests.size(); ++i) results[requests[i].layer->id] = found[i];
+  }
+  return results;
 }
 
 void Engine::encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
                            const SparseFormat& format) const {
   std::map<at::Device, std::vector<Request>, CudaFirst> on;
   for (const auto& [id, rows] : hidden) {
-    const Layer& layer = state_->layer(id);
+    const Layer& layer = state_->unchanged_layer(id);
     check_hidden(layer, rows);
     check_format(layer, format);
     const int64_t k = format.only_top_k ? k_out(layer, state_->options) : layer.features;
     if (rows.numel() > 0) on[layer.device].push_back({&layer, as_batch(rows), k});
   }
   for (const auto& [device, requests] : on)
-    state_->backends.at(device)->encode_sparse(requests, format, sink);
+    state_->backends.at(device)->encode_into(requests, format, sink);
 }
+
+void Engine::check_unchanged(int64_t layer) const { state_->unchanged_layer(layer); }
 
 at::Tensor Engine::decode(int64_t id, const SparseFeatures& features,
                           const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   const std::string who = "layer " + std::to_string(id);
   const auto check = [&](const at::Tensor& tensor, const char* name, at::ScalarType type) {
     TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ",
@@ -286,7 +286,7 @@ at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::T
 }
 
 Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   check_hidden(layer, hidden);
   if (hidden.numel() == 0) {
     Explanation nothing = {};

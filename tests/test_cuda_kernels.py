@@ -22,7 +22,7 @@ def kernels(tmp_path_factory):
     files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
     wing = ("backend", "chunk", "streams", "weight_copy")
     files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
-    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer")]
+    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer", "stamp")]
     steps = ("prepare", "product_few_rows", "select")
     files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
     places = ("tests/cuda_on_cpu", "csrc", "csrc/include")
@@ -196,9 +196,14 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
     layer = make_layer(300, 24, kind=kind)
     hidden = normal(1, tokens, 24, seed=5)
     hidden[0, 1], hidden[0, 2, 3] = 0.0, math.nan
-    begin, features, values = kernels.encode_sparse(
-        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed, 300, False
-    )
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN and the largest integers
+    try:
+        assert torch.empty(3).isnan().all()
+        begin, features, values = kernels.encode_sparse(
+            hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert begin[0] == 0 and begin[-1] == len(features) == len(values)
     counts = begin.diff()
     rows = torch.arange(tokens).repeat_interleave(counts)
@@ -215,17 +220,18 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
     check(got, hidden[0], layer, 300, 0.5)
 
 
+@pytest.mark.parametrize("top_k", [5, 300])
 @pytest.mark.parametrize("kind, tokens, chunk", [("relu", 3, 2), ("topk", 10, 4), ("relu", 10, 64)])
-def test_the_strongest_features_in_small_types(kernels, kind, tokens, chunk):
+def test_the_strongest_features_in_small_types(kernels, kind, tokens, chunk, top_k):
     layer = make_layer(300, 24, kind=kind)
     hidden = normal(1, tokens, 24, seed=5)
     hidden[0, 1], hidden[0, 2, 3] = 0.0, math.nan
     layer["b_enc"][7] = 7e4  # its activation is more than float16 holds
-    begin, features, values = kernels.encode_sparse(
-        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, False, 5, True
+    begin, features, values = kernels.encode_into(
+        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, top_k
     )
     assert features.dtype == torch.uint16 and values.dtype == torch.float16
-    activations, indices, _ = encode(kernels, hidden[0], layer, 5, 0.5).values()
+    activations, indices, _ = encode(kernels, hidden[0], layer, top_k, 0.5).values()
     for row in range(tokens):
         got = slice(int(begin[row]), int(begin[row + 1]))
         if row == 2:

@@ -490,12 +490,12 @@ def test_explained(recorded, cpu, screening):
             told["pairs_int8"] + told["pairs_int16"] + told["pairs_float32"] == rows * features
         ), name
         assert told["survivors"] <= told["pairs_int8"], name
-        assert told["ambiguous"] <= told["rescored"] <= rows * features, name
+        assert told["ambiguous"] <= told["computed"] <= rows * features, name
         returned = int((result["activations"] > 0).sum())
-        assert returned <= told["rescored"], f"{name}: a value is returned that was not computed"
+        assert returned <= told["computed"], f"{name}: a value is returned that was not computed"
         assert all(
             told[f"{phase}_ms"] >= 0
-            for phase in ("prepare", "screen", "refine", "rescore", "finish")
+            for phase in ("prepare", "screen", "rescreen", "compute", "finish")
         )
         if screening == "off":
             assert told["pairs_float32"] == rows * features and memory["screening_bytes"] == 0
@@ -503,7 +503,7 @@ def test_explained(recorded, cpu, screening):
             assert told["pairs_int16"] == rows * features
         if name.startswith("too large"):
             assert told["fallback_rows"] == 3
-            assert told["rescored"] >= 3 * features
+            assert told["computed"] >= 3 * features
         else:
             assert told["fallback_rows"] == 0, name
 
@@ -519,7 +519,7 @@ def test_the_screens_are_used(recorded):
         pytest.skip("this machine has no fast int8 product")
     pairs = 70 * 700
     assert told["int8"]["pairs_int8"] == told["auto"]["pairs_int8"] == pairs
-    assert told["auto"]["rescored"] < told["auto"]["survivors"] < pairs // 10
+    assert told["auto"]["computed"] < told["auto"]["survivors"] < pairs // 10
     assert told["off"]["survivors"] == told["int16"]["survivors"] == 0
     for screening in SCREENINGS:
         told = best["patchy", screening]["explained"]
@@ -589,7 +589,7 @@ def test_crossovers_force_a_screen(monkeypatch):
 def test_explain_of_no_rows_and_of_wrong_arguments():
     engine = encoder(make_layer(130, 24), 10, 0.5)
     told = engine.explain(0, torch.empty(0, 24))
-    assert (told["rows"], told["features"], told["rescored"]) == (0, 130, 0)
+    assert (told["rows"], told["features"], told["computed"]) == (0, 130, 0)
     assert engine.explain(0, normal(2, 3, 24))["rows"] == 6
     with pytest.raises(KeyError, match="layer 5"):
         engine.explain(5, normal(3, 24))

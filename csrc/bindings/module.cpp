@@ -128,11 +128,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("pairs_float32", &Explanation::pairs_float32)
       .def_readonly("survivors", &Explanation::survivors)
       .def_readonly("ambiguous", &Explanation::ambiguous)
-      .def_readonly("rescored", &Explanation::rescored)
+      .def_readonly("computed", &Explanation::computed)
       .def_readonly("prepare_ms", &Explanation::prepare_ms)
       .def_readonly("screen_ms", &Explanation::screen_ms)
-      .def_readonly("refine_ms", &Explanation::refine_ms)
-      .def_readonly("rescore_ms", &Explanation::rescore_ms)
+      .def_readonly("rescreen_ms", &Explanation::rescreen_ms)
+      .def_readonly("compute_ms", &Explanation::compute_ms)
       .def_readonly("finish_ms", &Explanation::finish_ms);
 
   py::class_<Features>(m, "Features",
@@ -193,6 +193,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("hidden"), py::arg("sink"), py::kw_only(), py::arg("features"),
           py::arg("activations"), py::arg("only_top_k"),
           "Encodes the hidden states of many layers at once, chunk by chunk into a sink.")
+      .def("encode_sparse_all",
+           py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode_sparse,
+                                                                   py::const_),
+           py::arg("hidden"), release_gil(), "Every active feature of many layers at once.")
+      .def("check_unchanged", &Engine::check_unchanged, py::arg("layer"), release_gil(),
+           "Raises ValueError where a layer's weights were changed since the engine was built.")
       .def(
           "decode",
           [](const Engine& engine, int64_t layer, const at::Tensor& activations,

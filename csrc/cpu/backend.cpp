@@ -15,7 +15,9 @@
 #include <sparse_transcoder/engine.h>
 
 #include <map>
+#include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/batch.h"
 #include "cpu/collectors.h"
@@ -72,13 +74,6 @@ Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Option
   return plan;
 }
 
-// Features per row that the reservoirs keep for encode_sparse; 0 where it needs every active one,
-// and then none is kept in them.
-int64_t sparse_k(const Request& request) {
-  const int64_t k = request.k_filled();
-  return k < request.layer->features ? k : 0;
-}
-
 class CpuBackend : public Backend {
  public:
   CpuBackend(const std::vector<const Layer*>& layers, const Options& options)
@@ -95,26 +90,29 @@ class CpuBackend : public Backend {
     encode(requests, *workspaces_->borrow());
   }
 
-  void encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
-                     const SparseSink& sink) const override;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override {
+    return encode_sparse(std::move(requests), *workspaces_->borrow());
+  }
+  void encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                   const SparseSink& sink) const override;
   Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
-  // Calls take(block) for the rows of a request, in blocks of nearly one size.
-  template <typename Take>
-  void for_blocks(const Request& request, int64_t k, const Plan& plan, const Take& take) const;
-  // Calls body(blocks) for batches that fit the workspace. k(request): what their reservoirs keep.
-  // Nothing that grows with the number of rows is held.
-  template <typename K, typename Body>
-  void for_batches(std::vector<Request> requests, const Workspace& workspace, const K& k,
-                   const Body& body) const;
+  // Calls run(blocks) for batches of all rows, cut into blocks of nearly one size.
+  template <typename Run>
+  void for_batches(const std::vector<Request>& requests, const Workspace& workspace,
+                   int64_t max_block_rows, const Run& run) const;
 
-  void encode(const std::vector<Request>& requests, const Workspace& workspace) const;
-  void encode_sparse(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                     const SparseFormat& format, const SparseSink& sink) const;
-  void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                    const std::vector<SparseWriter>& writers) const;
+  void encode(std::vector<Request> requests, const Workspace& workspace) const;
+  void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests,
+                                            const Workspace& workspace) const;
+  std::vector<SparseRows> encode_rows(const std::vector<RowBlock>& blocks,
+                                      const Workspace& workspace, const SparseFormat& format) const;
+  void write_rows(const RowBlock& block, const Workspace& workspace, SparseRows& rows) const;
+  void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
+  void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
 
   const Crossovers crossovers_;
   std::map<int64_t, PreparedLayer> layers_;
@@ -133,76 +131,180 @@ Memory CpuBackend::memory() const {
   return memory;
 }
 
-template <typename Take>
-void CpuBackend::for_blocks(const Request& request, int64_t k, const Plan& plan,
-                            const Take& take) const {
-  const PreparedLayer& layer = layers_.at(request.layer->id);
-  const int64_t all = request.row_count();
-  const int64_t count = (all + plan.max_block_rows - 1) / plan.max_block_rows;
-  for (int64_t i = 0, row = 0; i < count; ++i) {
-    const int64_t row_count = (all - row) / (count - i);
-    take(RowBlock{&request, &layer, row, row_count, k,
-                  choose_screen(layer.copies, crossovers_, row_count), 0});
-    row += row_count;
+template <typename Run>
+void CpuBackend::for_batches(const std::vector<Request>& requests, const Workspace& workspace,
+                             int64_t max_block_rows, const Run& run) const {
+  std::vector<RowBlock> batch;
+  int64_t used = 0;
+  for (const Request& request : requests) {
+    const PreparedLayer& layer = layers_.at(request.layer->id);
+    const int64_t rows = request.row_count(), count = (rows + max_block_rows - 1) / max_block_rows;
+    for (int64_t i = 0, row = 0; i < count; ++i) {
+      const int64_t row_count = (rows - row) / (count - i);
+      if (used + row_count > workspace.plan.max_rows) {
+        run(batch);
+        batch.clear();
+        used = 0;
+      }
+      batch.push_back({&request, &layer, row, row_count, request.k_filled(),
+                       choose_screen(layer.copies, crossovers_, layer.hidden_size, row_count),
+                       used});
+      used += row_count;
+      row += row_count;
+    }
   }
+  if (!batch.empty()) run(batch);
 }
 
-template <typename K, typename Body>
-void CpuBackend::for_batches(std::vector<Request> requests, const Workspace& workspace, const K& k,
-                             const Body& body) const {
+// Throws where a call's results contradict each other.
+void refuse_contradictions(const Workspace& workspace) {
+  const Layer* layer = nullptr;
+  for (const WorkerBuffers& worker : workspace.workers)
+    if (const Layer* one = std::exchange(worker.counters->contradicted, nullptr)) layer = one;
+  if (layer != nullptr) TORCH_CHECK_VALUE(false, layer->changed());
+}
+
+void CpuBackend::encode(std::vector<Request> requests, const Workspace& workspace) const {
   // Largest first, so that no worker is left alone with a large layer at the end.
   std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
     const auto size = [](const Layer& layer) { return layer.features * layer.hidden_size; };
     return size(*a.layer) > size(*b.layer);
   });
-  std::vector<RowBlock> batch;
-  int64_t used = 0;
-  for (const Request& request : requests)
-    for_blocks(request, k(request), workspace.plan, [&](RowBlock block) {
-      if (used + block.row_count > workspace.plan.max_rows) {
-        body(batch);
-        batch.clear();
-        used = 0;
-      }
-      block.workspace_row = used;
-      used += block.row_count;
-      batch.push_back(block);
-    });
-  if (!batch.empty()) body(batch);
+  for_batches(requests, workspace, workspace.plan.max_block_rows,
+              [&](const std::vector<RowBlock>& blocks) { encode(blocks, workspace); });
+  refuse_contradictions(workspace);
 }
 
-void CpuBackend::encode(const std::vector<Request>& requests, const Workspace& workspace) const {
-  const auto k = [](const Request& request) { return request.k_filled(); };
-  for_batches(requests, workspace, k, [&](const std::vector<RowBlock>& blocks) {
-    const Batch batch(blocks, workspace, *threads_);
-    batch.prepare_rows();
-    batch.for_features([&](int64_t worker, const FeatureRange& range) {
+void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
+  const Batch batch(blocks, workspace, *threads_);
+  batch.prepare_rows();
+  batch.for_features([&](int64_t worker, const FeatureRange& range) {
+    PanelScan<TopKCollector>(workspace, range, worker).run();
+  });
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
+    merge_rows(workspace, block, first, last, worker);
+    watch.add_to(compute_phase);
+    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row, worker);
+    watch.add_to(finish_phase);
+  });
+}
+
+// row_begin[1 + row] becomes the row's number of entries.
+void CpuBackend::count_active(const std::vector<RowBlock>& blocks,
+                              const Workspace& workspace) const {
+  const Batch batch(blocks, workspace, *threads_);
+  batch.prepare_rows();
+  batch.for_features([&](int64_t worker, const FeatureRange& range) {
+    PanelScan<CountCollector>(workspace, range, worker).run();
+  });
+  for (const RowBlock& block : blocks) {
+    int64_t* counts = block.request->sparse.row_begin.mutable_data_ptr<int64_t>() + 1;
+    for (int64_t row = 0; row < block.row_count; ++row)
+      counts[block.first_row + row] =
+          margin(workspace, block, row).is_finite() ? cpu::active_count(workspace, block, row) : 1;
+  }
+}
+
+// Writes the entries of rows that are counted. All blocks are of top-k coders, or none.
+void CpuBackend::write_active(const std::vector<RowBlock>& blocks,
+                              const Workspace& workspace) const {
+  const bool top_k = blocks.front().k > 0;
+  // One range per block gives a WriteCollector all features of a row.
+  const Batch batch(blocks, workspace, *threads_, top_k ? 0 : 1);
+  batch.prepare_rows();
+  batch.for_features([&](int64_t worker, const FeatureRange& range) {
+    if (top_k)
       PanelScan<TopKCollector>(workspace, range, worker).run();
-    });
-    batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-      finish_row(workspace, block, row, worker);
-    });
+    else
+      PanelScan<WriteCollector>(workspace, range, worker).run();
+  });
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    if (top_k) merge_rows(workspace, block, first, last, worker);
+    for (int64_t row = first; row < last; ++row) finish_sparse_row(workspace, block, row, worker);
   });
 }
 
-void CpuBackend::encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
-                               const SparseSink& sink) const {
+// Tensors of a sparse result, or an error that names the bytes that it needs.
+template <typename Make>
+void allocate_sparse(const Request& request, const Make& make) {
+  try {
+    make(request.hidden.options().dtype(at::kLong));
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", request.layer->id,
+                     ": out of memory: the result needs ", 8 * (request.row_count() + 1),
+                     " bytes and 12 for each active feature; fewer rows at a time need less, got ",
+                     request.row_count());
+  }
+}
+
+// Two passes, one to count and one to write, so that nothing is held but the results.
+std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> requests,
+                                                      const Workspace& workspace) const {
+  const Plan& plan = workspace.plan;
+  int64_t rows = 0;
+  for (Request& request : requests) {
+    const int64_t row_count = request.row_count();
+    rows += row_count;
+    // The reservoirs of a top-k coder hold all that it keeps; those of the others hold nothing.
+    request.k_out = drops_features(*request.layer) ? request.layer->max_active : 0;
+    allocate_sparse(request, [&](const at::TensorOptions& options) {
+      request.sparse.row_begin = at::zeros({row_count + 1}, options);
+    });
+  }
+  for_batches(requests, workspace, plan.max_block_rows,
+              [&](const std::vector<RowBlock>& blocks) { count_active(blocks, workspace); });
+  std::vector<Request> top_k, others;
+  std::vector<SparseFeatures> results;
+  for (Request& request : requests) {
+    int64_t* row_begin = request.sparse.row_begin.mutable_data_ptr<int64_t>();
+    const int64_t* end =
+        std::partial_sum(row_begin, row_begin + request.row_count() + 1, row_begin);
+    allocate_sparse(request, [&](const at::TensorOptions& options) {
+      request.sparse.features = at::empty({end[-1]}, options);
+      request.sparse.activations = at::empty({end[-1]}, options.dtype(at::kFloat));
+    });
+    results.push_back(request.sparse);
+    (request.k_out > 0 ? top_k : others).push_back(request);
+  }
+  // A block is written by one worker, so there are blocks for all of them.
+  const int64_t tasks = 2 * plan.workers;
+  const int64_t block_rows =
+      std::min((std::min(plan.max_rows, rows) + tasks - 1) / tasks, plan.max_block_rows);
+  for (const std::vector<Request>* part : {&top_k, &others})
+    for_batches(*part, workspace, block_rows,
+                [&](const std::vector<RowBlock>& blocks) { write_active(blocks, workspace); });
+  refuse_contradictions(workspace);
+  return results;
+}
+
+void CpuBackend::encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                             const SparseSink& sink) const {
   const auto workspace = workspaces_->borrow();
-  for_batches(requests, *workspace, sparse_k, [&](const std::vector<RowBlock>& blocks) {
-    encode_sparse(blocks, *workspace, format, sink);
-  });
+  // Reservoirs hold what is cut at k; where all is kept they hold nothing.
+  std::vector<Request> wanted = requests;
+  for (Request& request : wanted)
+    if (request.k_filled() == request.layer->features) request.k_out = 0;
+  for_batches(wanted, *workspace, workspace->plan.max_block_rows,
+              [&](const std::vector<RowBlock>& blocks) {
+                std::vector<SparseRows> found = encode_rows(blocks, *workspace, format);
+                refuse_contradictions(*workspace);
+                for (SparseRows& rows : found) sink(std::move(rows));
+              });
 }
 
 // One pass: workers gather entries while they count them. Where that is more than a worker's buffer
-// takes, the counts are right all the same, and a second pass writes the entries.
-void CpuBackend::encode_sparse(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                               const SparseFormat& format, const SparseSink& sink) const {
+// takes, the counts are right all the same, and the entries are made again.
+std::vector<SparseRows> CpuBackend::encode_rows(const std::vector<RowBlock>& blocks,
+                                                const Workspace& workspace,
+                                                const SparseFormat& format) const {
   struct Found {
     const Entry* entries = nullptr;
     int64_t count = 0;
   };
   const Batch batch(blocks, workspace, *threads_);
-  std::vector<Found> found(blocks.size() * batch.ranges_per_block());  // by task
+  const int64_t ranges = batch.ranges_per_block();
+  std::vector<Found> found(blocks.size() * ranges);  // by task
   for (const WorkerBuffers& worker : workspace.workers) *worker.entry_count = {0, false};
   batch.prepare_rows();
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
@@ -214,60 +316,62 @@ void CpuBackend::encode_sparse(const std::vector<RowBlock>& blocks, const Worksp
   });
 
   std::vector<SparseRows> results;
-  std::vector<SparseWriter> writers;
-  results.reserve(blocks.size());  // writers refer to them
-  const at::TensorOptions options(at::kCPU);
   for (const RowBlock& block : blocks) {
+    const at::TensorOptions options(at::kCPU);
     const at::Tensor row_begin = at::zeros({block.row_count + 1}, options.dtype(at::kLong));
     int64_t* begin = row_begin.mutable_data_ptr<int64_t>();
-    for (int64_t row = 0; row < block.row_count; ++row)
-      begin[row + 1] = begin[row] + entry_count(workspace, block, row);
+    for (int64_t row = 0; row < block.row_count; ++row) {
+      const int64_t active = cpu::active_count(workspace, block, row);
+      const int64_t kept = block.k > 0 ? std::min(active, block.k) : active;
+      begin[row + 1] = begin[row] + (margin(workspace, block, row).is_finite() ? kept : 1);
+    }
     const int64_t count = begin[block.row_count];
     results.push_back({block.request->layer->id,
                        block.first_row,
                        {row_begin, at::empty({count}, options.dtype(format.features)),
                         at::empty({count}, options.dtype(format.activations))},
                        0});
-    writers.emplace_back(results.back());
   }
-
   const auto full = [](const WorkerBuffers& worker) { return worker.entry_count->full; };
-  if (std::any_of(workspace.workers.begin(), workspace.workers.end(), full)) {
-    write_active(blocks, workspace, writers);
-  } else {
-    batch.for_blocks([&](int64_t i) {
-      const int64_t ranges = batch.ranges_per_block();
-      for (int64_t task = i * ranges; task < (i + 1) * ranges; ++task)
-        for (int64_t e = 0; e < found[task].count; ++e) {
-          const Entry& entry = found[task].entries[e];
-          int64_t& written = reservoir(workspace, blocks[i], entry.row, 0).written;
-          writers[i].write(writers[i].row_begin[entry.row] + written++, entry.feature, entry.value);
-        }
-    });
-    batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-      finish_sparse_row(workspace, block, row, worker, writers[&block - blocks.data()]);
-    });
+  const bool again = std::any_of(workspace.workers.begin(), workspace.workers.end(), full);
+  std::vector<SparseWriter> writers(results.begin(), results.end());
+  batch.for_blocks([&](int64_t i) {
+    for (int64_t task = i * ranges; task < (i + 1) * ranges && !again; ++task)
+      for (int64_t e = 0; e < found[task].count; ++e) {
+        const Entry& entry = found[task].entries[e];
+        int64_t& written = reservoir(workspace, blocks[i], entry.row, 0).written;
+        const int64_t to = writers[i].row_begin[entry.row] + written++;
+        if (to < writers[i].row_begin[entry.row + 1])
+          writers[i].write(to, entry.feature, entry.value);
+      }
+  });
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    if (again && block.k == 0) return;
+    if (block.k > 0) merge_rows(workspace, block, first, last, worker);
+    for (int64_t row = first; row < last; ++row)
+      finish_entries(workspace, block, row, worker, writers[&block - blocks.data()]);
+  });
+  if (again) {
+    for (size_t i = 0; i < blocks.size(); ++i)
+      if (blocks[i].k == 0) write_rows(blocks[i], workspace, results[i]);
   }
-  for (SparseRows& rows : results) sink(std::move(rows));
+  return results;
 }
 
-// Writes the entries of rows that are counted.
-void CpuBackend::write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                              const std::vector<SparseWriter>& writers) const {
-  // One range per block gives a WriteCollector all features of a row.
-  const Batch batch(blocks, workspace, *threads_, 1);
-  batch.prepare_rows();
-  batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    const SparseWriter& out = writers[range.block - blocks.data()];
-    if (range.block->k > 0)
-      PanelScan<TopKCollector>(workspace, range, worker).run();
-    else
-      PanelScan<WriteCollector>(workspace, range, worker, {workspace, *range.block, worker, out})
-          .run();
-  });
-  batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_sparse_row(workspace, block, row, worker, writers[&block - blocks.data()]);
-  });
+// The entries of a block whose features are all wanted, once more.
+void CpuBackend::write_rows(const RowBlock& block, const Workspace& workspace,
+                            SparseRows& rows) const {
+  const at::Tensor& hidden = block.request->hidden;
+  const at::Tensor some =
+      hidden.reshape({1, -1, hidden.size(2)}).narrow(1, block.first_row, block.row_count);
+  const SparseFeatures found = encode_sparse({{block.request->layer, some}}, workspace).front();
+  TORCH_CHECK_VALUE(at::equal(found.row_begin, rows.features.row_begin),
+                    block.request->layer->changed());
+  rows.clamped = 0;
+  const SparseWriter out(rows);
+  for (int64_t i = 0; i < found.features.numel(); ++i)
+    out.write(i, found.features.const_data_ptr<int64_t>()[i],
+              found.activations.const_data_ptr<float>()[i]);
 }
 
 Explanation CpuBackend::explain(const Request& request) const {
@@ -288,11 +392,11 @@ Explanation CpuBackend::explain(const Request& request) const {
     explanation.pairs_int8 += counters.pairs[static_cast<int>(ScreenType::int8)];
     explanation.survivors += counters.survivors;
     explanation.ambiguous += counters.ambiguous;
-    explanation.rescored += counters.computed;
+    explanation.computed += counters.computed;
     explanation.prepare_ms += counters.ms[prepare_phase];
     explanation.screen_ms += counters.ms[screen_phase];
-    explanation.refine_ms += counters.ms[rescreen_phase];
-    explanation.rescore_ms += counters.ms[compute_phase];
+    explanation.rescreen_ms += counters.ms[rescreen_phase];
+    explanation.compute_ms += counters.ms[compute_phase];
     explanation.finish_ms += counters.ms[finish_phase];
   }
   return explanation;

@@ -47,13 +47,18 @@ class TopKCollector {
   void compute_deferred(int64_t row, Reservoir& reservoir) const {
     const float* x = hidden_row(workspace_, block_, row);
     const DeferredFeature* deferred = reservoir.deferred;
+    Counters& counters = *workspace_.workers[worker_].counters;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
-      if (i + 1 < reservoir.deferred_count)
-        prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
       const int64_t feature = deferred[i].feature;
-      reservoir.add(make_key(exact_.activation(x, feature), feature));
+      const int64_t next = i + 1 < reservoir.deferred_count ? deferred[i + 1].feature : feature;
+      float value;
+      exact_.activations(&x, 1, feature, next, &value);
+      if (value > 0)
+        reservoir.add(make_key(value, feature));
+      else  // it was surely active
+        counters.contradicted = block_.layer;
     }
-    workspace_.workers[worker_].counters->computed += reservoir.deferred_count;
+    counters.computed += reservoir.deferred_count;
     reservoir.deferred_count = 0;
   }
 
@@ -64,6 +69,20 @@ class TopKCollector {
   const RowBlock& block_;
   const int64_t worker_;
   const ExactDot exact_;
+};
+
+// Counts the active features of each row and keeps none.
+struct CountCollector {
+  const Workspace& workspace;
+  const RowBlock& block;
+  const int64_t worker;
+
+  int64_t& active_count(int64_t row) const {
+    return reservoir(workspace, block, row, worker).active_count;
+  }
+  float min_value(int64_t) const { return infinity; }
+  bool defer(int64_t, const DeferredFeature&) const { return true; }
+  void add(int64_t, int64_t, float) const {}
 };
 
 // Takes every active feature of a row to the worker's entries, while there is room.
@@ -87,13 +106,12 @@ struct GatherCollector {
   }
 };
 
-// Writes every active feature to its entry of a block's result. One worker scans all features of a
-// row, so that they come in ascending order.
+// Writes every active feature to its entry. One worker scans all features of a row, so that they
+// come in ascending order.
 struct WriteCollector {
   const Workspace& workspace;
   const RowBlock& block;
   const int64_t worker;
-  const SparseWriter& out;
 
   int64_t& active_count(int64_t row) const {
     return reservoir(workspace, block, row, worker).active_count;
@@ -101,10 +119,13 @@ struct WriteCollector {
   float min_value(int64_t) const { return -infinity; }
   bool defer(int64_t, const DeferredFeature&) const { return false; }
   void add(int64_t row, int64_t feature, float value) const {
-    const int64_t entry = out.row_begin[row] + reservoir(workspace, block, row, worker).written++;
-    // A caller who changes the hidden states while they are encoded may make more entries than were
-    // counted.
-    if (entry < out.row_begin[row + 1]) out.write(entry, feature, value);
+    const SparseFeatures& out = block.request->sparse;
+    const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
+    const int64_t entry = row_begin[0] + reservoir(workspace, block, row, worker).written++;
+    // Who changes the hidden states while they are encoded may make more entries than were counted.
+    if (entry >= row_begin[1]) return;
+    out.features.mutable_data_ptr<int64_t>()[entry] = feature;
+    out.activations.mutable_data_ptr<float>()[entry] = value;
   }
 };
 

@@ -28,19 +28,19 @@ class CudaBackend : public Backend {
   CudaBackend(const std::vector<const Layer*>& layers, const Options& options, at::Device device);
 
   void encode(const std::vector<Request>& requests) const override;
-  void encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
-                     const SparseSink& sink) const override;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
+  void encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                   const SparseSink& sink) const override;
   Explanation explain(const Request& request) const override;
   Memory memory() const override;
 
  private:
-  void encode_sparse(const Request& request, const SparseFormat& format,
-                     const SparseSink& sink) const;
   void refuse_capture() const;
   CudaRequest prepared(const Request& request) const {
     return {request, &layers_.at(request.layer->id)};
   }
 
+  SparseFeatures encode_sparse(const Request& request) const;
   // Encodes rows [1, rows, H] of one layer with room for k features each.
   Features encode_some(CudaStreams& streams, const cuda::PreparedLayer& layer,
                        const at::Tensor& some, int64_t k) const;
@@ -105,38 +105,38 @@ Features CudaBackend::encode_some(CudaStreams& streams, const cuda::PreparedLaye
   return out;
 }
 
-// float16 as SparseFormat says.
-at::Tensor to_half(const at::Tensor& activations) {
-  const at::Tensor half = activations.clamp_max(65504).to(at::kHalf);
-  return half.masked_fill(half == 0, 0x1p-24);
+std::vector<SparseFeatures> CudaBackend::encode_sparse(std::vector<Request> requests) const {
+  std::vector<SparseFeatures> found;
+  for (const Request& request : requests) found.push_back(encode_sparse(request));
+  return found;
 }
 
-void CudaBackend::encode_sparse(const std::vector<Request>& requests, const SparseFormat& format,
-                                const SparseSink& sink) const {
+// The active features of ranks, in ascending order; a row that is not finite has NaN at feature 0.
+SparseFeatures kept_of(const Features& top, int64_t features) {
+  const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)), kept = top.activations > 0;
+  kept.narrow(1, 0, 1).logical_or_(broken);
+  const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
+  const at::Tensor none = at::zeros({1}, top.indices.options());
+  return {at::cat({none, kept.sum(1).cumsum(0)}), ascending.masked_select(ascending < features),
+          top.activations.gather(1, order).masked_select(ascending < features)};
+}
+
+// Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
+SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
   refuse_capture();
-  for (const Request& request : requests) encode_sparse(request, format, sink);
-}
-
-// Two passes where every active feature is wanted: all rows are counted, then written chunk by
-// chunk. Waits for the counts.
-void CudaBackend::encode_sparse(const Request& request, const SparseFormat& format,
-                                const SparseSink& sink) const {
   const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
   const int64_t rows = request.row_count(), features = layer.features;
   const at::Tensor hidden = request.hidden.reshape({1, rows, layer.hidden_size});
   const auto streams = pool_->borrow();
-  const bool counted = request.k_out == features;
-  at::Tensor fractions;
-  if (counted)
-    fractions = encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0).to(at::kCPU);
+  const at::Tensor sparsity = encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0),
+                   fractions = sparsity.to(at::kCPU);
   // Room for the largest count of rows, rounded up past the float32 rounding of the fraction.
-  const auto room = [&](int64_t first, int64_t count) {
-    if (!counted) return request.k_filled();
-    const double fraction = fractions.narrow(0, first, count).max().item<double>();
+  const auto room = [&](const at::Tensor& some) {
+    const double fraction = some.max().item<double>();
     return std::min(static_cast<int64_t>(fraction * features * round_up) + 1, layer.max_active);
   };
   // Larger lists than those of the top-k path exist only as long as this call.
-  const int64_t max_room = room(0, rows);
+  const int64_t max_room = room(fractions);
   std::optional<CudaStreams> larger;
   if (max_room > max_k_) {
     Options one_stream = options_;
@@ -144,23 +144,49 @@ void CudaBackend::encode_sparse(const Request& request, const SparseFormat& form
     larger.emplace(plan_cuda({&layer}, one_stream, max_room, multiprocessors_), *streams);
   }
   CudaStreams& writers = larger ? *larger : *streams;
+  std::vector<at::Tensor> counts, indices, activations;
   for (int64_t first = 0; first < rows; first += options_.chunk_size) {
     const int64_t count = std::min(options_.chunk_size, rows - first);
-    const Features top =
-        encode_some(writers, layer, hidden.narrow(1, first, count), room(first, count));
-    const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
-                     kept = top.activations > 0;
-    kept.narrow(1, 0, 1).logical_or_(broken);
-    const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
-    const at::Tensor begin =
-        at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), kept.sum(1).cumsum(0)});
-    const at::Tensor found = ascending.masked_select(ascending < features);
-    const at::Tensor values = top.activations.gather(1, order).masked_select(ascending < features);
-    const bool half = format.activations == at::kHalf;
-    sink({layer.id,
-          first,
-          {begin, found.to(format.features), half ? to_half(values) : values},
-          half ? (values > 65504).sum().item<int64_t>() : 0});
+    const Features top = encode_some(writers, layer, hidden.narrow(1, first, count),
+                                     room(fractions.narrow(0, first, count)));
+    TORCH_CHECK_VALUE(at::equal(top.sparsity.nan_to_num(0), sparsity.narrow(0, first, count)),
+                      layer.changed());
+    const SparseFeatures found = kept_of(top, features);
+    counts.push_back(found.row_begin.diff());
+    indices.push_back(found.features);
+    activations.push_back(found.activations);
+  }
+  return {at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
+          at::cat(indices), at::cat(activations)};
+}
+
+// float16 as SparseFormat says.
+at::Tensor to_half(const at::Tensor& activations) {
+  const at::Tensor half = activations.clamp_max(65504).to(at::kHalf);
+  return half.masked_fill(half == 0, 0x1p-24);
+}
+
+void CudaBackend::encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                              const SparseSink& sink) const {
+  refuse_capture();
+  const bool half = format.activations == at::kHalf;
+  for (const Request& request : requests) {
+    const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
+    const int64_t rows = request.row_count();
+    const at::Tensor hidden = request.hidden.reshape({1, rows, layer.hidden_size});
+    for (int64_t first = 0; first < rows; first += options_.chunk_size) {
+      const at::Tensor some = hidden.narrow(1, first, std::min(options_.chunk_size, rows - first));
+      const SparseFeatures found =
+          request.k_out == layer.features
+              ? encode_sparse(Request{request.layer, some})
+              : kept_of(encode_some(*pool_->borrow(), layer, some, request.k_filled()),
+                        layer.features);
+      const at::Tensor& values = found.activations;
+      sink({layer.id,
+            first,
+            {found.row_begin, found.features.to(format.features), half ? to_half(values) : values},
+            half ? (values > 65504).sum().item<int64_t>() : 0});
+    }
   }
 }
 

@@ -61,8 +61,8 @@ struct Explanation {
   int64_t pairs_int8, pairs_int16, pairs_float32;  // screened in each arithmetic
   int64_t survivors;                               // of the int8 screen
   int64_t ambiguous;                               // too near their gate to be counted unseen
-  int64_t rescored;                                // computed exactly
-  double prepare_ms, screen_ms, refine_ms, rescore_ms, finish_ms;
+  int64_t computed;                                // computed exactly
+  double prepare_ms, screen_ms, rescreen_ms, compute_ms, finish_ms;
 };
 
 }  // namespace sparse_transcoder
