@@ -17,7 +17,10 @@ from plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "server.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "corpus", "server")),
+]
 PLOT = ROOT / "docs" / "speed.svg"
 OURS = "sparse_transcoder"
 BASELINES = [
@@ -267,6 +270,28 @@ def gpu_machine(results):
     return markdown(["", "value"], lines)
 
 
+def corpus_speed(results):
+    lines = []
+    for name, of in results["speed"]["ways"].items():
+        seconds = [of[key] for key in ("seconds", "model_seconds", "beyond_model_seconds")]
+        share = of["beyond_model_seconds"] / of["model_seconds"]
+        lines.append(
+            [name, f"{of['tokens_per_second']:.0f}", *map(number, seconds), f"{share:.0%}"]
+        )
+    titles = ["", "tokens/s", "seconds", "of the model", "beyond it", "share of the model's"]
+    return markdown(titles, lines)
+
+
+def corpus_memory(results):
+    """Peak MiB of a process, by the number of tokens."""
+    columns = sorted({row["tokens"] for row in results["memory"]})
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in results["memory"]):
+        of = {r["tokens"]: f"{r['peak_mib']:,.0f}" for r in results["memory"] if r["way"] == way}
+        lines.append([way, *(of.get(tokens, "") for tokens in columns)])
+    return markdown(["peak MiB, tokens:", *(f"{tokens:,}" for tokens in columns)], lines)
+
+
 def attribution(results):
     """circuit-tracer's feature step, its own and on the engine: milliseconds and MiB."""
     of = results["machine"]
@@ -330,7 +355,7 @@ def tables():
     """{name: table} of every table in the documents."""
     read = {
         name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("cpu", "crossovers", "gpu", "attribution", "server")
+        for name in ("cpu", "crossovers", "gpu", "attribution", "corpus", "server")
     }
     cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
     return {
@@ -346,6 +371,8 @@ def tables():
         "adverse": adverse(crossovers),
         "gpu": gpu(card),
         "gpu_machine": gpu_machine(card),
+        "corpus_speed": corpus_speed(read["corpus"]),
+        "corpus_memory": corpus_memory(read["corpus"]),
         "attribution": attribution(read["attribution"]),
         "server_speeds": server_speeds(read["server"]),
         "server_latencies": server_latencies(read["server"]),

@@ -2,6 +2,7 @@
 // does. Neither side knows the other's types.
 #pragma once
 
+#include <ATen/ops/from_blob.h>
 #include <sparse_transcoder/features.h>
 #include <sparse_transcoder/options.h>
 
@@ -20,6 +21,11 @@ struct Hidden {
   int64_t batch, tokens;
   int64_t strides[3];  // in elements, any
 };
+
+inline at::Tensor tensor_of(const Hidden& hidden, int64_t size, at::Device device) {
+  return at::from_blob(const_cast<void*>(hidden.data), {hidden.batch, hidden.tokens, size},
+                       at::IntArrayRef(hidden.strides), at::device(device).dtype(hidden.dtype));
+}
 
 // Where results go: contiguous over the B * T rows.
 struct Output {
@@ -79,6 +85,10 @@ class Backend {
   // Every active feature of each request, concurrently; k_out and out are not used. Where hidden
   // states are changed meanwhile, it throws or gives the features of what it read.
   virtual std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const = 0;
+  // The k_filled strongest features of each row, in ascending order, chunk by chunk; out is not
+  // used.
+  virtual void encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                           const SparseSink& sink) const = 0;
   // Bytes that the backend itself holds. weight_bytes: its copies of encoders.
   virtual Memory memory() const = 0;
 };

@@ -90,6 +90,18 @@ Features allocate(const Layer& layer, const at::Tensor& hidden, int64_t k) {
   }
 }
 
+void check_format(const Layer& layer, const SparseFormat& format) {
+  TORCH_CHECK_TYPE(format.features == at::kLong || format.features == at::kUInt32 ||
+                       format.features == at::kUInt16,
+                   "features must be int64, uint32 or uint16, got ",
+                   c10::getDtypeNames(format.features).first);
+  TORCH_CHECK_TYPE(format.activations == at::kFloat || format.activations == at::kHalf,
+                   "activations must be float32 or float16, got ",
+                   c10::getDtypeNames(format.activations).first);
+  TORCH_CHECK_VALUE(format.features != at::kUInt16 || layer.features <= 65536, "layer ", layer.id,
+                    ": uint16 holds at most 65536 features, got ", layer.features);
+}
+
 std::string join(const std::map<int64_t, Layer>& layers) {
   std::ostringstream names;
   for (const auto& [id, layer] : layers) names << (id == layers.begin()->first ? "" : ", ") << id;
@@ -249,6 +261,21 @@ std::map<int64_t, SparseFeatures> Engine::encode_sparse(
     for (size_t i = 0; i < requests.size(); ++i) results[requests[i].layer->id] = found[i];
   }
   return results;
+}
+
+void Engine::encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
+                           const SparseFormat& format) const {
+  std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  std::vector<at::Tensor> kept;
+  for (const auto& [id, rows] : hidden) {
+    const Layer& layer = state_->unchanged_layer(id);
+    check_hidden(layer, rows);
+    check_format(layer, format);
+    const int64_t k = format.only_top_k ? k_out(layer, state_->options) : layer.features;
+    if (rows.numel() > 0) on[layer.device].push_back({&layer, in_memory(rows, kept), k});
+  }
+  for (const auto& [device, requests] : on)
+    state_->backends.at(device)->encode_into(requests, format, sink);
 }
 
 void Engine::check_unchanged(int64_t layer) const { state_->unchanged_layer(layer); }

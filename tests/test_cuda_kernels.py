@@ -220,6 +220,30 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
     check(got, hidden[0], layer, 300, 0.5)
 
 
+@pytest.mark.parametrize("top_k", [5, 300])
+@pytest.mark.parametrize("kind, tokens, chunk", [("relu", 3, 2), ("topk", 10, 4), ("relu", 10, 64)])
+def test_the_strongest_features_in_small_types(kernels, kind, tokens, chunk, top_k):
+    layer = make_layer(300, 24, kind=kind)
+    hidden = normal(1, tokens, 24, seed=5)
+    hidden[0, 1], hidden[0, 2, 3] = 0.0, math.nan
+    layer["b_enc"][7] = 7e4  # its activation is more than float16 holds
+    begin, features, values = kernels.encode_into(
+        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, top_k
+    )
+    assert features.dtype == torch.uint16 and values.dtype == torch.float16
+    activations, indices, _ = encode(kernels, hidden[0], layer, top_k, 0.5).values()
+    for row in range(tokens):
+        got = slice(int(begin[row]), int(begin[row + 1]))
+        if row == 2:
+            assert features[got].tolist() == [0] and values[got].isnan().all()
+            continue
+        kept = activations[row] > 0
+        order = indices[row][kept].sort()
+        assert features[got].tolist() == order.values.tolist()
+        want = activations[row][kept][order.indices].clamp(max=65504).half()
+        assert torch.equal(values[got], want) and bool(kept.any())
+
+
 # Streams: work runs in an order drawn by lot among those that events allow
 
 

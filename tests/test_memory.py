@@ -180,6 +180,7 @@ def test_workspace_is_planned_at_construction(device, screening):
     for tokens in (64, 4096, 1):
         encoder.encode_layer(0, normal(tokens, 64).to(device))
         encoder.encode_all_layers(dict.fromkeys((0, 1), normal(tokens, 64).to(device)))
+        encoder.encode_into(dict.fromkeys((0, 1), normal(tokens, 64).to(device)), lambda rows: None)
         assert encoder.workspace_bytes == planned
 
 

@@ -401,3 +401,138 @@ def test_features_of_another_layer_are_refused():
     other = encoder_of(make_layer(F // 2, H)).encode_sparse(0, hidden)
     with pytest.raises(ValueError, match=r"layer 1: features must be \[N, 300\], got \[4, 150\]"):
         encoder.decode(1, other)
+
+
+# encode_into
+
+
+def gathered(encoder, hidden, **options):
+    """{layer: (counts, features, activations)} of what a sink gets, and every chunk's rows."""
+    chunks = {layer: [] for layer in hidden}
+    encoder.encode_into(hidden, lambda rows: chunks[rows.layer].append(rows), **options)
+    found = {}
+    for layer, got in chunks.items():
+        done = 0
+        for rows in got:
+            assert rows.first_row == done
+            done += len(rows.features.row_begin) - 1
+        assert done == hidden[layer].shape[:-1].numel()
+        parts = [
+            (r.features.row_begin.diff(), r.features.features, r.features.activations) for r in got
+        ]
+        found[layer] = [torch.cat([p[i].cpu() for p in parts]) for i in range(3)]
+    return found, chunks
+
+
+def mixed_encoder(device="cpu", **options):
+    """A coder of each kind; one is so dense that its entries fill a worker's buffer."""
+    layers = {
+        2: make_layer(F, H),
+        0: make_layer(700, H, kind="topk", seed=4),
+        5: make_layer(4000, H, seed=5, b_enc=torch.full((4000,), 1.0)),
+        7: make_layer(90, H, kind="jumprelu", seed=6),
+    }
+    weights = {i: TranscoderWeights(**on(w, device)) for i, w in layers.items()}
+    return layers, SparseTranscoderEncoder(weights, 9, 0.5, **options)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 33, 512])
+def test_many_layers_into_a_sink(device, chunk_size):
+    layers, encoder = mixed_encoder(device, chunk_size=chunk_size)
+    hidden = {layer: normal(2, 40 + layer, H, seed=layer + 30) for layer in layers}
+    hidden[5][1, 3, 2] = hidden[0][0, 0, 0] = math.nan
+    hidden = {layer: rows.to(device) for layer, rows in hidden.items()}
+    found, chunks = gathered(encoder, hidden)
+    for layer, (counts, features, activations) in found.items():
+        assert all(len(rows.features.row_begin) <= chunk_size + 1 for rows in chunks[layer])
+        begin = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        shape = (len(counts), layers[layer]["W_enc"].shape[0])
+        got = csr(begin, features, activations, shape).to(device)
+        check_sparse(got, hidden[layer], layers[layer], 0.5)
+        one = encoder.encode_sparse(layer, hidden[layer])
+        assert torch.equal(one.crow_indices().cpu(), begin)
+        assert torch.equal(one.col_indices().cpu(), features)
+        assert same_bits(one.values().cpu(), activations)
+    assert found[5][0].float().mean() > 1024  # more than a worker of two holds per row
+
+
+@pytest.mark.parametrize("top_k", [1, 9, 700])
+def test_the_strongest_into_a_sink(device, top_k):
+    layers, encoder = mixed_encoder(device)
+    encoder = SparseTranscoderEncoder(encoder._transcoders, top_k, 0.5)
+    hidden = {layer: normal(50, H, seed=layer + 40).to(device) for layer in layers}
+    found, _ = gathered(encoder, hidden, keep="top_k")
+    dense = encoder.encode_all_layers(hidden)
+    for layer, (counts, features, activations) in found.items():
+        rows = torch.arange(50).repeat_interleave(counts)
+        want = torch.zeros(50, layers[layer]["W_enc"].shape[0])
+        want.scatter_(1, dense[layer]["indices"].cpu(), dense[layer]["activations"].cpu())
+        got = torch.zeros_like(want)
+        got[rows, features] = activations
+        assert torch.equal(got, want) and len(features) == (want > 0).sum()
+        assert (features.diff() > 0)[rows.diff() == 0].all()
+
+
+@pytest.mark.parametrize("keep", ["all", "top_k"])
+@pytest.mark.parametrize("features", [torch.uint16, torch.uint32, torch.int64])
+def test_what_a_sink_stores(device, features, keep):
+    """Small types hold the same: float16 is the nearest, never 0 and never infinite."""
+    W_enc = torch.eye(6)
+    weights = {3: TranscoderWeights(W_enc.to(device), torch.zeros(6, device=device))}
+    encoder = SparseTranscoderEncoder(weights, 6, 0.0)
+    hidden = torch.tensor(
+        [
+            [1e-30, 2.0**-24, 1.0 + 2.0**-11, 65504.0, 65519.9, 7e4],
+            [2.0**-25 * 1.1, -1.0, 0.0, 65535.0, 3e38, 1.5],
+            [math.nan, 0, 0, 0, 0, 0],
+        ]
+    )
+    found, chunks = gathered(
+        encoder, {3: hidden.to(device)}, features=features, activations=torch.float16, keep=keep
+    )
+    counts, ids, values = found[3]
+    assert ids.dtype == features and values.dtype == torch.float16
+    tiny, largest = 2.0**-24, 65504.0
+    assert counts.tolist() == [6, 4, 1]
+    assert ids.long().tolist() == [0, 1, 2, 3, 4, 5, 0, 3, 4, 5, 0]
+    assert values[:-1].tolist() == [tiny, tiny, 1.0, *[largest] * 3, tiny, largest, largest, 1.5]
+    assert values[-1].isnan()
+    assert sum(rows.clamped for rows in chunks[3]) == 4
+
+
+def test_a_sink_that_fails_ends_the_call():
+    layers, encoder = mixed_encoder(chunk_size=8)
+    hidden = {layer: normal(50, H) for layer in layers}
+    seen = []
+
+    def sink(rows):
+        seen.append(rows)
+        if len(seen) == 3:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        encoder.encode_into(hidden, sink)
+    assert len(seen) == 3
+    assert gathered(encoder, hidden)[0]  # the encoder is as good as before
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"keep": "some"}, ValueError, "keep must be all or top_k, got 'some'"),
+        (
+            {"features": torch.int32},
+            TypeError,
+            "features must be int64, uint32 or uint16, got int32",
+        ),
+        ({"activations": torch.bfloat16}, TypeError, "must be float32 or float16, got bfloat16"),
+        ({"features": torch.uint16}, ValueError, "layer 1: uint16 holds at most 65536 features"),
+    ],
+)
+def test_sink_errors(options, error, message):
+    wide = TranscoderWeights(torch.ones(65537, 1), torch.zeros(65537))
+    encoder = SparseTranscoderEncoder({1: wide}, screening="off")
+    with pytest.raises(error, match=message):
+        encoder.encode_into({1: torch.zeros(1, 1)}, print, **options)
+    with pytest.raises(KeyError, match="layer 4: there is no transcoder"):
+        encoder.encode_into({4: torch.zeros(1, 1)}, print)

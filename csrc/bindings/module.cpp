@@ -1,5 +1,6 @@
 // The Python module: names, defaults, docstrings and error types. No logic.
 #include <ATen/ops/_sparse_csr_tensor_unsafe.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <sparse_transcoder/engine.h>
 #include <torch/csrc/Exceptions.h>
@@ -149,6 +150,12 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("activations", &SparseFeatures::activations)
       .def("to_csr", &to_csr, py::arg("features"), "A sparse CSR tensor [N, features].");
 
+  py::class_<SparseRows>(m, "SparseRows", "Consecutive rows of one layer, for a sink.")
+      .def_readonly("layer", &SparseRows::layer)
+      .def_readonly("first_row", &SparseRows::first_row)
+      .def_readonly("features", &SparseRows::features)
+      .def_readonly("clamped", &SparseRows::clamped);
+
   py::class_<Memory>(m, "Memory", "Bytes an engine holds.")
       .def_readonly("weight_bytes", &Memory::weight_bytes)
       .def_readonly("gate_bytes", &Memory::gate_bytes)
@@ -174,6 +181,18 @@ PYBIND11_MODULE(_C, m) {
            py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode_sparse, py::const_),
            py::arg("layer"), py::arg("hidden"), release_gil(),
            "Every active feature of one layer's hidden states.")
+      .def(
+          "encode_into",
+          [](const Engine& engine, const std::map<int64_t, at::Tensor>& hidden,
+             const std::function<void(const SparseRows&)>& sink, at::ScalarType features,
+             at::ScalarType activations, bool only_top_k) {
+            const py::gil_scoped_release released;
+            engine.encode_sparse(hidden, [&](const SparseRows& rows) { sink(rows); },
+                                 {features, activations, only_top_k});
+          },
+          py::arg("hidden"), py::arg("sink"), py::kw_only(), py::arg("features"),
+          py::arg("activations"), py::arg("only_top_k"),
+          "Encodes the hidden states of many layers at once, chunk by chunk into a sink.")
       .def("encode_sparse_all",
            py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode_sparse,
                                                                    py::const_),

@@ -95,17 +95,26 @@ class CpuBackend : public Backend {
   }
 
   void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
-  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override {
+    return encode_sparse(std::move(requests), *workspaces_->borrow());
+  }
+  void encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                   const SparseSink& sink) const override;
   Memory memory() const override;
 
  private:
-  // Calls run(blocks) for batches of all rows, cut into blocks of nearly one size.
+  // Calls run(batch) for batches of all rows, cut into blocks of nearly one size. batch is scratch.
   template <typename Run>
-  void for_batches(const std::vector<Request>& requests, CallBuffers& buffers,
-                   int64_t max_block_rows, const Run& run) const;
+  void for_batches(const std::vector<Request>& requests, const Workspace& workspace,
+                   int64_t max_block_rows, std::vector<RowBlock>& batch, const Run& run) const;
 
   void encode(const std::vector<Request>& requests, CallBuffers& buffers) const;
   void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests,
+                                            const Workspace& workspace) const;
+  std::vector<SparseRows> encode_rows(const std::vector<RowBlock>& blocks,
+                                      const Workspace& workspace, const SparseFormat& format) const;
+  void write_rows(const RowBlock& block, const Workspace& workspace, SparseRows& rows) const;
   void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
   void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
 
@@ -127,9 +136,9 @@ Memory CpuBackend::memory() const {
 }
 
 template <typename Run>
-void CpuBackend::for_batches(const std::vector<Request>& requests, CallBuffers& buffers,
-                             int64_t max_block_rows, const Run& run) const {
-  std::vector<RowBlock>& batch = buffers.batch;
+void CpuBackend::for_batches(const std::vector<Request>& requests, const Workspace& workspace,
+                             int64_t max_block_rows, std::vector<RowBlock>& batch,
+                             const Run& run) const {
   batch.clear();
   int64_t used = 0;
   for (const Request& request : requests) {
@@ -137,7 +146,7 @@ void CpuBackend::for_batches(const std::vector<Request>& requests, CallBuffers& 
     const int64_t rows = request.row_count(), count = (rows + max_block_rows - 1) / max_block_rows;
     for (int64_t i = 0, row = 0; i < count; ++i) {
       const int64_t row_count = (rows - row) / (count - i);
-      if (used + row_count > buffers.plan.max_rows) {
+      if (used + row_count > workspace.plan.max_rows) {
         run(batch);
         batch.clear();
         used = 0;
@@ -170,7 +179,7 @@ void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffe
               };
               return size(*a.layer) > size(*b.layer);
             });
-  for_batches(buffers.requests, buffers, buffers.plan.max_block_rows,
+  for_batches(buffers.requests, buffers, buffers.plan.max_block_rows, buffers.batch,
               [&](const std::vector<RowBlock>& blocks) { encode(blocks, buffers); });
   refuse_contradictions(buffers);
 }
@@ -239,9 +248,9 @@ void allocate_sparse(const Request& request, const Make& make) {
 }
 
 // Two passes, one to count and one to write, so that nothing is held but the results.
-std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> requests) const {
-  const auto workspace = workspaces_->borrow();
-  const Plan& plan = workspace->plan;
+std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> requests,
+                                                      const Workspace& workspace) const {
+  const Plan& plan = workspace.plan;
   int64_t rows = 0;
   for (Request& request : requests) {
     const int64_t row_count = request.row_count();
@@ -252,8 +261,9 @@ std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> reque
       request.sparse.row_begin = at::zeros({row_count + 1}, options);
     });
   }
-  for_batches(requests, *workspace, plan.max_block_rows,
-              [&](const std::vector<RowBlock>& blocks) { count_active(blocks, *workspace); });
+  std::vector<RowBlock> batch;
+  for_batches(requests, workspace, plan.max_block_rows, batch,
+              [&](const std::vector<RowBlock>& blocks) { count_active(blocks, workspace); });
   std::vector<Request> top_k, others;
   std::vector<SparseFeatures> results;
   for (Request& request : requests) {
@@ -272,10 +282,109 @@ std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> reque
   const int64_t block_rows =
       std::min((std::min(plan.max_rows, rows) + tasks - 1) / tasks, plan.max_block_rows);
   for (const std::vector<Request>* part : {&top_k, &others})
-    for_batches(*part, *workspace, block_rows,
-                [&](const std::vector<RowBlock>& blocks) { write_active(blocks, *workspace); });
-  refuse_contradictions(*workspace);
+    for_batches(*part, workspace, block_rows, batch,
+                [&](const std::vector<RowBlock>& blocks) { write_active(blocks, workspace); });
+  refuse_contradictions(workspace);
   return results;
+}
+
+void CpuBackend::encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                             const SparseSink& sink) const {
+  const auto workspace = workspaces_->borrow();
+  // Reservoirs hold what is cut at k; where all is kept they hold nothing.
+  std::vector<Request> wanted = requests;
+  for (Request& request : wanted)
+    if (request.k_filled() == request.layer->features) request.k_out = 0;
+  std::vector<RowBlock> batch;
+  for_batches(wanted, *workspace, workspace->plan.max_block_rows, batch,
+              [&](const std::vector<RowBlock>& blocks) {
+                std::vector<SparseRows> found = encode_rows(blocks, *workspace, format);
+                refuse_contradictions(*workspace);
+                for (SparseRows& rows : found) sink(std::move(rows));
+              });
+}
+
+// One pass: workers gather entries while they count them. Where that is more than a worker's buffer
+// takes, the counts are right all the same, and the entries are made again.
+std::vector<SparseRows> CpuBackend::encode_rows(const std::vector<RowBlock>& blocks,
+                                                const Workspace& workspace,
+                                                const SparseFormat& format) const {
+  struct Found {
+    const Entry* entries = nullptr;
+    int64_t count = 0;
+  };
+  const Batch batch(blocks, workspace, *threads_);
+  const int64_t ranges = batch.ranges_per_block();
+  std::vector<Found> found(blocks.size() * ranges);  // by task
+  for (const WorkerBuffers& worker : workspace.workers) *worker.entry_count = {0, false};
+  batch.prepare_rows();
+  batch.for_features([&](int64_t worker, const FeatureRange& range) {
+    if (range.block->k > 0) return PanelScan<TopKCollector>(workspace, range, worker).run();
+    const WorkerBuffers& buffers = workspace.workers[worker];
+    const int64_t before = buffers.entry_count->used;
+    PanelScan<GatherCollector>(workspace, range, worker).run();
+    found[range.task] = {buffers.entries + before, buffers.entry_count->used - before};
+  });
+
+  std::vector<SparseRows> results;
+  for (const RowBlock& block : blocks) {
+    const at::TensorOptions options(at::kCPU);
+    const at::Tensor row_begin = at::zeros({block.row_count + 1}, options.dtype(at::kLong));
+    int64_t* begin = row_begin.mutable_data_ptr<int64_t>();
+    for (int64_t row = 0; row < block.row_count; ++row) {
+      const int64_t active = cpu::active_count(workspace, block, row);
+      const int64_t kept = block.k > 0 ? std::min(active, block.k) : active;
+      begin[row + 1] = begin[row] + (margin(workspace, block, row).is_finite() ? kept : 1);
+    }
+    const int64_t count = begin[block.row_count];
+    results.push_back({block.request->layer->id,
+                       block.first_row,
+                       {row_begin, at::empty({count}, options.dtype(format.features)),
+                        at::empty({count}, options.dtype(format.activations))},
+                       0});
+  }
+  const auto full = [](const WorkerBuffers& worker) { return worker.entry_count->full; };
+  const bool again = std::any_of(workspace.workers.begin(), workspace.workers.end(), full);
+  std::vector<SparseWriter> writers(results.begin(), results.end());
+  batch.for_blocks([&](int64_t i) {
+    for (int64_t task = i * ranges; task < (i + 1) * ranges && !again; ++task)
+      for (int64_t e = 0; e < found[task].count; ++e) {
+        const Entry& entry = found[task].entries[e];
+        int64_t& written = reservoir(workspace, blocks[i], entry.row, 0).written;
+        const int64_t to = writers[i].row_begin[entry.row] + written++;
+        if (to < writers[i].row_begin[entry.row + 1])
+          writers[i].write(to, entry.feature, entry.value);
+      }
+  });
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    if (again && block.k == 0) return;
+    if (block.k > 0) merge_rows(workspace, block, first, last, worker);
+    for (int64_t row = first; row < last; ++row)
+      finish_entries(workspace, block, row, worker, writers[&block - blocks.data()]);
+  });
+  if (again) {
+    for (size_t i = 0; i < blocks.size(); ++i)
+      if (blocks[i].k == 0) write_rows(blocks[i], workspace, results[i]);
+  }
+  return results;
+}
+
+// The entries of a block whose features are all wanted, once more.
+void CpuBackend::write_rows(const RowBlock& block, const Workspace& workspace,
+                            SparseRows& rows) const {
+  const int64_t size = block.layer->hidden_size;
+  const at::Tensor some = tensor_of(block.request->hidden, size, at::kCPU)
+                              .reshape({1, -1, size})
+                              .narrow(1, block.first_row, block.row_count);
+  const SparseFeatures found =
+      encode_sparse({{block.request->layer, view_of(some)}}, workspace).front();
+  TORCH_CHECK_VALUE(at::equal(found.row_begin, rows.features.row_begin),
+                    block.request->layer->changed());
+  rows.clamped = 0;
+  const SparseWriter out(rows);
+  for (int64_t i = 0; i < found.features.numel(); ++i)
+    out.write(i, found.features.const_data_ptr<int64_t>()[i],
+              found.activations.const_data_ptr<float>()[i]);
 }
 
 void CpuBackend::encode(const std::vector<Request>& requests, Explanation* told) const {

@@ -43,6 +43,14 @@ class Batch {
     });
   }
 
+  int64_t ranges_per_block() const { return ranges_per_block_; }
+
+  // body(position) for every block.
+  template <typename Body>
+  void for_blocks(const Body& body) const {
+    threads_.run(workers_, blocks_.size(), [&](int64_t, int64_t position) { body(position); });
+  }
+
   // body(worker, block, first, last) for all rows, in pieces [first, last) of one block.
   template <typename Body>
   void for_rows(const Body& body) const {
@@ -69,7 +77,7 @@ class Batch {
       const RowBlock& block = blocks_[task / ranges_per_block_];
       const int64_t number = task % ranges_per_block_;
       const FeatureRange range = {&block, range_begin(block, number),
-                                  range_begin(block, number + 1)};
+                                  range_begin(block, number + 1), task};
       if (range.first < range.last) body(worker, range);
     };
     threads_.run(workers_, task_count, std::cref(features_of));

@@ -85,6 +85,27 @@ struct CountCollector {
   void add(int64_t, int64_t, float) const {}
 };
 
+// Takes every active feature of a row to the worker's entries, while there is room.
+struct GatherCollector {
+  const Workspace& workspace;
+  const RowBlock& block;
+  const int64_t worker;
+
+  int64_t& active_count(int64_t row) const {
+    return reservoir(workspace, block, row, worker).active_count;
+  }
+  float min_value(int64_t) const { return -infinity; }
+  bool defer(int64_t, const DeferredFeature&) const { return false; }
+  void add(int64_t row, int64_t feature, float value) const {
+    const WorkerBuffers& buffers = workspace.workers[worker];
+    EntryCount& count = *buffers.entry_count;
+    count.full |= count.used == workspace.plan.entry_capacity();
+    if (count.full) return;
+    buffers.entries[count.used++] = {static_cast<int32_t>(row), static_cast<uint32_t>(feature),
+                                     value};
+  }
+};
+
 // Writes every active feature to its entry. One worker scans all features of a row, so that they
 // come in ascending order.
 struct WriteCollector {

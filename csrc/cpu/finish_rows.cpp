@@ -182,4 +182,23 @@ void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_
   if (found != count) workspace.workers[worker].counters->contradicted = block.layer;
 }
 
+void finish_entries(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker,
+                    const SparseWriter& out) {
+  const int64_t first = out.row_begin[row], count = out.row_begin[row + 1] - first;
+  Reservoir& best = reservoir(workspace, block, row, 0);
+  int64_t found = best.written;
+  if (!margin(workspace, block, row).is_finite()) {
+    out.write(first, 0, quiet_nan);
+    found = 1;
+  } else if (block.k > 0) {
+    best.shrink_to_k();
+    std::sort(best.keys, best.keys + best.size,
+              [](uint64_t a, uint64_t b) { return key_feature(a) < key_feature(b); });
+    found = best.size;
+    for (int64_t i = 0; i < std::min(found, count); ++i)
+      out.write(first + i, key_feature(best.keys[i]), key_value(best.keys[i]));
+  }
+  if (found != count) workspace.workers[worker].counters->contradicted = block.layer;
+}
+
 }  // namespace sparse_transcoder::cpu

@@ -20,6 +20,11 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,
                        int64_t worker);
 
+// Writes the entries of one merged row for a sink that no collector has gathered: those of its
+// reservoirs, where block.k is not 0, and the one of a row that is not finite.
+void finish_entries(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker,
+                    const SparseWriter& out);
+
 // Active features of a row that is finite.
 int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t row);
 

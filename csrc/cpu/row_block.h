@@ -25,6 +25,7 @@ struct RowBlock {
 struct FeatureRange {
   const RowBlock* block;
   int64_t first, last;
+  int64_t task;  // the tasks of a block are consecutive, and their features ascend
 };
 
 inline float* hidden_row(const Workspace& workspace, const RowBlock& block, int64_t row) {

@@ -10,6 +10,7 @@
 #include "cpu/counters.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/reservoir.h"
+#include "cpu/sparse_writer.h"
 #include "cpu/survivors.h"
 
 namespace sparse_transcoder::cpu {
@@ -33,6 +34,9 @@ struct Plan {
   int64_t survivor_capacity() const {
     return std::max(max_block_rows * panel_features * 3 / 2, tile_features);
   }
+  // Entries of a sparse result that a worker holds: that many per row are few enough to be found
+  // in one pass.
+  int64_t entry_capacity() const { return max_rows * 256; }
   int64_t score_count() const {
     return std::max(tile_rows * tile_features, max_block_rows * panel_features);
   }
@@ -60,6 +64,8 @@ struct WorkerBuffers {
   uint64_t* merged_keys;             // [workers, capacity]
   DeferredFeature* merged_deferred;  // [workers, capacity]
   int64_t* winners;                  // [max_k] indices of a row's best features
+  Entry* entries;                    // [plan.entry_capacity()]
+  EntryCount* entry_count;           // [1]
   Counters* counters;                // [1]
 };
 

@@ -29,6 +29,8 @@ class CudaBackend : public Backend {
 
   void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
   std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
+  void encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                   const SparseSink& sink) const override;
   Memory memory() const override;
 
  private:
@@ -110,16 +112,23 @@ std::vector<SparseFeatures> CudaBackend::encode_sparse(std::vector<Request> requ
   return found;
 }
 
+// The active features of ranks, in ascending order; a row that is not finite has NaN at feature 0.
+SparseFeatures kept_of(const Features& top, int64_t features) {
+  const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)), kept = top.activations > 0;
+  kept.narrow(1, 0, 1).logical_or_(broken);
+  const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
+  const at::Tensor none = at::zeros({1}, top.indices.options());
+  return {at::cat({none, kept.sum(1).cumsum(0)}), ascending.masked_select(ascending < features),
+          top.activations.gather(1, order).masked_select(ascending < features)};
+}
+
 // Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
 SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
   refuse_capture();
   const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
   const int64_t rows = request.row_count(), features = layer.features;
-  const Hidden& given = request.hidden;
-  const at::Tensor hidden =
-      at::from_blob(const_cast<void*>(given.data), {given.batch, given.tokens, layer.hidden_size},
-                    at::IntArrayRef(given.strides), at::device(layer.device).dtype(given.dtype))
-          .reshape({1, rows, layer.hidden_size});
+  const at::Tensor hidden = tensor_of(request.hidden, layer.hidden_size, layer.device)
+                                .reshape({1, rows, layer.hidden_size});
   const auto streams = pool_->borrow();
   const at::Tensor sparsity = encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0),
                    fractions = sparsity.to(at::kCPU);
@@ -144,16 +153,44 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
                                      room(fractions.narrow(0, first, count)));
     TORCH_CHECK_VALUE(at::equal(top.sparsity.nan_to_num(0), sparsity.narrow(0, first, count)),
                       layer.changed());
-    const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
-                     kept = top.activations > 0;
-    kept.narrow(1, 0, 1).logical_or_(broken);
-    const auto [ascending, order] = at::where(kept, top.indices, features).sort(-1);
-    counts.push_back(kept.sum(1));
-    indices.push_back(ascending.masked_select(ascending < features));
-    activations.push_back(top.activations.gather(1, order).masked_select(ascending < features));
+    const SparseFeatures found = kept_of(top, features);
+    counts.push_back(found.row_begin.diff());
+    indices.push_back(found.features);
+    activations.push_back(found.activations);
   }
   return {at::cat({at::zeros({1}, hidden.options().dtype(at::kLong)), at::cat(counts).cumsum(0)}),
           at::cat(indices), at::cat(activations)};
+}
+
+// float16 as SparseFormat says.
+at::Tensor to_half(const at::Tensor& activations) {
+  const at::Tensor half = activations.clamp_max(65504).to(at::kHalf);
+  return half.masked_fill(half == 0, 0x1p-24);
+}
+
+void CudaBackend::encode_into(const std::vector<Request>& requests, const SparseFormat& format,
+                              const SparseSink& sink) const {
+  refuse_capture();
+  const bool half = format.activations == at::kHalf;
+  for (const Request& request : requests) {
+    const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
+    const int64_t rows = request.row_count();
+    const at::Tensor hidden = tensor_of(request.hidden, layer.hidden_size, layer.device)
+                                  .reshape({1, rows, layer.hidden_size});
+    for (int64_t first = 0; first < rows; first += options_.chunk_size) {
+      const at::Tensor some = hidden.narrow(1, first, std::min(options_.chunk_size, rows - first));
+      const SparseFeatures found =
+          request.k_out == layer.features
+              ? encode_sparse(Request{request.layer, view_of(some)})
+              : kept_of(encode_some(*pool_->borrow(), layer, some, request.k_filled()),
+                        layer.features);
+      const at::Tensor& values = found.activations;
+      sink({layer.id,
+            first,
+            {found.row_begin, found.features.to(format.features), half ? to_half(values) : values},
+            half ? (values > 65504).sum().item<int64_t>() : 0});
+    }
+  }
 }
 
 Memory CudaBackend::memory() const {

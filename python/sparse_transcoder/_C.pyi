@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import torch
 import typing
-__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'cpu_instruction_set', 'cuda_kernels', 'load_weights', 'read_safetensors']
+__all__: list[str] = ['Engine', 'Explanation', 'Features', 'LayerWeights', 'Memory', 'Screening', 'SparseFeatures', 'SparseRows', 'cpu_instruction_set', 'cuda_kernels', 'load_weights', 'read_safetensors']
 class LayerWeights:
     """
     One layer's declared weights; see sparse_transcoder.TranscoderWeights.
@@ -188,6 +188,22 @@ class SparseFeatures:
     @property
     def row_begin(self) -> torch.Tensor:
         ...
+class SparseRows:
+    """
+    Consecutive rows of one layer, for a sink.
+    """
+    @property
+    def clamped(self) -> int:
+        ...
+    @property
+    def features(self) -> SparseFeatures:
+        ...
+    @property
+    def first_row(self) -> int:
+        ...
+    @property
+    def layer(self) -> int:
+        ...
 class Memory:
     """
     Bytes an engine holds.
@@ -229,6 +245,10 @@ class Engine:
     def encode_all(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, Features]:
         """
         Encodes the hidden states of many layers at once.
+        """
+    def encode_into(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor], sink: collections.abc.Callable[[SparseRows], None], *, features: torch.dtype, activations: torch.dtype, only_top_k: bool) -> None:
+        """
+        Encodes the hidden states of many layers at once, chunk by chunk into a sink.
         """
     def encode_sparse(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> SparseFeatures:
         """

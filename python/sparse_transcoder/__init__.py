@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 from pathlib import Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 import torch as _torch
 
@@ -24,21 +26,36 @@ from .formats import load_transcoders, save_transcoders
 from .graph import graph_json
 from .weights import TranscoderWeights
 
+if _TYPE_CHECKING:
+    from .corpus import Corpus, encode_corpus
+
 __version__ = _version("sparse_transcoder")
 __all__ = [
     "Captured",
+    "Corpus",
     "SparseTranscoderEncoder",
     "TranscoderWeights",
     "capture",
     "cmake_prefix_path",
     "cpu_instruction_set",
     "cuda_kernels",
+    "encode_corpus",
     "encode_single_layer",
     "graph_json",
     "load_transcoders",
     "reference",
     "save_transcoders",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Corpora need numpy, which nothing else does."""
+    if name not in ("Corpus", "encode_corpus"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import corpus
+
+    return getattr(corpus, name)
+
 
 cmake_prefix_path = str(Path(_C.__file__).resolve().parent)
 """Folder for CMAKE_PREFIX_PATH, in which ``find_package(sparse_transcoder CONFIG)`` finds the C++

@@ -1,4 +1,4 @@
-"""Looks at checkpoints and converts them: python -m sparse_transcoder --help."""
+"""Looks at checkpoints, converts them, and encodes corpora: python -m sparse_transcoder --help."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import corpus_command
 from .formats.detect import Checkpoint, find
 from .formats.files import dtype_name
 from .formats.hub import local_folder
@@ -22,6 +23,8 @@ EXAMPLES = """examples:
   python -m sparse_transcoder info gemma-scope-2b-pt-transcoders
   python -m sparse_transcoder convert sae-lens-folder native-folder
   python -m sparse_transcoder convert clts/layer_3 native-folder --dtype bfloat16
+  python -m sparse_transcoder encode --model M --transcoders DIR --out OUT texts/
+  python -m sparse_transcoder index OUT
 
 exit codes: 0 done, 1 the checkpoint or a folder is wrong, 2 the command line is wrong
 """
@@ -39,8 +42,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m sparse_transcoder",
-        description="Look at transcoder checkpoints, and convert them to the layout that the C++\n"
-        "library reads.",
+        description="Look at transcoder checkpoints, convert them to the layout that the C++\n"
+        "library reads, and encode corpora (docs/corpus.md).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     info = commands.add_parser("info", help="a table of the layers in a folder")
@@ -69,8 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument(
             "--variant", help="which coders are meant where a layer has several, e.g. average_l0_71"
         )
+    encode = commands.add_parser("encode", help="the features of every token of a corpus")
+    corpus_command.add_encode(encode)
+    index = commands.add_parser("index", help="what features fire on: a page, and other formats")
+    corpus_command.add_index(index)
     options = parser.parse_args(arguments)
     try:
+        if options.command in ("encode", "index"):
+            getattr(corpus_command, options.command)(options)
+            return 0
         if options.command == "info":
             checkpoint = find(local_folder(options.folder), options.layer, options.variant)
             _info(checkpoint, options.k)

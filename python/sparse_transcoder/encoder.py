@@ -221,6 +221,48 @@ class SparseTranscoderEncoder:
         found = self._engine.encode_sparse(layer, check.tensor(layer, hidden))
         return found.to_csr(self._transcoders[layer].W_enc.shape[0])
 
+    def encode_into(
+        self,
+        hidden_states: Mapping[int, torch.Tensor],
+        sink: Callable[[_C.SparseRows], None],
+        *,
+        keep: str = "all",
+        features: torch.dtype = torch.int64,
+        activations: torch.dtype = torch.float32,
+    ) -> None:
+        """Encode the hidden states of many layers at once, chunk by chunk into a sink, so that no
+        result of the whole call is ever held.
+
+        The sink gets at most ``chunk_size`` rows at a time, those of a layer in their order, the
+        layers one after the other or mixed. Each has ``layer``, ``first_row`` and ``features`` with
+        ``row_begin`` [rows + 1], ``features`` [M] ascending in a row and ``activations`` [M]. What
+        it raises ends the call.
+
+        Args:
+            hidden_states: {layer: hidden}, as for :meth:`encode_layer`.
+            sink: called with rows, which it may keep.
+            keep: "all" kept features of each row, or of these the ``top_k`` strongest.
+            features: int64, uint32, or uint16 where F is at most 65,536.
+            activations: float32 or float16. In float16 a kept feature never becomes 0: it is 2^-24
+                at least; one above 65,504 becomes that and is counted in ``clamped`` of its rows.
+
+        Raises:
+            As :meth:`encode_layer`. TypeError: another dtype. ValueError: another ``keep``.
+
+        Example:
+            >>> encoder.encode_into({12: hidden}, lambda rows: save(rows), features=torch.uint16)
+        """
+        if keep not in ("all", "top_k"):
+            raise ValueError(f"keep must be all or top_k, got {keep!r}")
+        hidden = {check.integer("layer", layer): rows for layer, rows in hidden_states.items()}
+        self._engine.encode_into(
+            {layer: check.tensor(layer, rows) for layer, rows in hidden.items()},
+            sink,
+            features=features,
+            activations=activations,
+            only_top_k=keep == "top_k",
+        )
+
     def decode(
         self,
         layer_idx: int,

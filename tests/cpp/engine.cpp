@@ -485,6 +485,58 @@ TEST(engine_sparse_is_all_that_encode_finds) {
   }
 }
 
+// What a sink gets of layers encoded at once, against encode_sparse and encode, which other tests
+// hold against float64.
+TEST(engine_gives_a_sink_every_row) {
+  const Case cases[] = {{900, 48, 1, 70, 5, 0.5f},
+                        {300, 48, 1, 33, 5, 0.5f, "topk", BF16},
+                        {5000, 16, 1, 9, 5, 0.0f, "jumprelu"}};
+  std::map<int64_t, LayerWeights> weights;
+  std::map<int64_t, at::Tensor> hidden;
+  for (const Case& c : cases) {
+    weights[c.F] = make_layer(c, Data::normal);
+    hidden[c.F] = random({c.T, c.H}, Data::normal);
+  }
+  hidden[900][3][5] = quiet_nan;
+  for (const int64_t chunk_size : {512, 7})
+    for (const int64_t lanes : {1, 3}) {
+      const Engine engine(
+          weights,
+          {.top_k = 5, .activation_threshold = 0.5f, .chunk_size = chunk_size, .lanes = lanes});
+      for (const bool only_top_k : {false, true}) {
+        std::map<int64_t, int64_t> rows, entries;
+        engine.encode_sparse(
+            hidden,
+            [&](const SparseRows& got) {
+              const int64_t id = got.layer, count = got.features.row_begin.numel() - 1;
+              EXPECT(count >= 1 && count <= chunk_size);
+              EXPECT_EQUAL(got.first_row, rows[id]);
+              EXPECT_EQUAL(got.clamped, 0);
+              const at::Tensor some = hidden.at(id).narrow(0, rows[id], count);
+              SparseFeatures want = engine.encode_sparse(id, some);
+              if (only_top_k) {
+                const Features top = engine.encode(id, some);
+                const at::Tensor kept = top.activations > 0, sound = ~at::isnan(top.sparsity);
+                EXPECT(at::equal(got.features.row_begin.diff().masked_select(sound),
+                                 kept.sum(1).masked_select(sound)));
+              } else {
+                EXPECT(at::equal(got.features.row_begin, want.row_begin));
+                EXPECT(at::equal(got.features.features.to(at::kLong), want.features));
+                EXPECT(at::equal(got.features.activations.nan_to_num(-1),
+                                 want.activations.to(at::kHalf).nan_to_num(-1)));
+              }
+              rows[id] += count;
+              entries[id] += got.features.features.numel();
+            },
+            {at::kUInt16, at::kHalf, only_top_k});
+        for (const Case& c : cases) {
+          EXPECT_EQUAL(rows[c.F], c.T);
+          EXPECT(entries[c.F] > c.T);
+        }
+      }
+    }
+}
+
 TEST(engine_decodes) {
   for (const int64_t written : {1, 3})  // layers that the decoder writes to
     for (const bool skip : {false, true}) {

@@ -89,6 +89,8 @@ TEST(workspace_buffers_are_apart) {
       add(worker.merged_keys, plan.workers * plan.capacity);
       add(worker.merged_deferred, plan.workers * plan.capacity);
       add(worker.winners, plan.max_k);
+      add(worker.entries, plan.entry_capacity());
+      add(worker.entry_count, 1);
       add(worker.counters, 1);
     }
     std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {

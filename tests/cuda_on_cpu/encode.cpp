@@ -129,6 +129,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   return {found.row_begin, found.features, found.activations};
 }
 
+// What encode_into gives a sink of one layer, put together: the k strongest features of each row.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_into(const at::Tensor& hidden,
+                                                           const at::Tensor& W_enc,
+                                                           const at::Tensor& b_enc,
+                                                           std::optional<int64_t> k, double tau,
+                                                           int64_t chunk, int64_t top_k) {
+  products_left = -1;
+  Options options;
+  options.activation_threshold = static_cast<float>(tau);
+  options.chunk_size = chunk;
+  LayerWeights weights;
+  weights.W_enc = W_enc;
+  weights.b_enc = b_enc;
+  weights.k = k;
+  const Layer layer = make_layer(0, weights, options);
+  const Streams at_once({});
+  std::vector<at::Tensor> counts = {at::zeros({1}, at::kLong)}, features, activations;
+  make_cuda_backend({&layer}, options, at::kCPU)
+      ->encode_into({{&layer, hidden, std::min(top_k, layer.features)}}, {at::kUInt16, at::kHalf},
+                    [&](const SparseRows& rows) {
+                      counts.push_back(rows.features.row_begin.diff());
+                      features.push_back(rows.features.features);
+                      activations.push_back(rows.features.activations);
+                    });
+  return {at::cat(counts).cumsum(0), at::cat(features), at::cat(activations)};
+}
+
 // Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with
 // layer i, on stream callers[c]. Hidden states are written by work on that stream just before, and
 // they and the results are overwritten just after.
@@ -209,6 +236,10 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       "streamed) "
       "-> (Tensor, Tensor, Tensor)",
       &sparse_transcoder::encode_sparse);
+  library.def(
+      "encode_into(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, int "
+      "top_k) -> (Tensor, Tensor, Tensor)",
+      &sparse_transcoder::encode_into);
   library.def(
       "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int "
       "chunk, bool use_graphs, "

@@ -56,6 +56,11 @@ class SPARSE_TRANSCODER_API Engine {
   // Many layers at once, concurrently.
   std::map<int64_t, SparseFeatures> encode_sparse(
       const std::map<int64_t, at::Tensor>& hidden) const;
+  // The same in one pass over the weights, without a result that is held. The sink gets at most
+  // chunk_size rows at a time, on the calling thread, those of a layer in their order. What it
+  // throws ends the call.
+  void encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
+                     const SparseFormat& format = {}) const;
 
   // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers
   // one after the other): y = b_dec + sum over features of activation * W_dec[:, feature], plus x @

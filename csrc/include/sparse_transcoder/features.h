@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <string_view>
 
 namespace sparse_transcoder {
@@ -21,6 +22,23 @@ struct SparseFeatures {
   at::Tensor features;     // [M] int64, ascending in a row
   at::Tensor activations;  // [M] float32; a row that is not finite has one entry, NaN at feature 0
 };
+
+// How a sink gets its rows.
+struct SparseFormat {
+  at::ScalarType features = at::kLong;  // or kUInt32, or kUInt16 where F is at most 65,536
+  // or kHalf: rounded to the nearest, but a kept feature never becomes 0 (it is 2^-24 at least),
+  // and one above 65,504 becomes that and is counted.
+  at::ScalarType activations = at::kFloat;
+  bool only_top_k = false;  // the top_k strongest of each row, not all active features
+};
+
+// Consecutive rows of one layer, on their way to a sink. They are the sink's to keep.
+struct SparseRows {
+  int64_t layer, first_row;
+  SparseFeatures features;  // row_begin starts at 0
+  int64_t clamped;          // activations above the largest float16
+};
+using SparseSink = std::function<void(SparseRows)>;
 
 // Bytes held by an Engine, beside the weights that its caller gave it.
 struct Memory {
