@@ -46,7 +46,7 @@ soundness: $(BUILT_WITH)
 
 # What is compared with the peers' own code, which make test skips where they are not installed.
 peers: $(VENV)/.installed $(VENV)/.peer-tools
-	$(BIN)/python -m pytest tests/formats tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py
+	$(BIN)/python -m pytest tests/formats tests/test_circuit_tracer.py tests/test_graph.py tests/test_capture.py tests/test_bitsandbytes.py
 
 demo: $(VENV)/.installed $(VENV)/.demo-tools
 	@echo "starting torch and transformers ..."

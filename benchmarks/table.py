@@ -30,6 +30,7 @@ BASELINES = [
     "circuit-tracer",
 ]
 GPU_BASELINES = ["product bf16", "linear+topk bf16", "reference bf16", "reference fp32"]
+WAYS = ["circuit-tracer", "on the engine"]
 MIB = 1 << 20
 # README's rows: (case, what a reader calls it).
 SHORT = {
@@ -304,11 +305,32 @@ def server_memory(results):
     return markdown(["", "MiB"], lines)
 
 
+def attribution(results):
+    """circuit-tracer's feature step, its own and on the engine: milliseconds and MiB."""
+    of = results["machine"]
+    shared = ", shared with other work" if of["shared"] else ""
+    lines = []
+    for case in results["cases"]:
+        ms, mib = ([case[kind][way] for way in WAYS] for kind in ("ms", "mib"))
+        lines.append(
+            [
+                case["name"],
+                f"{case['active_per_row']:.0f}",
+                *map(number, ms),
+                number(ms[0] / ms[1]),
+                *map(number, mib),
+            ]
+        )
+    heads = [*(f"{way}, ms" for way in WAYS), "times as fast", *(f"{way}, MiB" for way in WAYS)]
+    case = f"{of['cpu']}, {of['threads']} threads{shared}"
+    return markdown([case, "active per row", *heads], lines)
+
+
 def tables():
     """{name: table} of every table in the documents."""
     read = {
         name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("cpu", "crossovers", "gpu", "server")
+        for name in ("cpu", "crossovers", "gpu", "attribution", "server")
     }
     cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
     return {
@@ -328,6 +350,7 @@ def tables():
         "server_latencies": server_latencies(read["server"]),
         "server_wire": server_wire(read["server"]),
         "server_memory": server_memory(read["server"]),
+        "attribution": attribution(read["attribution"]),
     }
 
 

@@ -33,8 +33,9 @@ struct Output {
 struct Request {
   const Layer* layer;
   Hidden hidden;
-  int64_t k_out = 0;  // ranks per row in the output
-  Output out = {};    // null where none is asked for
+  int64_t k_out = 0;           // ranks per row in the output
+  Output out = {};             // null where none is asked for
+  SparseFeatures sparse = {};  // of encode_sparse, whose backend makes it
 
   int64_t row_count() const { return hidden.batch * hidden.tokens; }
   // Ranks that features may fill.
@@ -75,8 +76,9 @@ class Backend {
   // CPU alone.
   virtual void encode(const std::vector<Request>& requests,
                       Explanation* explanation = nullptr) const = 0;
-  // Every active feature; request.k_out and request.out are not used.
-  virtual SparseFeatures encode_sparse(const Request& request) const = 0;
+  // Every active feature of each request, concurrently; k_out and out are not used. Where hidden
+  // states are changed meanwhile, it throws or gives the features of what it read.
+  virtual std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const = 0;
   // Bytes that the backend itself holds. weight_bytes: its copies of encoders.
   virtual Memory memory() const = 0;
 };

@@ -1,6 +1,7 @@
 #include "check_weights.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 namespace sparse_transcoder {
 namespace {
@@ -19,12 +20,21 @@ void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sh
                     tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == device, who, ": ", name, " must be on ", device,
                     " like W_enc, got ", tensor.device());
+  TORCH_CHECK_VALUE(is_plain(tensor), who, ": ", name,
+                    " must be in memory as it is, got a freed or a lazy tensor");
   if (shape.size() == 1)
     TORCH_CHECK_VALUE(at::isfinite(tensor.detach()).all().item<bool>(), who, ": ", name,
                       " must be finite, got NaN or Inf");
 }
 
 }  // namespace
+
+bool is_plain(const at::Tensor& tensor) {
+  if (tensor.is_neg() || !tensor.has_storage()) return false;
+  const size_t bytes = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
+  return bytes == 0 || (tensor.storage().data() != nullptr && tensor.storage().nbytes() >= bytes);
+}
 
 std::string describe(int64_t id, const LayerWeights& declared) {
   std::string name = "layer " + std::to_string(id);

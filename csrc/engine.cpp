@@ -70,6 +70,8 @@ void check_hidden(const Layer& layer, const at::Tensor& hidden) {
                     layer.device == layer.declared.W_enc.device() ? " like the weights"
                                                                   : " where the layer is encoded",
                     ", got ", hidden.device());
+  TORCH_CHECK_VALUE(is_plain(hidden.is_neg() ? at::_neg_view(hidden) : hidden), who,
+                    ": hidden must be in memory, got a freed or a lazy tensor");
 }
 
 // Outputs shaped like hidden, [.., K], [.., K] and [..].
@@ -93,6 +95,9 @@ std::string join(const std::map<int64_t, Layer>& layers) {
   for (const auto& [id, layer] : layers) names << (id == layers.begin()->first ? "" : ", ") << id;
   return names.str();
 }
+
+// The same numbers in memory as they are read.
+at::Tensor plain(const at::Tensor& hidden) { return hidden.detach().resolve_neg(); }
 
 void check_rows(const Layer& layer, const LayerRows& rows) {
   const std::string who = "layer " + std::to_string(layer.id);
@@ -128,6 +133,12 @@ struct Engine::State {
     TORCH_CHECK_INDEX(found != layers.end(), "layer ", id,
                       ": there is no transcoder for it, only for layers ", join(layers));
     return found->second;
+  }
+  // Every call that reads weights begins with this.
+  const Layer& unchanged_layer(int64_t id) const {
+    const Layer& found = layer(id);
+    found.check_unchanged();
+    return found;
   }
   const Backend& backend(const Layer& layer) const { return *backends.at(layer.device); }
   // Requests are checked and have rows.
@@ -179,14 +190,16 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
 }
 
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
-  for (const auto& [id, rows] : hidden) check_hidden(state_->layer(id), rows);
+  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
   std::map<int64_t, Features> results;
   std::vector<Request> requests;
+  std::vector<at::Tensor> held;
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
     const int64_t k = k_out(layer, state_->options);
     const Features& out = results[id] = allocate(layer, rows, k);
-    if (rows.numel() > 0) requests.push_back({&layer, view_of(rows), k, view_of(out)});
+    held.push_back(plain(rows));
+    if (rows.numel() > 0) requests.push_back({&layer, view_of(held.back()), k, view_of(out)});
   }
   state_->encode(requests, nullptr);
   return results;
@@ -197,7 +210,7 @@ void Engine::encode(std::span<const LayerRows> layers, Explanation* explanation)
   thread_local std::vector<Request> requests;
   requests.clear();
   for (const LayerRows& rows : layers) {
-    const Layer& layer = state_->layer(rows.layer);
+    const Layer& layer = state_->unchanged_layer(rows.layer);
     check_rows(layer, rows);
     const int64_t stride = rows.stride > 0 ? rows.stride : layer.hidden_size;
     if (rows.row_count > 0)
@@ -211,19 +224,38 @@ void Engine::encode(std::span<const LayerRows> layers, Explanation* explanation)
 
 int64_t Engine::ranks(int64_t layer) const { return k_out(state_->layer(layer), state_->options); }
 
-SparseFeatures Engine::encode_sparse(int64_t id, const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
-  check_hidden(layer, hidden);
-  const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
-  if (hidden.numel() == 0)
-    return {at::zeros({1}, options), at::empty({0}, options),
-            at::empty({0}, options.dtype(at::kFloat))};
-  return state_->backend(layer).encode_sparse({&layer, view_of(hidden)});
+SparseFeatures Engine::encode_sparse(int64_t layer, const at::Tensor& hidden) const {
+  return encode_sparse({{layer, hidden}}).at(layer);
 }
+
+std::map<int64_t, SparseFeatures> Engine::encode_sparse(
+    const std::map<int64_t, at::Tensor>& hidden) const {
+  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
+  std::map<int64_t, SparseFeatures> results;
+  std::map<at::Device, std::vector<Request>, CudaFirst> on;
+  std::vector<at::Tensor> held;
+  for (const auto& [id, rows] : hidden) {
+    const Layer& layer = state_->layer(id);
+    held.push_back(plain(rows));
+    const auto options = rows.options().requires_grad(false).dtype(at::kLong);
+    if (rows.numel() == 0)
+      results[id] = {at::zeros({1}, options), at::empty({0}, options),
+                     at::empty({0}, options.dtype(at::kFloat))};
+    else
+      on[layer.device].push_back({&layer, view_of(held.back())});
+  }
+  for (const auto& [device, requests] : on) {
+    const auto found = state_->backends.at(device)->encode_sparse(requests);
+    for (size_t i = 0; i < requests.size(); ++i) results[requests[i].layer->id] = found[i];
+  }
+  return results;
+}
+
+void Engine::check_unchanged(int64_t layer) const { state_->unchanged_layer(layer); }
 
 at::Tensor Engine::decode(int64_t id, const SparseFeatures& features,
                           const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   const std::string who = "layer " + std::to_string(id);
   const auto check = [&](const at::Tensor& tensor, const char* name, at::ScalarType type) {
     TORCH_CHECK_TYPE(tensor.defined() && tensor.scalar_type() == type, who, ": ", name, " must be ",
@@ -281,12 +313,13 @@ at::Tensor Engine::decode(int64_t id, const at::Tensor& activations, const at::T
 }
 
 Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   check_hidden(layer, hidden);
   const int64_t k = k_out(layer, state_->options);
   const Features out = allocate(layer, hidden, k);
+  const at::Tensor held = plain(hidden);
   std::vector<Request> requests;
-  if (hidden.numel() > 0) requests.push_back({&layer, view_of(hidden), k, view_of(out)});
+  if (hidden.numel() > 0) requests.push_back({&layer, view_of(held), k, view_of(out)});
   Explanation explanation;
   state_->encode(requests, &explanation);
   explanation.features = layer.features;
@@ -294,7 +327,7 @@ Explanation Engine::explain(int64_t id, const at::Tensor& hidden) const {
 }
 
 std::vector<float> Engine::decoder_direction(int64_t id, int64_t feature) const {
-  const Layer& layer = state_->layer(id);
+  const Layer& layer = state_->unchanged_layer(id);
   const at::Tensor& W_dec = layer.declared.W_dec;
   TORCH_CHECK_VALUE(W_dec.defined(), layer.name(),
                     ": decoder_direction needs W_dec, which the checkpoint does not have");

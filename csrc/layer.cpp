@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -16,6 +17,14 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 ActivationKind kind_of(const LayerWeights& declared) {
   if (declared.k) return ActivationKind::topk;
   return declared.threshold.defined() ? ActivationKind::jumprelu : ActivationKind::relu;
+}
+
+using Named = std::pair<const char*, const at::Tensor*>;
+
+std::array<Named, 9> tensors_of(const LayerWeights& w) {
+  return {Named{"W_enc", &w.W_enc},      {"b_enc", &w.b_enc},         {"W_dec", &w.W_dec},
+          {"b_dec", &w.b_dec},           {"threshold", &w.threshold}, {"W_skip", &w.W_skip},
+          {"input_bias", &w.input_bias}, {"ln_weight", &w.ln_weight}, {"ln_bias", &w.ln_bias}};
 }
 
 // The smallest active value of each feature. A feature is active when its activation reaches tau
@@ -36,6 +45,8 @@ Dtype dtype_of(at::ScalarType type) {
 
 Layer::Layer(int64_t id, LayerWeights weights, at::Device device, float activation_threshold)
     : id(id), declared(std::move(weights)), device(device) {
+  for (const auto& [name, tensor] : tensors_of(declared))
+    if (tensor->defined()) stamps.emplace_back(*tensor);
   kind = kind_of(declared);
   features = declared.W_enc.size(0);
   hidden_size = declared.W_enc.size(1);
@@ -55,12 +66,26 @@ Layer::Layer(int64_t id, LayerWeights weights, at::Device device, float activati
 std::string Layer::name() const { return describe(id, declared); }
 
 int64_t Layer::declared_bytes() const {
-  const LayerWeights& w = declared;
   int64_t bytes = 0;
-  for (const at::Tensor* tensor : {&w.W_enc, &w.b_enc, &w.W_dec, &w.b_dec, &w.threshold, &w.W_skip,
-                                   &w.input_bias, &w.ln_weight, &w.ln_bias})
+  for (const auto& [name, tensor] : tensors_of(declared))
     if (tensor->defined()) bytes += tensor->nbytes();
   return bytes;
+}
+
+std::string Layer::changed() const {
+  return name() +
+         ": weights must stay as they were when the encoder was built, and hidden states while "
+         "they "
+         "are encoded, but some were changed; after a change of weights build a new encoder";
+}
+
+void Layer::check_unchanged() const {
+  auto stamp = stamps.begin();
+  for (const auto& [name, tensor] : tensors_of(declared))
+    if (tensor->defined())
+      TORCH_CHECK_VALUE((stamp++)->fits(*tensor), this->name(), ": ", name,
+                        " must stay as it was when the encoder was built, it was changed since; "
+                        "build a new encoder");
 }
 
 LayerBounds::LayerBounds(const Layer& layer, const at::Tensor& exact_norm) {

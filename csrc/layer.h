@@ -6,7 +6,9 @@
 #include <sparse_transcoder/weights.h>
 
 #include <string>
+#include <vector>
 
+#include "stamp.h"
 #include "types.h"
 
 namespace sparse_transcoder {
@@ -29,11 +31,17 @@ struct Layer {
   at::Tensor ln_weight;   // [H] float32, or undefined
   at::Tensor ln_bias;     // [H] float32, or undefined
   float max_bias;         // of |bias|
+  // Of every declared tensor, as it was before anything was made of it.
+  std::vector<Stamp> stamps;
 
   // "layer 41 (path)": how errors name it.
   std::string name() const;
   // Of every declared tensor.
   int64_t declared_bytes() const;
+  // Throws c10::ValueError where a declared tensor is no longer what it was.
+  void check_unchanged() const;
+  // What is said where results contradict each other.
+  std::string changed() const;
 };
 
 // What decides whether a layer's features survive a screen, on the layer's device. Backends make it

@@ -120,3 +120,13 @@ def test_default_is_a_hundred(device):
     hidden = {0: normal(2, 50, 12).to(device)}
     encoder = build(layers, device)
     assert encoder.extract_attribution_features(hidden) == check(encoder, hidden, 100)
+
+
+def test_layers_of_different_prompts_are_refused():
+    weights = TranscoderWeights(torch.randn(30, 8), torch.randn(30))
+    encoder = SparseTranscoderEncoder({0: weights, 1: weights}, 4, 0.1)
+    one = torch.randn(1, 5, 8)
+    assert encoder.extract_attribution_features({0: one, 1: one[0]})
+    for other in (torch.randn(2, 5, 8), torch.randn(1, 4, 8)):
+        with pytest.raises(ValueError, match="hidden_states must be of the same prompts, got 0: "):
+            encoder.extract_attribution_features({0: one, 1: other})

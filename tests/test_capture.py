@@ -642,3 +642,37 @@ def test_adapters():
         for layer, hook in ((1, "hook_resid_pre"), (0, "hook_resid_post"))
     )
     assert torch.equal(pre, post)
+
+
+def test_dropout_is_told():
+    model, (row,) = made(llama), prompts(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(model, row, [1])
+        capture(model.train(), row, [1])  # its dropout is 0
+
+    def dropping_llama():
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**GROUPED, attention_dropout=0.3)
+        )
+
+    for family in (gpt2, dropping_llama):
+        each = made(family)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            capture(each, row, [1])
+        with pytest.warns(UserWarning, match=r"in training mode: dropout in .* model\.eval"):
+            capture(each.train(), row, [1])
+        assert each.training
+
+
+def test_weights_in_another_layer_are_told():
+    model, (row,) = made(llama), prompts(7)
+    weights = TranscoderWeights(torch.randn(30, H), torch.randn(30), layer=1, hook_in="mlp.hook_in")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseTranscoderEncoder({1: weights}, 4, 0.1).encode_model(model, row)
+    with pytest.warns(
+        UserWarning, match="other layers than their own: layer 0 has those of layer 1"
+    ):
+        SparseTranscoderEncoder({0: weights}, 4, 0.1).encode_model(model, row)

@@ -22,7 +22,7 @@ def kernels(tmp_path_factory):
     files = [ROOT / "tests/cuda_on_cpu" / name for name in ("encode.cpp", "streams.cpp")]
     wing = ("backend", "chunk", "streams", "weight_copy")
     files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
-    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer")]
+    files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer", "stamp")]
     steps = ("prepare", "product_few_rows", "select")
     files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
     places = ("tests/cuda_on_cpu", "csrc", "csrc/include")
@@ -196,9 +196,14 @@ def test_every_kept_feature(kernels, kind, tokens, chunk, streamed):
     layer = make_layer(300, 24, kind=kind)
     hidden = normal(1, tokens, 24, seed=5)
     hidden[0, 1], hidden[0, 2, 3] = 0.0, math.nan
-    begin, features, values = kernels.encode_sparse(
-        hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed
-    )
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN and the largest integers
+    try:
+        assert torch.empty(3).isnan().all()
+        begin, features, values = kernels.encode_sparse(
+            hidden, layer["W_enc"], layer["b_enc"], layer.get("k"), 0.5, chunk, streamed
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert begin[0] == 0 and begin[-1] == len(features) == len(values)
     counts = begin.diff()
     rows = torch.arange(tokens).repeat_interleave(counts)

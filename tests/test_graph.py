@@ -202,6 +202,20 @@ def test_exclude():
         graph_json(features, TOKENS, exclude="special", token_ids=[11, 12, 13, 14])
 
 
+def test_errors_of_the_reconstruction():
+    features = [feature(0, 3, 0, 8.0), feature(1, 4, 2, 3.0)]
+    links = [("0_1_2", "1_4_2", 0.5), ("0_0_0", "0_3_0", 2.0)]
+    graph = graph_json(features, TOKENS, links=links, errors=[(0, 0), (1, 2)])
+    kinds = {n["node_id"]: (n["feature_type"], n["layer"], n["ctx_idx"]) for n in graph["nodes"]}
+    assert list(kinds) == ["0_3_0", "1_4_2", "0_0_0", "0_1_2"]
+    assert kinds["0_1_2"] == ("mlp reconstruction error", "1", 2)
+    assert [(e["source"], e["target"]) for e in graph["links"]] == [e[:2] for e in links]
+    out = torch.tensor([1, 0, 0, 0])
+    graph = graph_json(features, TOKENS, links=links, errors=[(0, 0), (1, 2)], exclude=out)
+    assert [n["node_id"] for n in graph["nodes"]] == ["1_4_2", "0_1_2"]
+    assert graph["links"] == [{"source": "0_1_2", "target": "1_4_2", "weight": 0.5}]
+
+
 def test_no_features():
     assert graph_json([], [])["nodes"] == []
 
@@ -227,10 +241,15 @@ def test_no_features():
         ),
         ([], {"token_ids": [1]}, "token_ids must be 4 as tokens, got 1"),
         ([], {"node_threshold": 1.5}, "node_threshold must be 0 to 1"),
+        ([], {"errors": [(2, 4)]}, "ctx_idx 0 to 3, got 2 and 4"),
+        ([], {"errors": [(-1, 0)]}, "an error's layer must be at least 0"),
+        ([], {"errors": [(2, 1), (2, 1)]}, "node 0_2_1 must appear once"),
+        ([feature(0, 2, 1, 1.0)], {"errors": [(2, 1)]}, "node 0_2_1 must appear once"),
+        ([], {"errors": [(5, 1)], "n_layers": 5}, "the graph's last layer 5, got 5"),
         (
             [feature(5, 1, 0, 1.0)],
             {"n_layers": 5},
-            "n_layers must be above the features' last layer 5, got 5",
+            "n_layers must be above the graph's last layer 5, got 5",
         ),
     ],
 )
@@ -260,6 +279,8 @@ def test_circuit_tracer_makes_the_same_nodes():
     nodes = full_graph()["nodes"]
     assert nodes[1] == Node.feature_node(25, 3, 163839, influence=0.75, activation=3.0).model_dump()
     assert nodes[3] == Node.token_node(1, 12).model_dump()
+    error = graph_json([], TOKENS, errors=[(25, 2)])["nodes"][0]
+    assert error == Node.error_node(25, 2).model_dump()
     assert (
         nodes[6]
         == Node.logit_node(3, 7, " mat", 26, target_logit=True, token_prob=0.75).model_dump()

@@ -387,3 +387,17 @@ def test_no_decoder():
         encoder.decode(0, encoder.encode_sparse(0, normal(3, H)))
     with pytest.raises(KeyError, match="layer 7: there is no transcoder for it"):
         encoder.encode_sparse(7, normal(3, H))
+
+
+def test_features_of_another_layer_are_refused():
+    layer = make_layer(F, H)
+    weights = TranscoderWeights(**layer)
+    encoder = SparseTranscoderEncoder({0: weights, 1: weights}, 5, 0.5)
+    hidden = normal(4, H, seed=5)
+    with pytest.raises(
+        ValueError, match=r"layer 1: features must be of this layer, got .* layer 0"
+    ):
+        encoder.decode(1, encoder.encode_layer(0, hidden))
+    other = encoder_of(make_layer(F // 2, H)).encode_sparse(0, hidden)
+    with pytest.raises(ValueError, match=r"layer 1: features must be \[N, 300\], got \[4, 150\]"):
+        encoder.decode(1, other)

@@ -121,3 +121,11 @@ def test_errors(encoder, call, kind, message):
     with pytest.raises(kind, match=message) as error:
         call(encoder)
     assert "\n" not in str(error.value)
+
+
+def test_autocast_rounds_no_direction():
+    weights = TranscoderWeights(torch.randn(30, 8), torch.randn(30), torch.randn(8, 30))
+    encoder = SparseTranscoderEncoder({0: weights}, 4, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder.feature_vector(0, 7), weights.W_dec[:, 7])
+        assert encoder.steer(0, {7: 2.0}).dtype == torch.float32

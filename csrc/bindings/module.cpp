@@ -170,8 +170,16 @@ PYBIND11_MODULE(_C, m) {
       .def("encode_all",
            py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_),
            py::arg("hidden"), release_gil(), "Encodes the hidden states of many layers at once.")
-      .def("encode_sparse", &Engine::encode_sparse, py::arg("layer"), py::arg("hidden"),
-           release_gil(), "Every active feature of one layer's hidden states.")
+      .def("encode_sparse",
+           py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode_sparse, py::const_),
+           py::arg("layer"), py::arg("hidden"), release_gil(),
+           "Every active feature of one layer's hidden states.")
+      .def("encode_sparse_all",
+           py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode_sparse,
+                                                                   py::const_),
+           py::arg("hidden"), release_gil(), "Every active feature of many layers at once.")
+      .def("check_unchanged", &Engine::check_unchanged, py::arg("layer"), release_gil(),
+           "Raises ValueError where a layer's weights were changed since the engine was built.")
       .def(
           "decode",
           [](const Engine& engine, int64_t layer, const at::Tensor& activations,

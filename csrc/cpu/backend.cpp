@@ -17,6 +17,7 @@
 #include <map>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/batch.h"
 #include "cpu/collectors.h"
@@ -74,14 +75,6 @@ Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Option
   return plan;
 }
 
-[[noreturn]] void refuse_sparse(const Layer& layer, int64_t row_count) {
-  TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", layer.id,
-                   ": out of memory: the result needs ", 8 * (row_count + 1),
-                   " bytes and 12 for each active feature; fewer rows at a "
-                   "time need less, got ",
-                   row_count);
-}
-
 // What a call borrows: a workspace, and lists that keep their capacity.
 struct CallBuffers : Workspace {
   using Workspace::Workspace;
@@ -102,29 +95,19 @@ class CpuBackend : public Backend {
   }
 
   void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
-  SparseFeatures encode_sparse(const Request& request) const override;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
   Memory memory() const override;
 
  private:
-  // Rows [first, first + count) of a request, cut into blocks of nearly one size.
-  struct Rows {
-    const Request& request;
-    int64_t first, count;
-    int64_t k;
-    int64_t min_blocks;
-  };
-  // Calls take(block) for each of them. Nothing that grows with the number of rows is held.
-  template <typename Take>
-  void for_blocks(const Rows& rows, const Plan& plan, const Take& take) const;
-  std::vector<RowBlock> split(const Rows& rows, const Plan& plan) const;
+  // Calls run(blocks) for batches of all rows, cut into blocks of nearly one size.
+  template <typename Run>
+  void for_batches(const std::vector<Request>& requests, CallBuffers& buffers,
+                   int64_t max_block_rows, const Run& run) const;
 
   void encode(const std::vector<Request>& requests, CallBuffers& buffers) const;
   void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
-  SparseFeatures encode_sparse(const Request& request, const Workspace& workspace) const;
-  void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                    int64_t* row_begin) const;
-  void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                    const SparseFeatures& out) const;
+  void count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
+  void write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
 
   const Crossovers crossovers_;
   std::map<int64_t, PreparedLayer> layers_;
@@ -143,24 +126,38 @@ Memory CpuBackend::memory() const {
   return memory;
 }
 
-template <typename Take>
-void CpuBackend::for_blocks(const Rows& rows, const Plan& plan, const Take& take) const {
-  const PreparedLayer& layer = layers_.at(rows.request.layer->id);
-  const int64_t count =
-      std::max(rows.min_blocks, (rows.count + plan.max_block_rows - 1) / plan.max_block_rows);
-  for (int64_t i = 0, row = 0; i < count; ++i) {
-    const int64_t row_count = (rows.count - row) / (count - i);
-    if (row_count > 0)
-      take(RowBlock{&rows.request, &layer, rows.first + row, row_count, rows.k,
-                    choose_screen(layer.copies, crossovers_, row_count), row});
-    row += row_count;
+template <typename Run>
+void CpuBackend::for_batches(const std::vector<Request>& requests, CallBuffers& buffers,
+                             int64_t max_block_rows, const Run& run) const {
+  std::vector<RowBlock>& batch = buffers.batch;
+  batch.clear();
+  int64_t used = 0;
+  for (const Request& request : requests) {
+    const PreparedLayer& layer = layers_.at(request.layer->id);
+    const int64_t rows = request.row_count(), count = (rows + max_block_rows - 1) / max_block_rows;
+    for (int64_t i = 0, row = 0; i < count; ++i) {
+      const int64_t row_count = (rows - row) / (count - i);
+      if (used + row_count > buffers.plan.max_rows) {
+        run(batch);
+        batch.clear();
+        used = 0;
+      }
+      batch.push_back({&request, &layer, row, row_count, request.k_filled(),
+                       choose_screen(layer.copies, crossovers_, layer.hidden_size, row_count),
+                       used});
+      used += row_count;
+      row += row_count;
+    }
   }
+  if (!batch.empty()) run(batch);
 }
 
-std::vector<RowBlock> CpuBackend::split(const Rows& rows, const Plan& plan) const {
-  std::vector<RowBlock> blocks;
-  for_blocks(rows, plan, [&](const RowBlock& block) { blocks.push_back(block); });
-  return blocks;
+// Throws where a call's results contradict each other.
+void refuse_contradictions(const Workspace& workspace) {
+  const Layer* layer = nullptr;
+  for (const WorkerBuffers& worker : workspace.workers)
+    if (const Layer* one = std::exchange(worker.counters->contradicted, nullptr)) layer = one;
+  if (layer != nullptr) TORCH_CHECK_VALUE(false, layer->changed());
 }
 
 void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffers) const {
@@ -173,23 +170,9 @@ void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffe
               };
               return size(*a.layer) > size(*b.layer);
             });
-  std::vector<RowBlock>& batch = buffers.batch;
-  batch.clear();
-  int64_t used = 0;
-  for (const Request& request : buffers.requests) {
-    const Rows rows = {request, 0, request.row_count(), request.k_filled(), 1};
-    for_blocks(rows, buffers.plan, [&](RowBlock block) {
-      if (used + block.row_count > buffers.plan.max_rows) {
-        encode(batch, buffers);
-        batch.clear();
-        used = 0;
-      }
-      block.workspace_row = used;
-      used += block.row_count;
-      batch.push_back(block);
-    });
-  }
-  if (!batch.empty()) encode(batch, buffers);
+  for_batches(buffers.requests, buffers, buffers.plan.max_block_rows,
+              [&](const std::vector<RowBlock>& blocks) { encode(blocks, buffers); });
+  refuse_contradictions(buffers);
 }
 
 void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
@@ -198,29 +181,35 @@ void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& wo
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     PanelScan<TopKCollector>(workspace, range, worker).run();
   });
-  batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_row(workspace, block, row, worker);
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
+    merge_rows(workspace, block, first, last, worker);
+    watch.add_to(compute_phase);
+    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row, worker);
+    watch.add_to(finish_phase);
   });
 }
 
 // row_begin[1 + row] becomes the row's number of entries.
-void CpuBackend::count_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                              int64_t* row_begin) const {
+void CpuBackend::count_active(const std::vector<RowBlock>& blocks,
+                              const Workspace& workspace) const {
   const Batch batch(blocks, workspace, *threads_);
   batch.prepare_rows();
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     PanelScan<CountCollector>(workspace, range, worker).run();
   });
-  for (const RowBlock& block : blocks)
+  for (const RowBlock& block : blocks) {
+    int64_t* counts = block.request->sparse.row_begin.mutable_data_ptr<int64_t>() + 1;
     for (int64_t row = 0; row < block.row_count; ++row)
-      row_begin[1 + block.first_row + row] =
+      counts[block.first_row + row] =
           margin(workspace, block, row).is_finite() ? cpu::active_count(workspace, block, row) : 1;
+  }
 }
 
-// Writes the entries of rows that are counted.
-void CpuBackend::write_active(const std::vector<RowBlock>& blocks, const Workspace& workspace,
-                              const SparseFeatures& out) const {
-  const bool top_k = drops_features(*blocks.front().layer);
+// Writes the entries of rows that are counted. All blocks are of top-k coders, or none.
+void CpuBackend::write_active(const std::vector<RowBlock>& blocks,
+                              const Workspace& workspace) const {
+  const bool top_k = blocks.front().k > 0;
   // One range per block gives a WriteCollector all features of a row.
   const Batch batch(blocks, workspace, *threads_, top_k ? 0 : 1);
   batch.prepare_rows();
@@ -228,43 +217,65 @@ void CpuBackend::write_active(const std::vector<RowBlock>& blocks, const Workspa
     if (top_k)
       PanelScan<TopKCollector>(workspace, range, worker).run();
     else
-      PanelScan<WriteCollector>(workspace, range, worker, {workspace, *range.block, worker, out})
-          .run();
+      PanelScan<WriteCollector>(workspace, range, worker).run();
   });
-  batch.for_rows(finish_phase, [&](int64_t worker, const RowBlock& block, int64_t row) {
-    finish_sparse_row(workspace, block, row, worker, out);
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    if (top_k) merge_rows(workspace, block, first, last, worker);
+    for (int64_t row = first; row < last; ++row) finish_sparse_row(workspace, block, row, worker);
   });
 }
 
-// Two passes, one to count and one to write, so that nothing is held but the result.
-SparseFeatures CpuBackend::encode_sparse(const Request& request, const Workspace& workspace) const {
-  const int64_t row_count = request.row_count(), max_rows = workspace.plan.max_rows;
-  const int64_t k = drops_features(*request.layer) ? request.layer->max_active : 0;
-  SparseFeatures out = {at::zeros({row_count + 1}, at::kLong), {}, {}};
-  int64_t* row_begin = out.row_begin.mutable_data_ptr<int64_t>();
-  const auto blocks_from = [&](int64_t first, int64_t min_blocks) {
-    return split({request, first, std::min(max_rows, row_count - first), k, min_blocks},
-                 workspace.plan);
-  };
-  for (int64_t first = 0; first < row_count; first += max_rows)
-    count_active(blocks_from(first, 1), workspace, row_begin);
-  std::partial_sum(row_begin, row_begin + row_count + 1, row_begin);
-  out.features = at::empty({row_begin[row_count]}, at::kLong);
-  out.activations = at::empty({row_begin[row_count]}, at::kFloat);
-  for (int64_t first = 0; first < row_count; first += max_rows)
-    write_active(blocks_from(first, 2 * workspace.plan.workers), workspace, out);
-  return out;
-}
-
-SparseFeatures CpuBackend::encode_sparse(const Request& request) const {
-  const auto workspace = workspaces_->borrow();
+// Tensors of a sparse result, or an error that names the bytes that it needs.
+template <typename Make>
+void allocate_sparse(const Request& request, const Make& make) {
   try {
-    return encode_sparse(request, *workspace);
-  } catch (const c10::Error&) {  // of at::empty
-    refuse_sparse(*request.layer, request.row_count());
-  } catch (const std::bad_alloc&) {
-    refuse_sparse(*request.layer, request.row_count());
+    make(at::TensorOptions(at::kLong));
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "layer ", request.layer->id,
+                     ": out of memory: the result needs ", 8 * (request.row_count() + 1),
+                     " bytes and 12 for each active feature; fewer rows at a time need less, got ",
+                     request.row_count());
   }
+}
+
+// Two passes, one to count and one to write, so that nothing is held but the results.
+std::vector<SparseFeatures> CpuBackend::encode_sparse(std::vector<Request> requests) const {
+  const auto workspace = workspaces_->borrow();
+  const Plan& plan = workspace->plan;
+  int64_t rows = 0;
+  for (Request& request : requests) {
+    const int64_t row_count = request.row_count();
+    rows += row_count;
+    // The reservoirs of a top-k coder hold all that it keeps; those of the others hold nothing.
+    request.k_out = drops_features(*request.layer) ? request.layer->max_active : 0;
+    allocate_sparse(request, [&](const at::TensorOptions& options) {
+      request.sparse.row_begin = at::zeros({row_count + 1}, options);
+    });
+  }
+  for_batches(requests, *workspace, plan.max_block_rows,
+              [&](const std::vector<RowBlock>& blocks) { count_active(blocks, *workspace); });
+  std::vector<Request> top_k, others;
+  std::vector<SparseFeatures> results;
+  for (Request& request : requests) {
+    int64_t* row_begin = request.sparse.row_begin.mutable_data_ptr<int64_t>();
+    const int64_t* end =
+        std::partial_sum(row_begin, row_begin + request.row_count() + 1, row_begin);
+    allocate_sparse(request, [&](const at::TensorOptions& options) {
+      request.sparse.features = at::empty({end[-1]}, options);
+      request.sparse.activations = at::empty({end[-1]}, options.dtype(at::kFloat));
+    });
+    results.push_back(request.sparse);
+    (request.k_out > 0 ? top_k : others).push_back(request);
+  }
+  // A block is written by one worker, so there are blocks for all of them.
+  const int64_t tasks = 2 * plan.workers;
+  const int64_t block_rows =
+      std::min((std::min(plan.max_rows, rows) + tasks - 1) / tasks, plan.max_block_rows);
+  for (const std::vector<Request>* part : {&top_k, &others})
+    for_batches(*part, *workspace, block_rows,
+                [&](const std::vector<RowBlock>& blocks) { write_active(blocks, *workspace); });
+  refuse_contradictions(*workspace);
+  return results;
 }
 
 void CpuBackend::encode(const std::vector<Request>& requests, Explanation* told) const {

@@ -36,24 +36,27 @@ class Batch {
         ranges_per_block_(ranges_per_block > 0 ? ranges_per_block : choose_ranges()) {}
 
   void prepare_rows() const {
-    for_rows(prepare_phase, [this](int64_t worker, const RowBlock& block, int64_t row) {
-      prepare_row(workspace_, block, row, worker);
+    for_rows([this](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+      Stopwatch watch(*workspace_.workers[worker].counters, workspace_.timed);
+      for (int64_t row = first; row < last; ++row) prepare_row(workspace_, block, row, worker);
+      watch.add_to(prepare_phase);
     });
   }
 
-  // body(worker, block, row) for every row.
+  // body(worker, block, first, last) for all rows, in pieces [first, last) of one block.
   template <typename Body>
-  void for_rows(Phase phase, const Body& body) const {
-    constexpr int64_t rows_per_task = 16;
+  void for_rows(const Body& body) const {
+    // Enough tasks to keep every worker busy; many rows per task share what is read of a feature.
+    const int64_t rows_per_task = std::clamp<int64_t>(row_count_ / (4 * workers_), 16, 256);
     const int64_t task_count = (row_count_ + rows_per_task - 1) / rows_per_task;
     const auto rows_of = [&](int64_t worker, int64_t task) {
-      Stopwatch watch(*workspace_.workers[worker].counters, workspace_.timed);
-      const int64_t last = std::min((task + 1) * rows_per_task, row_count_);
-      for (int64_t row = task * rows_per_task; row < last; ++row) {
+      const int64_t end = std::min((task + 1) * rows_per_task, row_count_);
+      for (int64_t row = task * rows_per_task; row < end;) {
         const RowBlock& block = block_of(row);
-        body(worker, block, row - block.workspace_row);
+        const int64_t last = std::min(end, block.workspace_row + block.row_count);
+        body(worker, block, row - block.workspace_row, last - block.workspace_row);
+        row = last;
       }
-      watch.add_to(phase);
     };
     threads_.run(workers_, task_count, std::cref(rows_of));
   }

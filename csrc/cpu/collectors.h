@@ -47,13 +47,18 @@ class TopKCollector {
   void compute_deferred(int64_t row, Reservoir& reservoir) const {
     const float* x = hidden_row(workspace_, block_, row);
     const DeferredFeature* deferred = reservoir.deferred;
+    Counters& counters = *workspace_.workers[worker_].counters;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
-      if (i + 1 < reservoir.deferred_count)
-        prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
       const int64_t feature = deferred[i].feature;
-      reservoir.add(make_key(exact_.activation(x, feature), feature));
+      const int64_t next = i + 1 < reservoir.deferred_count ? deferred[i + 1].feature : feature;
+      float value;
+      exact_.activations(&x, 1, feature, next, &value);
+      if (value > 0)
+        reservoir.add(make_key(value, feature));
+      else  // it was surely active
+        counters.contradicted = block_.layer;
     }
-    workspace_.workers[worker_].counters->computed += reservoir.deferred_count;
+    counters.computed += reservoir.deferred_count;
     reservoir.deferred_count = 0;
   }
 
@@ -86,7 +91,6 @@ struct WriteCollector {
   const Workspace& workspace;
   const RowBlock& block;
   const int64_t worker;
-  const SparseFeatures& out;
 
   int64_t& active_count(int64_t row) const {
     return reservoir(workspace, block, row, worker).active_count;
@@ -94,10 +98,10 @@ struct WriteCollector {
   float min_value(int64_t) const { return -infinity; }
   bool defer(int64_t, const DeferredFeature&) const { return false; }
   void add(int64_t row, int64_t feature, float value) const {
+    const SparseFeatures& out = block.request->sparse;
     const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
     const int64_t entry = row_begin[0] + reservoir(workspace, block, row, worker).written++;
-    // A caller who changes the hidden states while they are encoded may make more entries than were
-    // counted.
+    // Who changes the hidden states while they are encoded may make more entries than were counted.
     if (entry >= row_begin[1]) return;
     out.features.mutable_data_ptr<int64_t>()[entry] = feature;
     out.activations.mutable_data_ptr<float>()[entry] = value;

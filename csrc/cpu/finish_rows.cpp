@@ -13,9 +13,56 @@ namespace {
 
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
-// The k best of all workers' reservoirs, in no order.
-Reservoir merge_reservoirs(const Workspace& workspace, const RowBlock& block, int64_t row,
-                           int64_t worker) {
+// What is deferred of some rows, and is computed feature by feature.
+class DeferredPairs {
+ public:
+  DeferredPairs(const Workspace& workspace, const RowBlock& block, int64_t worker)
+      : workspace_(workspace),
+        block_(block),
+        counters_(*workspace.workers[worker].counters),
+        exact_(*block.layer),
+        pairs_(workspace.workers[worker].survivors, workspace.plan.survivor_capacity(),
+               workspace.workers[worker].positions) {}
+
+  void add(int64_t row, int64_t feature) {
+    if (!pairs_.has_room(1)) compute();
+    pairs_.push({row, feature, false});
+  }
+
+  // The activations go to the reservoirs of worker 0.
+  void compute() {
+    pairs_.sort_by_feature({0, block_.layer->features});
+    pairs_.for_runs([&](int64_t first, int64_t count, int64_t next) {
+      const int64_t feature = pairs_[first].feature();
+      const float* x[dot_rows];
+      float values[dot_rows];
+      for (int64_t j = 0; j < count; ++j)
+        x[j] = hidden_row(workspace_, block_, pairs_[first + j].row());
+      exact_.activations(x, count, feature, next, values);
+      for (int64_t j = 0; j < count; ++j) {
+        if (values[j] > 0)
+          reservoir(workspace_, block_, pairs_[first + j].row(), 0)
+              .add(make_key(values[j], feature));
+        else  // it was surely active
+          counters_.contradicted = block_.layer;
+      }
+    });
+    counters_.computed += pairs_.size();
+    pairs_.shrink(0);
+  }
+
+ private:
+  const Workspace& workspace_;
+  const RowBlock& block_;
+  Counters& counters_;
+  const ExactDot exact_;
+  SurvivorList pairs_;
+};
+
+// Moves the keys of all workers' reservoirs to that of worker 0, and what is deferred to
+// `deferred`.
+void merge_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker,
+               DeferredPairs& deferred) {
   const WorkerBuffers& buffers = workspace.workers[worker];
   Reservoir all = {buffers.merged_keys, buffers.merged_deferred, block.k,
                    workspace.plan.workers * workspace.plan.capacity};
@@ -26,10 +73,14 @@ Reservoir merge_reservoirs(const Workspace& workspace, const RowBlock& block, in
     all.size += one.size;
     all.deferred_count += one.deferred_count;
   }
-  all.drop_beaten();
-  TopKCollector(workspace, block, worker).compute_deferred(row, all);
   all.shrink_to_k();
-  return all;
+  all.drop_beaten();
+  Reservoir& best = reservoir(workspace, block, row, 0);
+  std::copy_n(all.keys, all.size, best.keys);
+  best.size = all.size;
+  best.kth_best = all.kth_best;
+  best.deferred_count = 0;
+  for (int64_t i = 0; i < all.deferred_count; ++i) deferred.add(row, all.deferred[i].feature);
 }
 
 // One row of the output.
@@ -69,6 +120,13 @@ int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t 
   return std::min(count, block.layer->max_active);
 }
 
+void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first, int64_t last,
+                int64_t worker) {
+  DeferredPairs deferred(workspace, block, worker);
+  for (int64_t row = first; row < last; ++row) merge_row(workspace, block, row, worker, deferred);
+  deferred.compute();
+}
+
 void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const Output& output = block.request->out;
   const int64_t k = block.request->k_out, output_row = block.first_row + row;
@@ -80,7 +138,8 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
     if (output.active) output.active[output_row] = -1;
     return;
   }
-  const Reservoir best = merge_reservoirs(workspace, block, row, worker);
+  Reservoir& best = reservoir(workspace, block, row, 0);
+  best.shrink_to_k();
   std::sort(best.keys, best.keys + best.size, std::greater<>());
   for (int64_t rank = 0; rank < best.size; ++rank) {
     out.activations[rank] = key_value(best.keys[rank]);
@@ -93,24 +152,34 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
 }
 
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,
-                       int64_t worker, const SparseFeatures& out) {
+                       int64_t worker) {
+  const SparseFeatures& out = block.request->sparse;
   const int64_t* row_begin = out.row_begin.const_data_ptr<int64_t>() + block.first_row + row;
   const int64_t count = row_begin[1] - row_begin[0];
-  if (count == 0) return;
   int64_t* features = out.features.mutable_data_ptr<int64_t>() + row_begin[0];
   float* activations = out.activations.mutable_data_ptr<float>() + row_begin[0];
+  int64_t found = 0;
   if (!margin(workspace, block, row).is_finite()) {
-    features[0] = 0;
-    activations[0] = quiet_nan;
+    found = 1;
+    if (count > 0) {
+      features[0] = 0;
+      activations[0] = quiet_nan;
+    }
   } else if (block.k > 0) {
-    const Reservoir best = merge_reservoirs(workspace, block, row, worker);
+    Reservoir& best = reservoir(workspace, block, row, 0);
+    best.shrink_to_k();
     std::sort(best.keys, best.keys + best.size,
               [](uint64_t a, uint64_t b) { return key_feature(a) < key_feature(b); });
-    for (int64_t i = 0; i < std::min(best.size, count); ++i) {
+    found = best.size;
+    for (int64_t i = 0; i < std::min(found, count); ++i) {
       features[i] = key_feature(best.keys[i]);
       activations[i] = key_value(best.keys[i]);
     }
+  } else {
+    for (int64_t i = 0; i < workspace.plan.workers; ++i)
+      found += reservoir(workspace, block, row, i).written;
   }
+  if (found != count) workspace.workers[worker].counters->contradicted = block.layer;
 }
 
 }  // namespace sparse_transcoder::cpu

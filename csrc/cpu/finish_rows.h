@@ -5,14 +5,20 @@
 
 namespace sparse_transcoder::cpu {
 
-// Writes one row of request.out: the best features by rank, then the lowest of the others with
-// activation 0.
+// Brings the best of the rows [first, last) together, in the reservoirs of worker 0, and computes
+// what is deferred of them, feature by feature.
+void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first, int64_t last,
+                int64_t worker);
+
+// Writes one merged row of request.out: the best features by rank, then the lowest of the others
+// with activation 0.
 void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker);
 
-// Writes the entries of one row that its WriteCollector has not written: all of a top-k coder's,
-// and the one of a row that is not finite.
+// Writes the entries of one row of request.sparse that its WriteCollector has not written: all of a
+// top-k coder's, whose row is merged, and the one of a row that is not finite. A row that has other
+// entries than were counted contradicts itself.
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,
-                       int64_t worker, const SparseFeatures& out);
+                       int64_t worker);
 
 // Active features of a row that is finite.
 int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t row);

@@ -76,18 +76,20 @@ struct Reservoir {
       drop_beaten();
       if (deferred_count > capacity - (capacity - k) / 2) return false;
     }
-    if (!(feature.upper < deferred_kth_best)) deferred[deferred_count++] = feature;
+    if (!(feature.upper < min_activation())) deferred[deferred_count++] = feature;
     return true;
   }
 
   // Drops the deferred features that k others surely beat.
   void drop_beaten() {
-    if (deferred_count <= k) return;
-    std::nth_element(
-        deferred, deferred + k - 1, deferred + deferred_count,
-        [](const DeferredFeature& a, const DeferredFeature& b) { return a.lower > b.lower; });
-    deferred_kth_best = std::max(deferred_kth_best, deferred[k - 1].lower);
-    const auto beaten = [this](const DeferredFeature& f) { return f.upper < deferred_kth_best; };
+    if (deferred_count > k) {
+      std::nth_element(
+          deferred, deferred + k - 1, deferred + deferred_count,
+          [](const DeferredFeature& a, const DeferredFeature& b) { return a.lower > b.lower; });
+      deferred_kth_best = std::max(deferred_kth_best, deferred[k - 1].lower);
+    }
+    const float min = min_activation();
+    const auto beaten = [min](const DeferredFeature& f) { return f.upper < min; };
     deferred_count = std::remove_if(deferred, deferred + deferred_count, beaten) - deferred;
   }
 };

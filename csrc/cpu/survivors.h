@@ -26,70 +26,68 @@ class Survivor {
   uint32_t feature_;  // << 1 | ambiguous
 };
 
-// Consecutive features: a panel, or a wider tile of the float32 screen.
+// Consecutive features: a panel, several of them, or a tile of the float32 screen.
 struct Tile {
   int64_t first, count;
 };
 
-struct SurvivorList {
-  Survivor* pairs;
-  int64_t size;
-
-  void push(Survivor pair) { pairs[size++] = pair; }
-
-  // How many pairs from position i on share one feature, at most dot_rows.
-  int64_t run_length(int64_t i) const {
-    const int64_t max = std::min(size - i, dot_rows), feature = pairs[i].feature();
-    int64_t length = 1;
-    while (length < max && pairs[i + length].feature() == feature) ++length;
-    return length;
-  }
-};
-
-// The survivors of the last panels. What the screen lets through is `incoming`. One panel later it
-// is `screened` and waits for the int16 stage; another panel later it is `rescreened` and waits to
-// be computed exactly. Meanwhile what these stages read of it is on its way from memory.
-class SurvivorQueue {
+// Pairs of one RowBlock.
+class SurvivorList {
  public:
-  // storage [3, capacity]; positions is scratch for a tile's features.
-  SurvivorQueue(Survivor* storage, int64_t capacity, uint32_t* positions)
-      : capacity_(capacity),
-        incoming_{storage, 0},
-        screened_{storage + capacity, 0},
-        rescreened_{storage + 2 * capacity, 0},
-        positions_(positions) {}
+  // A pass of sort_by_feature tells this many features apart.
+  static constexpr int sort_bits = 9;
+  static constexpr int64_t sort_width = 1 << sort_bits;
 
-  SurvivorList& incoming() { return incoming_; }
-  SurvivorList& screened() { return screened_; }
-  SurvivorList& rescreened() { return rescreened_; }
-  bool has_room(int64_t count) const { return incoming_.size + count <= capacity_; }
+  // storage [2, capacity], and positions [sort_width], which is scratch.
+  SurvivorList(Survivor* storage, int64_t capacity, uint32_t* positions)
+      : capacity_(capacity), pairs_(storage), others_(storage + capacity), positions_(positions) {}
 
-  // Moves every pair one stage on. The pairs coming in are of this tile; none may be rescreened.
-  void advance(Tile tile) {
-    group_incoming(tile, rescreened_);
-    std::swap(rescreened_, screened_);
+  int64_t size() const { return size_; }
+  bool has_room(int64_t count) const { return size_ + count <= capacity_; }
+  void push(Survivor pair) { pairs_[size_++] = pair; }
+  void shrink(int64_t size) { size_ = size; }
+  Survivor& operator[](int64_t i) { return pairs_[i]; }
+  const Survivor& operator[](int64_t i) const { return pairs_[i]; }
+
+  // What is read of a feature serves all of its rows. The rows of a feature keep their order. Every
+  // pair's feature must be in the tile.
+  void sort_by_feature(Tile tile) {
+    for (int shift = 0; shift == 0 || tile.count >> shift > 0; shift += sort_bits)
+      sort_by([&](const Survivor& pair) {
+        return (pair.feature() - tile.first) >> shift & (sort_width - 1);
+      });
   }
-  // Moves the pairs coming in to the last stage at once. No other pair may be in the queue.
-  void advance_to_end(Tile tile) { group_incoming(tile, rescreened_); }
+
+  // Calls take(first, count, next) for runs of at most dot_rows pairs that share a feature. `next`
+  // is the feature after it in the list, or the same one where its weights need not be fetched.
+  template <typename Take>
+  void for_runs(const Take& take) const {
+    for (int64_t first = 0, end = 0; first < size_; first = end) {
+      const int64_t feature = pairs_[first].feature();
+      while (end < size_ && pairs_[end].feature() == feature) ++end;
+      int64_t next = end < size_ ? pairs_[end].feature() : feature;
+      for (int64_t i = first; i < end; i += dot_rows) {
+        take(i, std::min(dot_rows, end - i), next);
+        next = feature;
+      }
+    }
+  }
 
  private:
-  // Moves pairs of a tile by feature, so that what is read of a feature serves many rows. The rows
-  // of a feature keep their order.
-  void group_incoming(Tile tile, SurvivorList& to) {
-    std::fill(positions_, positions_ + tile.count, 0);
-    const auto position = [&](const Survivor& pair) -> uint32_t& {
-      return positions_[pair.feature() - tile.first];
-    };
-    for (int64_t i = 0; i < incoming_.size; ++i) ++position(incoming_.pairs[i]);
-    for (int64_t f = 0, sum = 0; f < tile.count; ++f)
-      sum += std::exchange(positions_[f], static_cast<uint32_t>(sum));
-    for (int64_t i = 0; i < incoming_.size; ++i)
-      to.pairs[position(incoming_.pairs[i])++] = incoming_.pairs[i];
-    to.size = std::exchange(incoming_.size, 0);
+  // A stable pass. digit(pair) is less than sort_width.
+  template <typename Digit>
+  void sort_by(const Digit& digit) {
+    std::fill(positions_, positions_ + sort_width, 0);
+    for (int64_t i = 0; i < size_; ++i) ++positions_[digit(pairs_[i])];
+    for (int64_t p = 0, sum = 0; p < sort_width; ++p)
+      sum += std::exchange(positions_[p], static_cast<uint32_t>(sum));
+    for (int64_t i = 0; i < size_; ++i) others_[positions_[digit(pairs_[i])]++] = pairs_[i];
+    std::swap(pairs_, others_);
   }
 
   const int64_t capacity_;
-  SurvivorList incoming_, screened_, rescreened_;
+  int64_t size_ = 0;
+  Survivor *pairs_, *others_;
   uint32_t* positions_;
 };
 

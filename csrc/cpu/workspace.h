@@ -31,12 +31,11 @@ struct Plan {
   bool lanes_chosen = false;
 
   int64_t survivor_capacity() const {
-    return std::max(max_block_rows * panel_features, tile_features);
+    return std::max(max_block_rows * panel_features * 3 / 2, tile_features);
   }
   int64_t score_count() const {
     return std::max(tile_rows * tile_features, max_block_rows * panel_features);
   }
-  int64_t product_count() const { return int16_stride == 0 ? 0 : survivor_capacity(); }
 };
 
 // How far a row's scores are from its exact dot products.
@@ -52,11 +51,10 @@ struct RowMargin {
 // What one worker needs for itself.
 struct WorkerBuffers {
   float* scores;                     // [plan.score_count()]
-  int64_t* products;                 // [plan.product_count()] int16 products of the pairs of a list
   uint32_t* candidates;              // [tile_features]
-  uint32_t* positions;               // [tile_features]
+  uint32_t* positions;               // [SurvivorList::sort_width]
   uint64_t* masks;                   // [max_block_rows] int8 survivors of a panel
-  Survivor* survivors;               // [3, plan.survivor_capacity()]
+  Survivor* survivors;               // [2, plan.survivor_capacity()]
   int16_t* int16_panel;              // [64, int16_stride]
   float* rotated;                    // [int8_inputs]
   uint64_t* merged_keys;             // [workers, capacity]

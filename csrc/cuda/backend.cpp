@@ -28,7 +28,7 @@ class CudaBackend : public Backend {
   CudaBackend(const std::vector<const Layer*>& layers, const Options& options, at::Device device);
 
   void encode(const std::vector<Request>& requests, Explanation* explanation) const override;
-  SparseFeatures encode_sparse(const Request& request) const override;
+  std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests) const override;
   Memory memory() const override;
 
  private:
@@ -37,6 +37,7 @@ class CudaBackend : public Backend {
     return {request, &layers_.at(request.layer->id)};
   }
 
+  SparseFeatures encode_sparse(const Request& request) const;
   // Encodes rows [1, rows, H] of one layer with room for k features each.
   Features encode_some(CudaStreams& streams, const cuda::PreparedLayer& layer,
                        const at::Tensor& some, int64_t k) const;
@@ -103,6 +104,12 @@ Features CudaBackend::encode_some(CudaStreams& streams, const cuda::PreparedLaye
   return out;
 }
 
+std::vector<SparseFeatures> CudaBackend::encode_sparse(std::vector<Request> requests) const {
+  std::vector<SparseFeatures> found;
+  for (const Request& request : requests) found.push_back(encode_sparse(request));
+  return found;
+}
+
 // Two passes: all rows are counted, then written chunk by chunk. Waits for the counts.
 SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
   refuse_capture();
@@ -114,8 +121,8 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
                     at::IntArrayRef(given.strides), at::device(layer.device).dtype(given.dtype))
           .reshape({1, rows, layer.hidden_size});
   const auto streams = pool_->borrow();
-  const at::Tensor fractions =
-      encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0).to(at::kCPU);
+  const at::Tensor sparsity = encode_some(*streams, layer, hidden, 1).sparsity.nan_to_num(0),
+                   fractions = sparsity.to(at::kCPU);
   // Room for the largest count of rows, rounded up past the float32 rounding of the fraction.
   const auto room = [&](const at::Tensor& some) {
     const double fraction = some.max().item<double>();
@@ -135,6 +142,8 @@ SparseFeatures CudaBackend::encode_sparse(const Request& request) const {
     const int64_t count = std::min(options_.chunk_size, rows - first);
     const Features top = encode_some(writers, layer, hidden.narrow(1, first, count),
                                      room(fractions.narrow(0, first, count)));
+    TORCH_CHECK_VALUE(at::equal(top.sparsity.nan_to_num(0), sparsity.narrow(0, first, count)),
+                      layer.changed());
     const at::Tensor broken = at::isnan(top.activations.narrow(1, 0, 1)),
                      kept = top.activations > 0;
     kept.narrow(1, 0, 1).logical_or_(broken);

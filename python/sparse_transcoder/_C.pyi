@@ -210,6 +210,10 @@ class Engine:
     """
     def __init__(self, weights: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, LayerWeights], *, top_k: typing.SupportsInt | typing.SupportsIndex, activation_threshold: typing.SupportsFloat | typing.SupportsIndex, chunk_size: typing.SupportsInt | typing.SupportsIndex, lanes: typing.SupportsInt | typing.SupportsIndex, screening: Screening, use_graphs: bool, device_weight_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+    def check_unchanged(self, layer: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Raises ValueError where a layer's weights were changed since the engine was built.
+        """
     def decode(self, layer: typing.SupportsInt | typing.SupportsIndex, activations: torch.Tensor, indices: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         """
         Reconstruction from top-k features.
@@ -229,6 +233,10 @@ class Engine:
     def encode_sparse(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> SparseFeatures:
         """
         Every active feature of one layer's hidden states.
+        """
+    def encode_sparse_all(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, SparseFeatures]:
+        """
+        Every active feature of many layers at once.
         """
     def explain(self, layer: typing.SupportsInt | typing.SupportsIndex, hidden: torch.Tensor) -> Explanation:
         """

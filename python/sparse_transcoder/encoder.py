@@ -18,7 +18,7 @@ from .live import Monitor, Step, attach, changes_of, intervene, resolved
 from .places import Decoder, decoder
 from .probe import Place
 from .prompts import Exclude, excluded, prompts_of
-from .weights import TranscoderWeights, to_native
+from .weights import TranscoderWeights, tensors_of, to_native
 
 
 class LayerFeatures(TypedDict):
@@ -59,6 +59,12 @@ class SparseTranscoderEncoder:
     Methods may be called from many threads at once, and the interpreter lock is released during the
     work. An encoder can be pickled and deep-copied: its weights and options travel, and a new
     engine is built from them. ``copy.copy`` shares the weights.
+
+    Weights must stay as they are while an encoder holds them: copies and bounds are made of them
+    when it is built. After a change, every method that uses the layer raises ValueError: build a
+    new encoder. Changes are seen by the tensors' version counters and by what they are. Inference
+    tensors count nothing, nor does writing through ``.data`` or NumPy: this is seen on the CPU
+    where most of a tensor changes, and not on CUDA.
 
     Args:
         transcoders: {layer: weights}.
@@ -128,6 +134,7 @@ class SparseTranscoderEncoder:
             if self.device_weight_bytes is None
             else self.device_weight_bytes,
         )
+        self._tensors = {layer: tensors_of(weights) for layer, weights in named.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -165,6 +172,7 @@ class SparseTranscoderEncoder:
             >>> encoder.encode_layer(12, hidden)["indices"]  # [B, T, top_k]
         """
         layer = check.integer("layer_idx", layer_idx)
+        self._check_fields(layer)
         return _result(layer, self._engine.encode(layer, check.tensor(layer, hidden)))
 
     def encode_chunked(self, layer_idx: int, hidden: torch.Tensor) -> LayerFeatures:
@@ -191,6 +199,8 @@ class SparseTranscoderEncoder:
         if unknown:
             names = ", ".join(map(str, unknown))
             warnings.warn(f"no transcoder for layers {names}: not encoded", stacklevel=2)
+        for layer in known.intersection(hidden):
+            self._check_fields(layer)
         encoded = self._engine.encode_all(
             {layer: check.tensor(layer, hidden[layer]) for layer in hidden if layer in known}
         )
@@ -207,6 +217,7 @@ class SparseTranscoderEncoder:
             that such tensors are in beta.
         """
         layer = check.integer("layer_idx", layer_idx)
+        self._check_fields(layer)
         found = self._engine.encode_sparse(layer, check.tensor(layer, hidden))
         return found.to_csr(self._transcoders[layer].W_enc.shape[0])
 
@@ -234,14 +245,21 @@ class SparseTranscoderEncoder:
 
         Raises:
             KeyError: the layer has no transcoder.
-            ValueError: the layer has no decoder, or shapes do not fit.
+            ValueError: the layer has no decoder, shapes do not fit, or the features are of another
+                layer.
         """
         layer = check.integer("layer_idx", layer_idx)
+        self._check_fields(layer)
         x = None if hidden is None else check.tensor(layer, hidden)
         expected = f"layer {layer}: features must be an encode result or sparse CSR"
         if isinstance(features, torch.Tensor):
             if features.layout != torch.sparse_csr:
                 raise TypeError(f"{expected}, got {features.layout}")
+            count = self._transcoder(layer).W_enc.shape[0]
+            if features.ndim != 2 or features.shape[1] != count:
+                raise ValueError(
+                    f"layer {layer}: features must be [N, {count}], got {list(features.shape)}"
+                )
             parts = (features.crow_indices(), features.col_indices(), features.values())
             y = self._engine.decode_sparse(layer, _C.SparseFeatures(*parts), x)
         elif isinstance(features, Mapping):
@@ -249,6 +267,11 @@ class SparseTranscoderEncoder:
                 names = list(features)
                 raise ValueError(
                     f"layer {layer}: features must hold activations and indices, got {names}"
+                )
+            if features.get("layer", layer) != layer:
+                raise ValueError(
+                    f"layer {layer}: features must be of this layer, got those of layer "
+                    f"{features['layer']}"
                 )
             activations = check.tensor(layer, features["activations"], "activations")
             indices = check.tensor(layer, features["indices"], "indices")
@@ -282,9 +305,16 @@ class SparseTranscoderEncoder:
             One dict per feature: ``node_id`` ("{layer}_{feature}_{ctx_idx}", with "{batch}" after
             the layer when B > 1), ``feature`` (int), ``layer`` (str), ``batch_idx``, ``ctx_idx``,
             ``feature_type``, ``influence`` and ``activation`` (both are the activation).
+
+        Raises:
+            ValueError: the layers' hidden states differ in B or T.
         """
         limit = check.positive("top_k_global", top_k_global)
         encoded = self.encode_all_layers(hidden_states)
+        rows = {tuple(e["sparsity"].shape) for e in encoded.values()}
+        if len({shape if len(shape) == 2 else (1, *shape) for shape in rows}) > 1:
+            shapes = ", ".join(f"{layer}: {list(hidden_states[layer].shape)}" for layer in encoded)
+            raise ValueError(f"hidden_states must be of the same prompts, got {shapes}")
         # The strongest of each layer, in the order of the tie rule: rows ascend, and among equals
         # of a row features ascend.
         found: list[tuple[float, int, int, int, int, bool]] = []
@@ -491,6 +521,16 @@ class SparseTranscoderEncoder:
             for layer in wanted
         }
         _tell("read", [differs for _, differs in found.values()])
+        others = [
+            f"layer {layer} has those of layer {weights.layer}"
+            for layer, weights in ((layer, self._transcoders[layer]) for layer in wanted)
+            if weights.layer not in (0, layer)  # 0 may be a layer that nobody said
+        ]
+        if others:
+            warnings.warn(
+                f"transcoders are used in other layers than their own: {'; '.join(others)}",
+                stacklevel=3,
+            )
         return {layer: place for layer, (place, _) in found.items()}
 
     def feature_vector(self, layer: int, feature: int) -> torch.Tensor | dict[int, torch.Tensor]:
@@ -544,7 +584,18 @@ class SparseTranscoderEncoder:
         if layer not in self._transcoders:
             known = ", ".join(map(str, self.layers))
             raise KeyError(f"layer {layer}: there is no transcoder for it, only for layers {known}")
+        self._check_fields(layer)
+        self._engine.check_unchanged(layer)
         return self._transcoders[layer]
+
+    def _check_fields(self, layer: int) -> None:
+        """Refuse weights whose fields hold other tensors than those that the engine has."""
+        for name, tensor in self._tensors.get(layer, ()):
+            if getattr(self._transcoders[layer], name) is not tensor:
+                raise ValueError(
+                    f"layer {layer}: {name} must stay as it was when the encoder was built, it is "
+                    "another tensor now; build a new encoder"
+                )
 
     def _written(
         self, layer: int, features: list[int], strengths: list[float]
@@ -560,7 +611,8 @@ class SparseTranscoderEncoder:
                 )
         columns = torch.tensor(features, dtype=torch.int64, device=W_dec.device)
         directions = W_dec.detach().index_select(1, columns).float()
-        return self._by_layer(layer, directions @ directions.new_tensor(strengths))
+        with torch.autocast(directions.device.type, enabled=False):
+            return self._by_layer(layer, directions @ directions.new_tensor(strengths))
 
     def _by_layer(
         self, layer: int, written: torch.Tensor

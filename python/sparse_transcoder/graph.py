@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import _arguments as check
 from .prompts import Exclude, excluded
 
 VIEWER_LAYERS = 27
@@ -48,6 +49,7 @@ def graph_json(
     links: Iterable[tuple[str, str, float]] = (),
     token_ids: Sequence[int] | torch.Tensor | Mapping[str, Any] | None = None,
     logits: Iterable[tuple[int, str, float]] = (),
+    errors: Iterable[tuple[int, int]] = (),
     n_layers: int | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     prompt: str | None = None,
@@ -77,14 +79,18 @@ def graph_json(
             embedding node ``E_{id}_{ctx_idx}``.
         logits: (token id, token, probability) of each predicted token, the target first. Each adds
             a node ``{n_layers + 1}_{id}_{T - 1}``.
-        n_layers: the number of the model's layers. None counts up to the last layer of a feature.
+        errors: (layer, ctx_idx) of each place whose reconstruction error takes part. Each adds a
+            node ``0_{layer}_{ctx_idx}``; circuit-tracer's ids of these are like those of layer 0's
+            features, so that feature 0_3_5 and the error of layer 3 at 5 cannot both be there.
+        n_layers: the number of the model's layers. None counts up to the last layer of a feature
+            or error.
         labels: {(layer, feature): text} for ``clerp``.
         prompt: the text. None joins the tokens.
         node_threshold: the pruning that the viewer starts with, 0 to 1.
         batch_idx: the prompt to take, where the features come from several.
         exclude: positions whose features, and the links of these, are left out: a mask [T] that is
             true there, a set of ids among ``token_ids``, or "special", which is what a tokenizer's
-            result marks. Their embedding nodes stay.
+            result marks. So are errors there; the embedding nodes stay.
 
     Raises:
         ValueError: features come from several prompts and ``batch_idx`` is None, a position is
@@ -106,11 +112,20 @@ def graph_json(
     if node_threshold is not None and not 0 <= node_threshold <= 1:
         raise ValueError(f"node_threshold must be 0 to 1, got {node_threshold}")
     ids = [] if token_ids is None else _ids(token_ids, len(tokens))
+    places = [(check.integer("layer", i), check.integer("ctx_idx", j)) for i, j in errors]
+    for layer, position in places:
+        if layer < 0 or not 0 <= position < len(tokens):
+            raise ValueError(
+                f"an error's layer must be at least 0 and its ctx_idx 0 to {len(tokens) - 1}, "
+                f"got {layer} and {position}"
+            )
     dropped: set[str] = set()
     if exclude is not None:
         out = excluded(exclude, (1, len(tokens)), token_ids)[0].nonzero().flatten().tolist()
         left = [f for f in chosen if int(f["ctx_idx"]) not in out]
         dropped, chosen = {_id_of(f) for f in chosen} - {_id_of(f) for f in left}, left
+        dropped |= {_error_id(*place) for place in places if place[1] in out}
+        places = [place for place in places if place[1] not in out]
 
     nodes = [
         _feature_node(f, share, len(tokens), labels or {})
@@ -118,14 +133,25 @@ def graph_json(
     ]
     nodes += [
         _node(
+            _error_id(layer, position),
+            f"{layer}_{position}-0",
+            -1,
+            str(layer),
+            position,
+            "mlp reconstruction error",
+        )
+        for layer, position in places
+    ]
+    nodes += [
+        _node(
             f"E_{token}_{position}", f"E_{token}-{position}", position, "E", position, "embedding"
         )
         for position, token in enumerate(ids)
     ]
-    last = max((int(f["layer"]) for f in chosen), default=-1)
+    last = max([int(f["layer"]) for f in chosen] + [layer for layer, _ in places], default=-1)
     count = last + 1 if n_layers is None else n_layers
     if count <= last:
-        raise ValueError(f"n_layers must be above the features' last layer {last}, got {n_layers}")
+        raise ValueError(f"n_layers must be above the graph's last layer {last}, got {n_layers}")
     end = len(tokens) - 1
     for rank, (token, text, probability) in enumerate(logits):
         if end < 0:
@@ -206,6 +232,10 @@ def _ids(token_ids: Any, count: int) -> list[int]:
 
 def _id_of(entry: Mapping[str, Any]) -> str:
     return node_id(int(entry["layer"]), int(entry["feature"]), int(entry["ctx_idx"]))
+
+
+def _error_id(layer: int, ctx_idx: int) -> str:
+    return f"0_{layer}_{ctx_idx}"
 
 
 def cantor_pair(layer: int, feature: int) -> int:

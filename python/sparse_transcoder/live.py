@@ -316,6 +316,10 @@ def intervene(
 
     def delta(target: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def of(tensor: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(tensor.device.type, enabled=False):
+                return exact(tensor)
+
+        def exact(tensor: torch.Tensor) -> torch.Tensor:
             total = torch.zeros((), device=tensor.device)
             for change in changes:
                 if target not in change.directions:

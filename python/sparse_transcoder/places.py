@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .probe import (
     HOOKS,
@@ -196,7 +198,26 @@ def decoder(model: Any) -> Decoder:
     if known is None or known[0] != now:
         known = now, probe(model)
         _known[model] = known
+    if (name := _dropping(model)) is not None:
+        warnings.warn(
+            f"the model is in training mode: dropout in {name} makes its hidden states random; "
+            "call model.eval()",
+            stacklevel=4,
+        )
     return Decoder(model, known[1])
+
+
+def _dropping(model: nn.Module) -> str | None:
+    """The first module that drops something while it runs, by a module's p or an attribute such as
+    attention_dropout."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        for attribute, value in vars(module).items():
+            drops = attribute == "p" if isinstance(module, _DropoutNd) else "drop" in attribute
+            if drops and isinstance(value, float) and value > 0:
+                return name or type(module).__name__
+    return None
 
 
 def _changes(scale: torch.Tensor) -> int:

@@ -15,9 +15,10 @@ from . import _arguments as check
 class TranscoderWeights:
     """The transcoder of one layer, for F features and hidden states of size H.
 
-    Tensors are float32, bfloat16 or float16. They are shared with the caller and never copied. The
-    activation kind is relu; it is jumprelu when ``threshold`` is given, and top-k when ``k`` is
-    given. The weights can be pickled and deep-copied.
+    Tensors are float32, bfloat16 or float16. They are shared with the caller and never copied, and
+    must not be changed while an encoder holds them. The activation kind is relu; it is jumprelu
+    when ``threshold`` is given, and top-k when ``k`` is given. The weights can be pickled and
+    deep-copied.
     """
 
     W_enc: torch.Tensor
@@ -67,6 +68,7 @@ class TranscoderWeights:
 
 
 _NATIVE_FIELDS = [f.name for f in dataclasses.fields(TranscoderWeights) if f.name != "layer"]
+_NO_TENSORS = ("k", "write_layers", "hook_in", "hook_out", "source")
 
 
 def from_native(layer: int, weights: _C.LayerWeights) -> TranscoderWeights:
@@ -76,6 +78,11 @@ def from_native(layer: int, weights: _C.LayerWeights) -> TranscoderWeights:
 
 def to_native(layer: int, weights: TranscoderWeights) -> _C.LayerWeights:
     return _C.LayerWeights(**checked_fields(layer, weights))
+
+
+def tensors_of(weights: TranscoderWeights) -> list[tuple[str, torch.Tensor | None]]:
+    """The fields that are tensors or may be, by name."""
+    return [(name, getattr(weights, name)) for name in _NATIVE_FIELDS if name not in _NO_TENSORS]
 
 
 def checked_fields(layer: int, weights: TranscoderWeights) -> dict[str, Any]:

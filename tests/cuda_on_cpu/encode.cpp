@@ -123,8 +123,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_sparse(const at::Tensor& h
   options.device_weight_bytes = streamed ? 0 : int64_t{1} << 40;
   const Layer layer = make_layer(0, weights, options);
   const Streams at_once({});
-  const SparseFeatures found =
-      make_cuda_backend({&layer}, options, at::kCPU)->encode_sparse({&layer, view_of(hidden)});
+  const SparseFeatures found = make_cuda_backend({&layer}, options, at::kCPU)
+                                   ->encode_sparse({{&layer, view_of(hidden)}})
+                                   .front();
   return {found.row_begin, found.features, found.activations};
 }
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from checkpoints import load
+from oracle import normal
+from safetensors.torch import save_file
 from sparse_transcoder import load_transcoders
 from sparse_transcoder.formats.hub import local_folder
 from test_gemma_scope import gemma_scope
@@ -118,3 +120,115 @@ def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"org/name: .* pip install sparse_transcoder\[hub\]"):
         load_transcoders("org/name")
+
+
+def listing(folder, *entries, more=""):
+    folder.mkdir()
+    lines = ["model_kind: transcoder_set", "feature_input_hook: hook_resid_mid", "transcoders:"]
+    lines += [f'- "{entry}"' for entry in entries]
+    (folder / "config.yaml").write_text(
+        "\n".join([*lines, "feature_output_hook: hook_mlp_out", more])
+    )
+    return str(folder)
+
+
+def native_layer(path, i, skip):
+    made = {"W_enc": normal(30, 8, seed=i), "b_enc": normal(30, seed=i), "b_dec": normal(8, seed=i)}
+    made["W_dec"] = normal(30, 8, seed=i + 1)
+    if skip:
+        made["W_skip"] = normal(8, 8, seed=i + 2)
+        made["activation_function.threshold"] = normal(30, seed=i + 3).abs()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(made, path)
+    return made
+
+
+CHECKED = """
+import json, sys, warnings
+from sparse_transcoder import load_transcoders
+warnings.simplefilter("error")
+for folder in sys.argv[1:]:
+    try:
+        out = {}
+        for layer, w in load_transcoders(folder, device="cpu").items():
+            there = {n: t for n, t in vars(w).items() if hasattr(t, "dim")}
+            sums = {n: float(t.double().abs().sum()) for n, t in there.items()}
+            shapes = [list(w.W_enc.shape), list(w.W_dec.shape)]
+            out[layer] = [w.hook_in, w.hook_out, w.k, *shapes, sums]
+    except Exception as error:
+        out = [type(error).__name__, str(error)]
+    print(json.dumps(out))
+"""
+
+
+def test_a_list_of_files_of_the_hub(tmp_path, monkeypatch):
+    """Files of several layouts and revisions; the order is that of the layers."""
+    monkeypatch.setattr(sys.modules[__name__], "LOADER", CHECKED)
+    written = {}
+
+    def first(root):
+        written["npz"] = gemma_scope(root, 0, 30, 8)
+        written["plain"] = native_layer(root / "sub" / "layer_1.safetensors", 1, False)
+
+    def old(root):
+        written["skip"] = native_layer(root / "layer_2.safetensors", 2, True)
+
+    cached(tmp_path, first)
+    cached(tmp_path, old, OTHER, "v1")
+    npz = next(p for p in (tmp_path / "hub").rglob("params.npz")).relative_to(
+        tmp_path / "hub/models--org--name/snapshots" / SHA
+    )
+    entries = (
+        f"hf://org/name/{npz.as_posix()}",
+        "hf://org/name/sub/layer_1.safetensors",
+        "hf://org/name/layer_2.safetensors?revision=v1",
+    )
+    folders = [
+        listing(tmp_path / "all", *entries),
+        listing(tmp_path / "topk", entries[0], entries[1], more="activation: topk\nk: 7\n"),
+    ]
+    whole, topk = outcomes(tmp_path, *folders)
+    assert list(whole) == ["0", "1", "2"]
+
+    def total(tensor):
+        return float(tensor.double().abs().sum())
+
+    for layer, key in ((1, "plain"), (2, "skip")):
+        hook_in, hook_out, k, encoder, decoder, sums = whole[str(layer)]
+        assert (hook_in, hook_out, k) == ("hook_resid_mid", "hook_mlp_out", None)
+        assert (encoder, decoder) == ([30, 8], [8, 30])
+        names = {"activation_function.threshold": "threshold"}
+        assert sums == {names.get(n, n): total(t) for n, t in written[key].items()}
+    assert whole["0"][:2] == ["hook_resid_mid", "hook_mlp_out"]
+    assert whole["0"][5]["W_enc"] == total(written["npz"].W_enc) and "threshold" in whole["0"][5]
+    assert topk["1"][2] == 7
+
+
+def test_lists_that_cannot_be_had(tmp_path):
+    cached(tmp_path, lambda root: native_layer(root / "layer_0.safetensors", 0, False))
+    there = "hf://org/name/layer_0.safetensors"
+    cases = {
+        "hf://org/name/layer_5.safetensors": ("FileNotFoundError", "no such file"),
+        "hf://org/other/layer_0.safetensors": ("FileNotFoundError", "org/other"),
+        "hf://org/name": ("ValueError", "must be hf://org/name/file"),
+        "hf://org/name/../layer_0.safetensors": ("ValueError", "must be hf://org/name/file"),
+        "../layer_0.safetensors": ("ValueError", "must be hf:// or inside this folder"),
+        "/etc/layer_0.safetensors": ("ValueError", "must be hf:// or inside this folder"),
+        "layer_1.safetensors": ("FileNotFoundError", "there is no such file"),
+    }
+    folders = [listing(tmp_path / str(i), there, entry) for i, entry in enumerate(cases)]
+    for (kind, words), (error, text) in zip(
+        cases.values(), outcomes(tmp_path, *folders), strict=True
+    ):
+        assert error == kind and words in text and "\n" not in text, text
+
+
+def test_a_file_in_another_layers_place_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LOADER", CHECKED)  # warnings are errors there
+    cached(tmp_path, lambda root: native_layer(root / "layer_7.safetensors", 0, False))
+    local = tmp_path / "local"
+    native_layer(local / "layer_7.safetensors", 0, False)
+    (local / "config.yaml").write_text("transcoders:\n  - layer_7.safetensors\n")
+    hub = listing(tmp_path / "hub-list", "hf://org/name/layer_7.safetensors")
+    for error, text in outcomes(tmp_path, hub, str(local)):
+        assert error == "UserWarning" and "lists a file of layer 7 in another layer's place" in text

@@ -1,5 +1,7 @@
 """save_transcoders: what is written and refused. A set is there whole or not at all."""
 
+import dataclasses
+
 import pytest
 import torch
 from checkpoints import load
@@ -156,3 +158,24 @@ def test_dtypes_that_cannot_be_saved(tmp_path, dtype):
 def test_values_too_large_for_the_dtype(tmp_path):
     with pytest.raises(ValueError, match="layer 0: W_enc is not finite as float16"):
         save_transcoders({0: full(W_enc=1e6 * normal(F, H))}, tmp_path, torch.float16)
+
+
+def test_every_field_comes_back_or_is_refused(tmp_path):
+    """A field that is new in TranscoderWeights needs a value here, and a place in the layout."""
+    refused = {
+        "ln_weight": normal(H),
+        "ln_bias": normal(H),
+        "input_bias": normal(H),
+        "write_layers": 2,
+    }
+    elsewhere = {"layer", "source"}  # the file's name and the folder's
+    fields = {field.name for field in dataclasses.fields(TranscoderWeights)}
+    kept = {name for name in fields if getattr(full(), name) is not None} - {"write_layers"}
+    assert kept | set(refused) | elsewhere == fields
+    for name, value in refused.items():
+        with pytest.raises(ValueError):
+            save_transcoders({0: full(**{name: value})}, tmp_path / name)
+        assert not (tmp_path / name).exists()
+    save_transcoders({0: full()}, tmp_path / "kept")
+    got = load(tmp_path / "kept")[0]
+    assert all(same_bits(getattr(got, name), getattr(full(), name)) for name in kept - elsewhere)

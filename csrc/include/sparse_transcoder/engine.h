@@ -6,6 +6,7 @@
 //
 // An Engine is immutable: every method is const and may be called from many threads at once.
 // Weights are shared between callers; workspaces are borrowed from a pool for the length of a call.
+// Weights must stay as they are: after a change of them every call of their layer is refused.
 // Results are exact (float64 accumulation of the stored weights) and the same bit for bit whatever
 // the chunk size, the batch, the layers beside it, or the number of threads. A user's mistake
 // throws c10::ValueError, c10::TypeError, c10::IndexError (unknown layer) or FileNotFound: all are
@@ -52,6 +53,9 @@ class SPARSE_TRANSCODER_API Engine {
   // Every active feature, however many: no top_k. Memory beyond the result does not grow with the
   // number of rows.
   SparseFeatures encode_sparse(int64_t layer, const at::Tensor& hidden) const;
+  // Many layers at once, concurrently.
+  std::map<int64_t, SparseFeatures> encode_sparse(
+      const std::map<int64_t, at::Tensor>& hidden) const;
 
   // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers
   // one after the other): y = b_dec + sum over features of activation * W_dec[:, feature], plus x @
@@ -66,6 +70,11 @@ class SPARSE_TRANSCODER_API Engine {
 
   // Encodes on the CPU and tells how; the result is dropped.
   Explanation explain(int64_t layer, const at::Tensor& hidden) const;
+
+  // Throws c10::ValueError where a tensor of the layer was changed since the engine was built, as
+  // every call above does. What a tensor's version counter does not see (`.data`, other owners of
+  // its memory, inference mode) is seen on the CPU where most of it is changed, and not on CUDA.
+  void check_unchanged(int64_t layer) const;
 
   std::vector<int64_t> layers() const;
   const LayerWeights& weights(int64_t layer) const;

@@ -12,9 +12,9 @@
 
 namespace sparse_transcoder {
 
-// One layer's transcoder. Tensors are shared, never copied; an undefined tensor means "not
-// declared". F features, H hidden size. Matrices are float32, bfloat16 or float16; vectors any of
-// these.
+// One layer's transcoder. Tensors are shared, never copied, and must not be changed while an Engine
+// holds them; an undefined tensor means "not declared". F features, H hidden size. Matrices are
+// float32, bfloat16 or float16; vectors any of these.
 struct LayerWeights {
   at::Tensor W_enc;  // [F, H]
   at::Tensor b_enc;  // [F]

@@ -33,7 +33,8 @@ def load_transcoders(
     (cross-layer transcoders too), sparsify, SAELens, dictionary_learning, Llama Scope in its three
     forms, Qwen-Scope, Goodfire, qresearch and the reference project. The activation, thresholds,
     input bias, LayerNorm, skip connection and hook names are those that the checkpoint declares. A
-    variant that cannot be computed exactly is refused by name.
+    variant that cannot be computed exactly is refused by name. circuit-tracer's config.yaml may
+    list files of the Hugging Face hub, of any of these layouts.
 
     Files are memory-mapped, and only those of the layers asked for are opened. Layouts that store
     W_enc as [H, F] have it copied once to [F, H]. No file is unpickled unsafely.
@@ -61,8 +62,9 @@ def load_transcoders(
         TypeError: an argument has a wrong type.
 
     Warns:
-        UserWarning: a config has keys that are not known, or asks for what only the caller can do,
-            such as a model whose weights are changed when it is loaded. One warning names all.
+        UserWarning: a config has keys that are not known, lists a layer's file in the place of
+            another, or asks for what only the caller can do, such as a model whose weights are
+            changed when it is loaded. One warning names all.
 
     Example:
         >>> transcoders = load_transcoders("gemma-scope-2b-pt-transcoders", layers=[12, 13])

@@ -23,6 +23,7 @@ from . import (
     gemma_scope_2,
     gemma_scope_2_clt,
     goodfire,
+    listed,
     llama_scope,
     llama_scope_r1,
     llamascopium,
@@ -88,7 +89,11 @@ class Checkpoint:
 
     def _each(self, layers: list[int], loading: Loading) -> Iterator[tuple[int, TranscoderWeights]]:
         if not self.files:
-            yield from native.load_set(self.folder, layers, loading.device).items()
+            for layer, weights in native.load_set(self.folder, layers, loading.device).items():
+                told = layer_in(Path(weights.source).name)
+                if told is not None and told != layer:
+                    loading.tell(layer, listed.out_of_place(told))
+                yield layer, weights
             return
         chosen = {layer: self._file(layer) for layer in layers or sorted(self.files)}
         for layer, (layout, path) in chosen.items():
@@ -122,6 +127,8 @@ def find(folder: Path, layer: int | None = None, variant: str | None = None) -> 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
     names = frozenset(os.listdir(folder))
+    if variant is None and (entries := listed.entries_of(folder)):
+        return Checkpoint(folder, listed.NAME, listed.files_of(folder, entries, LAYOUTS), layer)
     if variant is None and _recognised(folder, names) is None and native.is_set(folder, names):
         return Checkpoint(folder, native.NAME, {}, layer)
 

@@ -342,12 +342,16 @@ def yaml_values(path: Path) -> dict[str, str]:
     for line in config_text(path).splitlines():
         key, _, value = line.partition(":")
         if re.fullmatch(r"\w+", key) and value[:1].isspace():
-            value = value.strip()
-            if quoted := re.match(r"\"([^\"]*)\"|'([^']*)'", value):
-                values[key] = quoted[1] or quoted[2] or ""
-            else:
-                values[key] = re.split(r"(?:^|\s)#", value)[0].strip()
+            values[key] = yaml_scalar(value)
     return values
+
+
+def yaml_scalar(value: str) -> str:
+    """A plain or quoted value, without the comment after it."""
+    value = value.strip()
+    if quoted := re.match(r"\"([^\"]*)\"|'([^']*)'", value):
+        return quoted[1] or quoted[2] or ""
+    return re.split(r"(?:^|\s)#", value)[0].strip()
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
