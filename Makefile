@@ -66,15 +66,17 @@ server: $(SERVER)
 	$(SERVER) --model "$(MODEL)" --transcoders examples/transcoders $(SERVER_OPTIONS)
 
 server-test: $(SERVER)
-	FEATURE_SERVER=$(SERVER) MODEL="$(MODEL)" HF_HUB_OFFLINE=1 $(BIN)/python $(SERVER_TEST)
+	FEATURE_SERVER=$(SERVER) MODEL="$(MODEL)" MALFORMED=$(MALFORMED) HF_HUB_OFFLINE=1 $(BIN)/python $(SERVER_TEST)
 
-# torch and llama.cpp are not instrumented: tests that compare models or watch threads are left out.
+# The server alone is instrumented: make asan tsan do so with the engine. Tests that compare models are left out.
+server-asan: sanitizers := address,undefined
+server-tsan: sanitizers := thread
 server-asan server-tsan: $(VENV)/.installed $(VENV)/.demo-tools $(LLAMA)
-	PATH="$(CURDIR)/$(BIN):$$PATH" examples/server/sanitize.sh $(@:server-%=%) "$(CURDIR)/$(LLAMA)"
-	FEATURE_SERVER=build/$@/feature_server MODEL="$(MODEL)" MALFORMED=$(MALFORMED) \
+	$(call build_server,build/$@,-DFEATURE_SERVER_SANITIZE=$(sanitizers))
+	FEATURE_SERVER=build/$@/feature_server MODEL="$(MODEL)" MALFORMED=$(MALFORMED) OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 HF_HUB_OFFLINE=1 \
-	  $(BIN)/python $(SERVER_TEST) -k "malformed or leaves or slow_reader or full_queue or sigterm or load or soak"
+	  $(BIN)/python $(SERVER_TEST) -k "malformed or leaves or slow_reader or full_queue or sigterm or under_load or drain or soak"
 
 server-soak: $(SERVER)
 	FEATURE_SERVER=$(SERVER) MODEL="$(MODEL)" SOAK=$(SOAK) $(BIN)/python $(SERVER_TEST) -s -k soak
@@ -146,12 +148,17 @@ $(LLAMA): | $(BUILT_WITH)
 	@echo "$$(sed -n 's/.*SHA256=//p' examples/server/CMakeLists.txt)  $@.tar.gz" | sha256sum --quiet -c
 	tar -xzf $@.tar.gz -C build && rm $@.tar.gz && touch $@
 
+# $(call build_server,folder,options): llama.cpp is built once in each folder.
+define build_server
+@echo "building llama.cpp and the server into $(1), about five minutes the first time ..."
+@PATH="$(CURDIR)/$(BIN):$$PATH"; mkdir -p $(1); \
+{ cmake -S examples/server -B $(1) -G Ninja -DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP="$(CURDIR)/$(LLAMA)" $(2) \
+    -DCMAKE_PREFIX_PATH="$$(python -c 'import sparse_transcoder as s; print(s.cmake_prefix_path)')" && \
+  cmake --build $(1) --target all minimal; } >$(1).log 2>&1 || { cat $(1).log; exit 1; }
+endef
+
 $(SERVER): $(VENV)/.installed $(VENV)/.demo-tools $(LLAMA) $(wildcard examples/server/*.cpp examples/server/*.h examples/server/page.*)
-	@echo "building llama.cpp and the server, about five minutes the first time ..."
-	@PATH="$(CURDIR)/$(BIN):$$PATH"; mkdir -p build/server; \
-	{ cmake -S examples/server -B build/server -G Ninja -DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP="$(CURDIR)/$(LLAMA)" \
-	    -DCMAKE_PREFIX_PATH="$$(python -c 'import sparse_transcoder as s; print(s.cmake_prefix_path)')" && \
-	  cmake --build build/server --target all minimal; } >build/server.log 2>&1 || { cat build/server.log; exit 1; }
+	$(call build_server,build/server)
 	@touch $@
 
 clean:

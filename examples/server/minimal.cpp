@@ -25,6 +25,7 @@ int main(int, char** arguments) {
   llama_model* model = llama_model_load_from_file(arguments[1], llama_model_default_params());
   llama_context_params params = llama_context_default_params();
   params.cb_eval = &on_tensor;
+  params.n_threads = params.n_threads_batch = 1;  // more need a pool that does not spin
   llama_context* context = llama_init_from_model(model, params);
   std::string text = arguments[3];
   std::vector<llama_token> tokens(text.size() + 1);
