@@ -112,4 +112,7 @@ def test_features_while_it_generates(model):
         with encoder.intervene(model, {LAYER: {7: 3.0}}):
             steered = seen(model, ids)["hook_resid_post"]
     direction = 3.0 * weights.W_dec[:, 7]
-    torch.testing.assert_close(steered - plain, direction.expand(5, H), rtol=1e-3, atol=1e-3)
+    # Releases of transformers differ in the dtype that they load a quantised model in.
+    tolerance = 1e-3 if steered.dtype == torch.float32 else 3e-2
+    moved = steered.float() - plain.float()
+    torch.testing.assert_close(moved, direction.expand(5, H), rtol=tolerance, atol=tolerance)
