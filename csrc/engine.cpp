@@ -108,6 +108,13 @@ std::string join(const std::map<int64_t, Layer>& layers) {
   return names.str();
 }
 
+// An empty list. It is the calling thread's, so that its capacity stays.
+std::vector<Request>& empty_requests() {
+  thread_local std::vector<Request> requests;
+  requests.clear();
+  return requests;
+}
+
 // The hidden states in memory. What torch negates when it is read is copied, and the copy is kept.
 Hidden in_memory(const at::Tensor& hidden, std::vector<at::Tensor>& kept) {
   return view_of(hidden.is_neg() ? kept.emplace_back(hidden.resolve_neg()) : hidden);
@@ -206,7 +213,7 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
 std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
   for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
   std::map<int64_t, Features> results;
-  std::vector<Request> requests;
+  std::vector<Request>& requests = empty_requests();
   std::vector<at::Tensor> kept;
   for (const auto& [id, rows] : hidden) {
     const Layer& layer = state_->layer(id);
@@ -219,9 +226,7 @@ std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& 
 }
 
 void Engine::encode(std::span<const LayerRows> layers, Explanation* explanation) const {
-  // Of the calling thread, so that its capacity stays.
-  thread_local std::vector<Request> requests;
-  requests.clear();
+  std::vector<Request>& requests = empty_requests();
   for (const LayerRows& rows : layers) {
     const Layer& layer = state_->unchanged_layer(rows.layer);
     check_rows(layer, rows);

@@ -147,8 +147,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_into(const at::Tensor& hid
   const Streams at_once({});
   std::vector<at::Tensor> counts = {at::zeros({1}, at::kLong)}, features, activations;
   make_cuda_backend({&layer}, options, at::kCPU)
-      ->encode_into({{&layer, hidden, std::min(top_k, layer.features)}}, {at::kUInt16, at::kHalf},
-                    [&](const SparseRows& rows) {
+      ->encode_into({{&layer, view_of(hidden), std::min(top_k, layer.features)}},
+                    {at::kUInt16, at::kHalf}, [&](const SparseRows& rows) {
                       counts.push_back(rows.features.row_begin.diff());
                       features.push_back(rows.features.features);
                       activations.push_back(rows.features.activations);
