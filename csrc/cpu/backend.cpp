@@ -152,8 +152,7 @@ void CpuBackend::for_batches(const std::vector<Request>& requests, const Workspa
         used = 0;
       }
       batch.push_back({&request, &layer, row, row_count, request.k_filled(),
-                       choose_screen(layer.copies, crossovers_, layer.hidden_size, row_count),
-                       used});
+                       choose_screen(layer.copies, crossovers_, row_count), used});
       used += row_count;
       row += row_count;
     }

@@ -75,27 +75,29 @@ class PanelScan {
     constexpr int64_t many_rows = 7;
     if (!last && block().row_count * screen().planes >= many_rows)
       prefetcher_.add(int8_.panel(panel.first + panel_features), int8_.layout.panel_bytes());
+    survivors_.for_features([&](int64_t feature) {
+      if (int16_.rows != nullptr)
+        prefetcher_.add(int16_.rows + feature * int16_.stride, 2 * int16_.stride);
+      else
+        prefetcher_.add(exact_.weights(feature), exact_.row_bytes());
+    });
     kernels_.screen_int8(
         {int8_.layout, int8_row(workspace_, block(), 0), block().row_count, screen().planes,
          int8_.panel(panel.first), bounds_.surely_out_below + panel.first},
         buffers_.masks, prefetcher_);
-    const int64_t before = survivors_.size();
+    watch_.add_to(screen_phase);
+    settle();  // what the last panel left; its int16 rows have come meanwhile
     take_masks(panel);
     watch_.add_to(screen_phase);
-    const int64_t pairs = block().row_count * panel.count, found = survivors_.size() - before;
+    const int64_t pairs = block().row_count * panel.count, found = survivors_.size();
     if (found > screen().max_share * static_cast<double>(pairs)) {
-      survivors_.shrink(before);
-      settle();
+      survivors_.shrink(0);
       screen_densely(panel);
       return false;
     }
     counters().pairs[static_cast<int>(ScreenType::int8)] += pairs;
     counters().survivors += found;
-    if (batch_.count == 0) batch_.first = panel.first;
-    batch_.count += panel.count;
-    if (batch_.count + panel_features > max_batch_features ||
-        !survivors_.has_room(block().row_count * panel_features))
-      settle();
+    survivors_.sort_by_feature(panel);
     return true;
   }
 
@@ -113,14 +115,12 @@ class PanelScan {
     }
   }
 
-  // Rescreens and computes the survivors of the batch.
+  // Rescreens and computes the survivors of the last panel, which are sorted by feature.
   void settle() {
-    survivors_.sort_by_feature(batch_);
     if (int16_.rows != nullptr) rescreen();
     watch_.add_to(rescreen_phase);
     compute_exact();
     watch_.add_to(compute_phase);
-    batch_.count = 0;
   }
 
   // Leaves the pairs that int16 cannot settle.
@@ -148,9 +148,7 @@ class PanelScan {
         kept += gate.may_be_active();  // about half of them may be, so without a branch
         if (!sure) continue;
         ++collector_.active_count(row);
-        if (!gate.may_reach(collector_.min_value(row)) ||
-            (screen().defers && collector_.defer(row, deferred(feature, score, margin))))
-          --kept;
+        if (!gate.may_reach(collector_.min_value(row))) --kept;
       }
     });
     survivors_.shrink(kept);
@@ -277,10 +275,6 @@ class PanelScan {
     compute_exact();
   }
 
-  // Survivors of so many features are rescreened and computed together: what this reads of the rows
-  // and the screen's own rows push each other out of the cache.
-  static constexpr int64_t max_batch_features = 8 * panel_features;
-
   const Workspace& workspace_;
   const FeatureRange& range_;
   const Collector collector_;
@@ -291,7 +285,6 @@ class PanelScan {
   const ExactDot exact_;
   const WorkerBuffers& buffers_;
   SurvivorList survivors_;
-  Tile batch_ = {0, 0};  // the panels whose survivors wait
   Prefetcher prefetcher_;
   Stopwatch watch_;
   bool weights_needed_ = false;  // whether most stored weights of the last panel were read

@@ -1,7 +1,6 @@
 #include "cpu/screen.h"
 
 #include <c10/util/Exception.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <sstream>
@@ -9,21 +8,8 @@
 
 namespace sparse_transcoder::cpu {
 
-namespace {
-
-// The second-level cache of a core; 1 MB where the system does not say.
-int64_t l2_bytes() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return 1 << 20;
-}
-
-}  // namespace
-
 ScreenChoice choose_screen(const WeightCopies& copies, const Crossovers& crossovers,
-                           int64_t hidden_size, int64_t row_count) {
+                           int64_t row_count) {
   ScreenChoice choice = {};
   choice.dense = copies.int16.defined() ? ScreenType::int16 : ScreenType::float32;
   choice.sparse =
@@ -31,9 +17,6 @@ ScreenChoice choose_screen(const WeightCopies& copies, const Crossovers& crossov
   choice.planes = row_count <= crossovers.two_planes_rows ? 2 : 1;
   choice.max_share =
       choice.dense == ScreenType::int16 ? crossovers.max_share_int16 : crossovers.max_share_float32;
-  // The float32, int16 and int8 copies of the rows. Where they do not fit into the cache, computing
-  // between two panels would push the copies that the screens read out of it.
-  choice.defers = 7 * hidden_size * row_count > l2_bytes() * 3 / 4;
   return choice;
 }
 

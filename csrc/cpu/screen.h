@@ -14,11 +14,10 @@ struct ScreenChoice {
   int64_t planes;     // int8 numbers that hold one input of a hidden state
   double max_share;   // of a panel's pairs that may survive int8: beyond it the dense screen takes
                       // the next panels
-  bool defers;        // whether what int16 finds surely active is computed after the scan
 };
 
 ScreenChoice choose_screen(const WeightCopies& copies, const Crossovers& crossovers,
-                           int64_t hidden_size, int64_t row_count);
+                           int64_t row_count);
 
 // Those of the instruction set, or what SPARSE_TRANSCODER_CROSSOVERS says in their place, such as
 // "int8_rows=0 max_share_float32=2". Benchmarks force a screen that way. Throws c10::ValueError.

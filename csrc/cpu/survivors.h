@@ -58,6 +58,13 @@ class SurvivorList {
       });
   }
 
+  // Calls take(feature) for each feature of a sorted list.
+  template <typename Take>
+  void for_features(const Take& take) const {
+    for (int64_t i = 0; i < size_; ++i)
+      if (i == 0 || pairs_[i].feature() != pairs_[i - 1].feature()) take(pairs_[i].feature());
+  }
+
   // Calls take(first, count, next) for runs of at most dot_rows pairs that share a feature. `next`
   // is the feature after it in the list, or the same one where its weights need not be fetched.
   template <typename Take>

@@ -76,7 +76,7 @@ class Prefetcher {
     const char* begin;
     int64_t bytes;
   };
-  Range ranges_[2];
+  Range ranges_[1 + panel_features];  // a panel, and a row per feature
   int64_t count_ = 0, lines_ = 0, next_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 };
