@@ -49,10 +49,10 @@ class TopKCollector {
     const DeferredFeature* deferred = reservoir.deferred;
     Counters& counters = *workspace_.workers[worker_].counters;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
+      if (i + 1 < reservoir.deferred_count)
+        prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
       const int64_t feature = deferred[i].feature;
-      const int64_t next = i + 1 < reservoir.deferred_count ? deferred[i + 1].feature : feature;
-      float value;
-      exact_.activations(&x, 1, feature, next, &value);
+      const float value = exact_.activation(x, feature);
       if (value > 0)
         reservoir.add(make_key(value, feature));
       else  // it was surely active
@@ -71,8 +71,8 @@ class TopKCollector {
   const ExactDot exact_;
 };
 
-// Counts the active features of each row and keeps none.
-struct CountCollector {
+// What collectors that do not rank features share.
+struct RowCollector {
   const Workspace& workspace;
   const RowBlock& block;
   const int64_t worker;
@@ -80,20 +80,17 @@ struct CountCollector {
   int64_t& active_count(int64_t row) const {
     return reservoir(workspace, block, row, worker).active_count;
   }
+};
+
+// Counts the active features of each row and keeps none.
+struct CountCollector : RowCollector {
   float min_value(int64_t) const { return infinity; }
   bool defer(int64_t, const DeferredFeature&) const { return true; }
   void add(int64_t, int64_t, float) const {}
 };
 
 // Takes every active feature of a row to the worker's entries, while there is room.
-struct GatherCollector {
-  const Workspace& workspace;
-  const RowBlock& block;
-  const int64_t worker;
-
-  int64_t& active_count(int64_t row) const {
-    return reservoir(workspace, block, row, worker).active_count;
-  }
+struct GatherCollector : RowCollector {
   float min_value(int64_t) const { return -infinity; }
   bool defer(int64_t, const DeferredFeature&) const { return false; }
   void add(int64_t row, int64_t feature, float value) const {
@@ -108,14 +105,7 @@ struct GatherCollector {
 
 // Writes every active feature to its entry. One worker scans all features of a row, so that they
 // come in ascending order.
-struct WriteCollector {
-  const Workspace& workspace;
-  const RowBlock& block;
-  const int64_t worker;
-
-  int64_t& active_count(int64_t row) const {
-    return reservoir(workspace, block, row, worker).active_count;
-  }
+struct WriteCollector : RowCollector {
   float min_value(int64_t) const { return -infinity; }
   bool defer(int64_t, const DeferredFeature&) const { return false; }
   void add(int64_t row, int64_t feature, float value) const {

@@ -8,6 +8,12 @@
 
 namespace sparse_transcoder::cpu {
 
+// Starts to bring memory into the cache.
+inline void prefetch(const void* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(begin) + i, 0, 2);
+}
+
 class ExactDot {
  public:
   explicit ExactDot(const PreparedLayer& layer)
@@ -17,13 +23,16 @@ class ExactDot {
         size_(layer.hidden_size),
         row_bytes_(layer.hidden_size * layer.W_enc.element_size()) {}
 
-  // One feature's activations for up to dot_rows rows. Meanwhile the weights of the feature `next`
-  // are brought into the cache.
-  void activations(const float* const* x, int64_t rows, int64_t feature, int64_t next,
-                   float* values) const {
+  // One feature's activations for up to dot_rows rows.
+  void activations(const float* const* x, int64_t rows, int64_t feature, float* values) const {
     double sums[dot_rows];
-    dot_(x, rows, weights(feature), weights(next), size_, sums);
+    dot_(x, rows, weights(feature), size_, sums);
     for (int64_t r = 0; r < rows; ++r) values[r] = static_cast<float>(sums[r] + bias_[feature]);
+  }
+  float activation(const float* x, int64_t feature) const {
+    float value;
+    activations(&x, 1, feature, &value);
+    return value;
   }
 
   const char* weights(int64_t feature) const { return weights_ + feature * row_bytes_; }

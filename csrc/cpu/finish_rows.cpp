@@ -19,44 +19,57 @@ class DeferredPairs {
   DeferredPairs(const Workspace& workspace, const RowBlock& block, int64_t worker)
       : workspace_(workspace),
         block_(block),
-        counters_(*workspace.workers[worker].counters),
+        buffers_(workspace.workers[worker]),
         exact_(*block.layer),
-        pairs_(workspace.workers[worker].survivors, workspace.plan.survivor_capacity(),
-               workspace.workers[worker].positions) {}
+        pairs_{buffers_.survivors, 0},
+        sorted_{buffers_.survivors + workspace.plan.survivor_capacity(), 0} {}
 
   void add(int64_t row, int64_t feature) {
-    if (!pairs_.has_room(1)) compute();
+    if (pairs_.size == workspace_.plan.survivor_capacity()) compute();
     pairs_.push({row, feature, false});
   }
 
   // The activations go to the reservoirs of worker 0.
   void compute() {
-    pairs_.sort_by_feature({0, block_.layer->features});
-    pairs_.for_runs([&](int64_t first, int64_t count, int64_t next) {
-      const int64_t feature = pairs_[first].feature();
+    sort_by_feature();
+    Counters& counters = *buffers_.counters;
+    counters.computed += pairs_.size;
+    for (int64_t i = 0, count = 0; i < pairs_.size; i += count) {
+      count = pairs_.run_length(i);
+      const int64_t feature = pairs_.pairs[i].feature();
+      if (i + count < pairs_.size)
+        prefetch(exact_.weights(pairs_.pairs[i + count].feature()), exact_.row_bytes());
       const float* x[dot_rows];
       float values[dot_rows];
       for (int64_t j = 0; j < count; ++j)
-        x[j] = hidden_row(workspace_, block_, pairs_[first + j].row());
-      exact_.activations(x, count, feature, next, values);
+        x[j] = hidden_row(workspace_, block_, pairs_.pairs[i + j].row());
+      exact_.activations(x, count, feature, values);
       for (int64_t j = 0; j < count; ++j) {
+        const int64_t row = pairs_.pairs[i + j].row();
         if (values[j] > 0)
-          reservoir(workspace_, block_, pairs_[first + j].row(), 0)
-              .add(make_key(values[j], feature));
+          reservoir(workspace_, block_, row, 0).add(make_key(values[j], feature));
         else  // it was surely active
-          counters_.contradicted = block_.layer;
+          counters.contradicted = block_.layer;
       }
-    });
-    counters_.computed += pairs_.size();
-    pairs_.shrink(0);
+    }
+    pairs_.size = 0;
   }
 
  private:
+  void sort_by_feature() {
+    for (int shift = 0; block_.layer->features >> shift > 0; shift += SurvivorList::digit_bits) {
+      pairs_.move_by(sorted_, buffers_.positions, [&](const Survivor& pair) {
+        return pair.feature() >> shift & (SurvivorList::digits - 1);
+      });
+      std::swap(pairs_, sorted_);
+    }
+  }
+
   const Workspace& workspace_;
   const RowBlock& block_;
-  Counters& counters_;
+  const WorkerBuffers& buffers_;
   const ExactDot exact_;
-  SurvivorList pairs_;
+  SurvivorList pairs_, sorted_;
 };
 
 // Moves the keys of all workers' reservoirs to that of worker 0, and what is deferred to

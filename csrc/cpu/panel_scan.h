@@ -39,7 +39,7 @@ class PanelScan {
         int16_(layer().copies.int16_rows()),
         exact_(layer()),
         buffers_(workspace.workers[worker]),
-        survivors_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
+        queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
         watch_(*buffers_.counters, workspace.timed) {}
 
   void run() {
@@ -58,7 +58,7 @@ class PanelScan {
         if (dense_panels > 0) --dense_panels;
       }
     }
-    settle();
+    empty_queue();
   }
 
  private:
@@ -69,39 +69,29 @@ class PanelScan {
 
   // False where too many pairs survive int8. Then the rows have had the dense screen instead.
   bool screen_int8(Tile panel) {
+    const uint8_t* weights = int8_.panel(panel.first);
     const bool last = panel.first + panel.count >= range_.last;
-    prefetcher_.clear();
-    // With fewer rows the screen itself is a stream through memory.
-    constexpr int64_t many_rows = 7;
-    if (!last && block().row_count * screen().planes >= many_rows)
-      prefetcher_.add(int8_.panel(panel.first + panel_features), int8_.layout.panel_bytes());
-    survivors_.for_features([&](int64_t feature) {
-      if (int16_.rows != nullptr)
-        prefetcher_.add(int16_.rows + feature * int16_.stride, 2 * int16_.stride);
-      else
-        prefetcher_.add(exact_.weights(feature), exact_.row_bytes());
-    });
-    kernels_.screen_int8(
-        {int8_.layout, int8_row(workspace_, block(), 0), block().row_count, screen().planes,
-         int8_.panel(panel.first), bounds_.surely_out_below + panel.first},
-        buffers_.masks, prefetcher_);
-    watch_.add_to(screen_phase);
-    settle();  // what the last panel left; its int16 rows have come meanwhile
+    plan_prefetches(last ? nullptr : int8_.panel(panel.first + panel_features));
+    kernels_.screen_int8({int8_.layout, int8_row(workspace_, block(), 0), block().row_count,
+                          screen().planes, weights, bounds_.surely_out_below + panel.first},
+                         buffers_.masks, prefetcher_);
     take_masks(panel);
     watch_.add_to(screen_phase);
-    const int64_t pairs = block().row_count * panel.count, found = survivors_.size();
-    if (found > screen().max_share * static_cast<double>(pairs)) {
-      survivors_.shrink(0);
+    const int64_t pairs = block().row_count * panel.count;
+    const int64_t survivors = queue_.incoming().size;
+    if (survivors > screen().max_share * static_cast<double>(pairs)) {
+      queue_.incoming().size = 0;
+      empty_queue();
       screen_densely(panel);
       return false;
     }
     counters().pairs[static_cast<int>(ScreenType::int8)] += pairs;
-    counters().survivors += found;
-    survivors_.sort_by_feature(panel);
+    counters().survivors += survivors;
+    advance(panel);
     return true;
   }
 
-  // Takes the pairs that the int8 screen let through, and every pair of a row too large to screen.
+  // Queues the pairs that the int8 screen let through, and every pair of a row too large to screen.
   void take_masks(Tile panel) {
     const uint64_t all =
         panel.count == panel_features ? ~uint64_t{0} : (uint64_t{1} << panel.count) - 1;
@@ -111,60 +101,98 @@ class PanelScan {
                       : margins[row].is_finite() ? all
                                                  : 0;
       for (; mask != 0; mask &= mask - 1)
-        survivors_.push({row, panel.first + __builtin_ctzll(mask), true});
+        queue_.incoming().push({row, panel.first + __builtin_ctzll(mask), true});
     }
   }
 
-  // Rescreens and computes the survivors of the last panel, which are sorted by feature.
-  void settle() {
-    if (int16_.rows != nullptr) rescreen();
-    watch_.add_to(rescreen_phase);
-    compute_exact();
+  // What the next stages of the queue, and the next panel, will read.
+  void plan_prefetches(const uint8_t* next_panel) {
+    // With fewer rows the screen itself is a stream through memory.
+    constexpr int64_t many_rows = 7;
+    prefetcher_.clear();
+    prefetch_features(queue_.rescreened(), exact_.weights(0), exact_.row_bytes());
+    if (int16_.rows != nullptr)
+      prefetch_features(queue_.screened(), reinterpret_cast<const char*>(int16_.rows),
+                        2 * int16_.stride);
+    else
+      prefetch_features(queue_.screened(), exact_.weights(0), exact_.row_bytes());
+    if (next_panel != nullptr && block().row_count * screen().planes >= many_rows)
+      prefetcher_.add(next_panel, int8_.layout.panel_bytes());
+  }
+
+  // Adds the weights of every feature of a list, whose pairs are of one panel.
+  void prefetch_features(const SurvivorList& list, const char* weights, int64_t row_bytes) {
+    uint64_t added = 0;
+    for (int64_t i = 0; i < list.size; ++i) {
+      const int64_t feature = list.pairs[i].feature();
+      const uint64_t bit = uint64_t{1} << feature % panel_features;
+      if (!(added & bit)) prefetcher_.add(weights + feature * row_bytes, row_bytes);
+      added |= bit;
+    }
+  }
+
+  // Computes the pairs that were rescreened, moves the queue on, and rescreens those that were
+  // screened. The pairs coming in are of this tile.
+  void advance(Tile tile) {
+    compute_exact(queue_.rescreened());
     watch_.add_to(compute_phase);
+    queue_.advance(tile);
+    if (int16_.rows != nullptr) rescreen(queue_.rescreened());
+    watch_.add_to(rescreen_phase);
+  }
+
+  void empty_queue() {
+    advance({0, 0});
+    advance({0, 0});
+  }
+
+  // Makes the int16 products of a list's pairs.
+  void multiply_int16(const SurvivorList& list) {
+    const int16_t* rows = int16_row(workspace_, block(), 0);
+    for (int64_t i = 0, count = 0; i < list.size; i += count) {
+      count = list.run_length(i);
+      const int16_t* x[dot_rows];
+      for (int64_t j = 0; j < count; ++j) x[j] = rows + list.pairs[i + j].row() * int16_.stride;
+      kernels_.dot_int16(x, count, int16_.rows + list.pairs[i].feature() * int16_.stride,
+                         layer().hidden_size, buffers_.products + i);
+    }
   }
 
   // Leaves the pairs that int16 cannot settle.
-  void rescreen() {
-    const int16_t* rows = int16_row(workspace_, block(), 0);
+  void rescreen(SurvivorList& list) {
+    multiply_int16(list);
     const RowMargin* margins = &margin(workspace_, block(), 0);
     const Int16Scale* scales = &int16_scale(workspace_, block(), 0);
     int64_t kept = 0;
-    survivors_.for_runs([&](int64_t first, int64_t count, int64_t next) {
-      const int64_t feature = survivors_[first].feature();
-      const int16_t* x[dot_rows];
-      int64_t products[dot_rows];
-      for (int64_t j = 0; j < count; ++j) x[j] = rows + survivors_[first + j].row() * int16_.stride;
-      kernels_.dot_int16(x, count, int16_.rows + feature * int16_.stride,
-                         int16_.rows + next * int16_.stride, layer().hidden_size, products);
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t row = survivors_[first + j].row();
-        const float score =
-            static_cast<float>(products[j]) * (scales[row].scale * int16_.scale[feature]);
-        const float margin =
-            margin_at<Scalar>(margins[row].int16, bounds_.norm, int16_.error, feature);
-        const Gate<Scalar> gate(bounds_, feature, score, margin);
-        const bool sure = gate.surely_active();
-        survivors_[kept] = {row, feature, !sure};
-        kept += gate.may_be_active();  // about half of them may be, so without a branch
-        if (!sure) continue;
-        ++collector_.active_count(row);
-        if (!gate.may_reach(collector_.min_value(row))) --kept;
-      }
-    });
-    survivors_.shrink(kept);
+    for (int64_t i = 0; i < list.size; ++i) {
+      const int64_t row = list.pairs[i].row(), feature = list.pairs[i].feature();
+      const float score =
+          static_cast<float>(buffers_.products[i]) * (scales[row].scale * int16_.scale[feature]);
+      const Gate<Scalar> gate(
+          bounds_, feature, score,
+          margin_at<Scalar>(margins[row].int16, bounds_.norm, int16_.error, feature));
+      const bool sure = gate.surely_active();
+      list.pairs[kept] = {row, feature, !sure};
+      kept += gate.may_be_active();  // about half of them may be, so without a branch
+      if (!sure) continue;
+      ++collector_.active_count(row);
+      if (!gate.may_reach(collector_.min_value(row))) --kept;
+    }
+    list.size = kept;
   }
 
-  // Computes the survivors exactly, and gives those that are active to the collector.
-  void compute_exact() {
-    survivors_.for_runs([&](int64_t first, int64_t count, int64_t next) {
-      const int64_t feature = survivors_[first].feature();
+  // Computes the pairs exactly, and gives those that are active to the collector.
+  void compute_exact(SurvivorList& list) {
+    for (int64_t i = 0, count = 0; i < list.size; i += count) {
+      count = list.run_length(i);
       const float* x[dot_rows];
-      float values[dot_rows];
       for (int64_t j = 0; j < count; ++j)
-        x[j] = hidden_row(workspace_, block(), survivors_[first + j].row());
-      exact_.activations(x, count, feature, next, values);
+        x[j] = hidden_row(workspace_, block(), list.pairs[i + j].row());
+      const int64_t feature = list.pairs[i].feature();
+      float values[dot_rows];
+      exact_.activations(x, count, feature, values);
       for (int64_t j = 0; j < count; ++j) {
-        const Survivor& pair = survivors_[first + j];
+        const Survivor& pair = list.pairs[i + j];
         counters().ambiguous += pair.ambiguous();
         if (!(values[j] >= bounds_.min_active[feature])) {
           if (!pair.ambiguous()) counters().contradicted = &layer();
@@ -174,13 +202,13 @@ class PanelScan {
         collector_.active_count(pair.row()) += pair.ambiguous();
         collector_.add(pair.row(), feature, values[j]);
       }
-    });
-    counters().computed += survivors_.size();
-    survivors_.shrink(0);
+    }
+    counters().computed += list.size;
+    list.size = 0;
   }
 
-  // Screens in the arithmetic whose speed does not depend on how many pairs survive. No survivors
-  // may wait, and none are left.
+  // Screens in the arithmetic whose speed does not depend on how many pairs survive. The queue must
+  // be empty, and is left empty.
   void screen_densely(Tile tile) {
     counters().pairs[static_cast<int>(screen().dense)] += block().row_count * tile.count;
     if (screen().dense == ScreenType::int16)
@@ -205,7 +233,7 @@ class PanelScan {
     watch_.add_to(screen_phase);
     const int64_t before = counters().computed;
     gate_rows(panel, {0, block().row_count, panel_features, int16_.error, &RowMargin::int16});
-    compute_exact(panel);
+    compute_incoming(panel);
     weights_needed_ = counters().computed - before >= panel.count;
     watch_.add_to(compute_phase);
   }
@@ -219,7 +247,7 @@ class PanelScan {
               layer().hidden_size, buffers_.scores);
       watch_.add_to(screen_phase);
       gate_rows(tile, {first, rows, tile.count, bounds_.norm, &RowMargin::float32});
-      compute_exact(tile);
+      compute_incoming(tile);
       watch_.add_to(compute_phase);
     }
   }
@@ -239,40 +267,39 @@ class PanelScan {
     GateArgs args = {buffers_.scores, bounds_, rows.residual, tile.first, tile.count, {}, 0};
     for (int64_t r = 0; r < rows.count; ++r, args.scores += rows.stride) {
       if (!margins[r].is_finite()) continue;
-      if (!survivors_.has_room(tile.count)) compute_exact(tile);
+      if (!queue_.has_room(tile.count)) compute_incoming(tile);
       const int64_t row = rows.first + r;
       args.margin = margins[r].*rows.margin;
       args.min_value = collector_.min_value(row);
       const int64_t found =
           kernels_.gate_row(args, buffers_.candidates, &collector_.active_count(row));
-      for (int64_t i = 0; i < found; ++i) take_candidate(row, buffers_.candidates[i], args);
+      for (int64_t i = 0; i < found; ++i) queue_candidate(row, buffers_.candidates[i], args);
     }
   }
 
   // candidate: as KernelTable::gate_row writes it.
-  void take_candidate(int64_t row, uint32_t candidate, const GateArgs& args) {
+  void queue_candidate(int64_t row, uint32_t candidate, const GateArgs& args) {
     const int64_t position = candidate >> 1;
     const bool ambiguous = candidate & 1;
-    const int64_t feature = args.first + position;
-    const float margin = margin_at<Scalar>(args.margin, bounds_.norm, args.residual, feature);
-    if (!ambiguous && collector_.defer(row, deferred(feature, args.scores[position], margin)))
-      return;
-    survivors_.push({row, feature, ambiguous});
+    if (!ambiguous && collector_.defer(row, deferred(position, args))) return;
+    queue_.incoming().push({row, args.first + position, ambiguous});
   }
 
   // A surely active feature, which may wait for a better k-th best. Its interval allows for the
   // roundings of its own ends.
-  DeferredFeature deferred(int64_t feature, float score, float margin) const {
-    const double value = double{score} + bounds_.bias[feature];
+  DeferredFeature deferred(int64_t position, const GateArgs& args) const {
+    const int64_t feature = args.first + position;
+    const float margin = margin_at<Scalar>(args.margin, bounds_.norm, args.residual, feature);
+    const double value = double{args.scores[position]} + bounds_.bias[feature];
     const double rounding = (std::abs(value) + margin + layer().max_bias) * kth_best_rounding +
                             underflow(layer().hidden_size);
     return {static_cast<float>(value - margin - rounding),
             static_cast<float>(value + margin + rounding), static_cast<uint32_t>(feature)};
   }
 
-  void compute_exact(Tile tile) {
-    survivors_.sort_by_feature(tile);
-    compute_exact();
+  void compute_incoming(Tile tile) {
+    queue_.advance_to_end(tile);
+    compute_exact(queue_.rescreened());
   }
 
   const Workspace& workspace_;
@@ -284,7 +311,7 @@ class PanelScan {
   const Int16Rows int16_;
   const ExactDot exact_;
   const WorkerBuffers& buffers_;
-  SurvivorList survivors_;
+  SurvivorQueue queue_;
   Prefetcher prefetcher_;
   Stopwatch watch_;
   bool weights_needed_ = false;  // whether most stored weights of the last panel were read

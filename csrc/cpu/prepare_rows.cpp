@@ -91,7 +91,7 @@ void prepare_row(const Workspace& workspace, const RowBlock& block, int64_t row,
   float* x = hidden_row(workspace, block, row);
   load_row(layer, block.request->hidden, block.first_row + row, x);
   double squared_norm;
-  active_kernels().dot[static_cast<int>(Dtype::float32)](&x, 1, x, x, layer.hidden_size,
+  active_kernels().dot[static_cast<int>(Dtype::float32)](&x, 1, x, layer.hidden_size,
                                                          &squared_norm);
   const float per_norm = product_margin(layer, squared_norm);
   margin(workspace, block, row) = {{per_norm, 0}, {per_norm, 0}};

@@ -26,75 +26,76 @@ class Survivor {
   uint32_t feature_;  // << 1 | ambiguous
 };
 
-// Consecutive features: a panel, several of them, or a tile of the float32 screen.
+// Consecutive features: a panel, or a wider tile of the float32 screen.
 struct Tile {
   int64_t first, count;
 };
 
-// Pairs of one RowBlock.
-class SurvivorList {
+struct SurvivorList {
+  // Of one pass of move_by; a tile has no more features.
+  static constexpr int digit_bits = 9;
+  static constexpr int64_t digits = 1 << digit_bits;
+
+  Survivor* pairs;
+  int64_t size;
+
+  void push(Survivor pair) { pairs[size++] = pair; }
+
+  // Moves the pairs, ordered by digit(pair) < digits. Pairs with one digit keep their order.
+  // positions [digits] is scratch.
+  template <typename Digit>
+  void move_by(SurvivorList& to, uint32_t* positions, const Digit& digit) {
+    std::fill(positions, positions + digits, 0);
+    for (int64_t i = 0; i < size; ++i) ++positions[digit(pairs[i])];
+    for (int64_t d = 0, sum = 0; d < digits; ++d)
+      sum += std::exchange(positions[d], static_cast<uint32_t>(sum));
+    for (int64_t i = 0; i < size; ++i) to.pairs[positions[digit(pairs[i])]++] = pairs[i];
+    to.size = std::exchange(size, 0);
+  }
+
+  // How many pairs from position i on share one feature, at most dot_rows.
+  int64_t run_length(int64_t i) const {
+    const int64_t max = std::min(size - i, dot_rows), feature = pairs[i].feature();
+    int64_t length = 1;
+    while (length < max && pairs[i + length].feature() == feature) ++length;
+    return length;
+  }
+};
+
+// The survivors of the last panels. What the screen lets through is `incoming`. One panel later it
+// is `screened` and waits for the int16 stage; another panel later it is `rescreened` and waits to
+// be computed exactly. Meanwhile what these stages read of it is on its way from memory.
+class SurvivorQueue {
  public:
-  // A pass of sort_by_feature tells this many features apart.
-  static constexpr int sort_bits = 9;
-  static constexpr int64_t sort_width = 1 << sort_bits;
+  // storage [3, capacity]; positions [SurvivorList::digits] is scratch.
+  SurvivorQueue(Survivor* storage, int64_t capacity, uint32_t* positions)
+      : capacity_(capacity),
+        incoming_{storage, 0},
+        screened_{storage + capacity, 0},
+        rescreened_{storage + 2 * capacity, 0},
+        positions_(positions) {}
 
-  // storage [2, capacity], and positions [sort_width], which is scratch.
-  SurvivorList(Survivor* storage, int64_t capacity, uint32_t* positions)
-      : capacity_(capacity), pairs_(storage), others_(storage + capacity), positions_(positions) {}
+  SurvivorList& incoming() { return incoming_; }
+  SurvivorList& screened() { return screened_; }
+  SurvivorList& rescreened() { return rescreened_; }
+  bool has_room(int64_t count) const { return incoming_.size + count <= capacity_; }
 
-  int64_t size() const { return size_; }
-  bool has_room(int64_t count) const { return size_ + count <= capacity_; }
-  void push(Survivor pair) { pairs_[size_++] = pair; }
-  void shrink(int64_t size) { size_ = size; }
-  Survivor& operator[](int64_t i) { return pairs_[i]; }
-  const Survivor& operator[](int64_t i) const { return pairs_[i]; }
-
-  // What is read of a feature serves all of its rows. The rows of a feature keep their order. Every
-  // pair's feature must be in the tile.
-  void sort_by_feature(Tile tile) {
-    for (int shift = 0; shift == 0 || tile.count >> shift > 0; shift += sort_bits)
-      sort_by([&](const Survivor& pair) {
-        return (pair.feature() - tile.first) >> shift & (sort_width - 1);
-      });
+  // Moves every pair one stage on. The pairs coming in are of this tile; none may be rescreened.
+  void advance(Tile tile) {
+    group_incoming(tile, rescreened_);
+    std::swap(rescreened_, screened_);
   }
-
-  // Calls take(feature) for each feature of a sorted list.
-  template <typename Take>
-  void for_features(const Take& take) const {
-    for (int64_t i = 0; i < size_; ++i)
-      if (i == 0 || pairs_[i].feature() != pairs_[i - 1].feature()) take(pairs_[i].feature());
-  }
-
-  // Calls take(first, count, next) for runs of at most dot_rows pairs that share a feature. `next`
-  // is the feature after it in the list, or the same one where its weights need not be fetched.
-  template <typename Take>
-  void for_runs(const Take& take) const {
-    for (int64_t first = 0, end = 0; first < size_; first = end) {
-      const int64_t feature = pairs_[first].feature();
-      while (end < size_ && pairs_[end].feature() == feature) ++end;
-      int64_t next = end < size_ ? pairs_[end].feature() : feature;
-      for (int64_t i = first; i < end; i += dot_rows) {
-        take(i, std::min(dot_rows, end - i), next);
-        next = feature;
-      }
-    }
-  }
+  // Moves the pairs coming in to the last stage at once. No other pair may be in the queue.
+  void advance_to_end(Tile tile) { group_incoming(tile, rescreened_); }
 
  private:
-  // A stable pass. digit(pair) is less than sort_width.
-  template <typename Digit>
-  void sort_by(const Digit& digit) {
-    std::fill(positions_, positions_ + sort_width, 0);
-    for (int64_t i = 0; i < size_; ++i) ++positions_[digit(pairs_[i])];
-    for (int64_t p = 0, sum = 0; p < sort_width; ++p)
-      sum += std::exchange(positions_[p], static_cast<uint32_t>(sum));
-    for (int64_t i = 0; i < size_; ++i) others_[positions_[digit(pairs_[i])]++] = pairs_[i];
-    std::swap(pairs_, others_);
+  void group_incoming(Tile tile, SurvivorList& to) {
+    incoming_.move_by(to, positions_,
+                      [&](const Survivor& pair) { return pair.feature() - tile.first; });
   }
 
   const int64_t capacity_;
-  int64_t size_ = 0;
-  Survivor *pairs_, *others_;
+  SurvivorList incoming_, screened_, rescreened_;
   uint32_t* positions_;
 };
 

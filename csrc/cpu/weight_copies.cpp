@@ -105,7 +105,7 @@ WeightCopies make_copies(const at::Tensor& W_enc, Screening screening, const std
       for (int64_t i = 0; i < count; ++i) {
         const float* w = wide.data() + i * size;
         double squares;
-        kernels.dot[static_cast<int>(Dtype::float32)](&w, 1, w, w, size, &squares);
+        kernels.dot[static_cast<int>(Dtype::float32)](&w, 1, w, size, &squares);
         norm[first + i] = std::sqrt(squares);
         if (copies.int16.defined()) copy_as_int16(copies, w, size, first + i);
       }

@@ -28,10 +28,11 @@ class Arena {
 
 void place(WorkerBuffers& worker, const Plan& plan, Arena& arena) {
   arena.take(worker.scores, plan.score_count());
+  arena.take(worker.products, plan.product_count());
   arena.take(worker.candidates, plan.tile_features);
-  arena.take(worker.positions, SurvivorList::sort_width);
+  arena.take(worker.positions, SurvivorList::digits);
   arena.take(worker.masks, plan.max_block_rows);
-  arena.take(worker.survivors, 2 * plan.survivor_capacity());
+  arena.take(worker.survivors, 3 * plan.survivor_capacity());
   arena.take(worker.int16_panel, panel_features * plan.int16_stride);
   arena.take(worker.rotated, plan.int8_inputs);
   arena.take(worker.merged_keys, plan.workers * plan.capacity);

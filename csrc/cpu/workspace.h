@@ -32,8 +32,9 @@ struct Plan {
   bool lanes_chosen = false;
 
   int64_t survivor_capacity() const {
-    return std::max(max_block_rows * panel_features * 3 / 2, tile_features);
+    return std::max(max_block_rows * panel_features, tile_features);
   }
+  int64_t product_count() const { return int16_stride == 0 ? 0 : survivor_capacity(); }
   // Entries of a sparse result that a worker holds: that many per row are few enough to be found
   // in one pass.
   int64_t entry_capacity() const { return max_rows * 256; }
@@ -55,10 +56,11 @@ struct RowMargin {
 // What one worker needs for itself.
 struct WorkerBuffers {
   float* scores;                     // [plan.score_count()]
+  int64_t* products;                 // [plan.product_count()] int16 products of the pairs of a list
   uint32_t* candidates;              // [tile_features]
-  uint32_t* positions;               // [SurvivorList::sort_width]
+  uint32_t* positions;               // [SurvivorList::digits]
   uint64_t* masks;                   // [max_block_rows] int8 survivors of a panel
-  Survivor* survivors;               // [2, plan.survivor_capacity()]
+  Survivor* survivors;               // [3, plan.survivor_capacity()]
   int16_t* int16_panel;              // [64, int16_stride]
   float* rotated;                    // [int8_inputs]
   uint64_t* merged_keys;             // [workers, capacity]

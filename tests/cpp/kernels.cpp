@@ -69,7 +69,7 @@ TEST(kernels_dot) {
         const Elements other = make(at::kFloat, size);
         const float* const row = floats(x, skip);
         double first;
-        portable_kernels.dot[type](&row, 1, w.at(skip), w.at(skip), size, &first);
+        portable_kernels.dot[type](&row, 1, w.at(skip), size, &first);
         for (const KernelTable& kernels : runnable_kernels())
           for (int64_t count = 1; count <= dot_rows; ++count)
             for (int64_t place = 0; place < count; ++place) {  // among rows of other numbers
@@ -77,7 +77,7 @@ TEST(kernels_dot) {
                                                floats(other)};
               beside[place] = row;
               double values[dot_rows];
-              kernels.dot[type](beside, count, w.at(skip), w.at(0), size, values);
+              kernels.dot[type](beside, count, w.at(skip), size, values);
               EXPECT(std::fabs(values[place] - exact) <= magnitude * (size * 0x1p-53L));
               EXPECT(std::memcmp(&values[place], &first, sizeof(first)) == 0);
             }
@@ -94,9 +94,9 @@ TEST(kernels_dot_keeps_its_order) {
     const float* const rows[] = {x.data(), x.data(), x.data(), x.data()};
     for (int64_t count = 1; count <= dot_rows; ++count) {
       double sums[dot_rows];
-      kernels.dot[0](rows, count, w.data(), w.data(), 64, sums);
+      kernels.dot[0](rows, count, w.data(), 64, sums);
       for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 62.0);
-      kernels.dot[0](rows, count, w.data(), w.data(), 0, sums);
+      kernels.dot[0](rows, count, w.data(), 0, sums);
       for (int64_t r = 0; r < count; ++r) EXPECT_EQUAL(sums[r], 0.0);
     }
   }

@@ -338,7 +338,7 @@ int64_t dot_int16(const KernelTable& kernels, const int16_t* x, const int16_t* w
   const int16_t* rows[dot_rows] = {w, w, w, w};
   rows[beside] = x;
   int64_t sums[dot_rows];
-  kernels.dot_int16(rows, beside + 1, w, w, size, sums);
+  kernels.dot_int16(rows, beside + 1, w, size, sums);
   return sums[beside];
 }
 

@@ -80,10 +80,11 @@ TEST(workspace_buffers_are_apart) {
     EXPECT_EQUAL(static_cast<int64_t>(w.workers.size()), plan.workers);
     for (const sparse_transcoder::cpu::WorkerBuffers& worker : w.workers) {
       add(worker.scores, plan.score_count());
+      add(worker.products, plan.product_count());
       add(worker.candidates, plan.tile_features);
-      add(worker.positions, sparse_transcoder::cpu::SurvivorList::sort_width);
+      add(worker.positions, sparse_transcoder::cpu::SurvivorList::digits);
       add(worker.masks, plan.max_block_rows);
-      add(worker.survivors, 2 * plan.survivor_capacity());
+      add(worker.survivors, 3 * plan.survivor_capacity());
       add(worker.int16_panel, sparse_transcoder::panel_features * plan.int16_stride);
       add(worker.rotated, plan.int8_inputs);
       add(worker.merged_keys, plan.workers * plan.capacity);

@@ -36,8 +36,8 @@ __m256d load4(const uint16_t* w, F16) {
 // The 32 partial sums of each row are made a few vectors at a time, so that those of all rows stay
 // in registers. Weights are converted once for all rows.
 template <typename Element, int rows>
-void dot_block(const float* const* x, const typename Element::type* w,
-               const typename Element::type* next, int64_t size, double* totals) {
+void dot_block(const float* const* x, const typename Element::type* w, int64_t size,
+               double* totals) {
   constexpr int vectors = rows == 1 ? 8 : rows == 4 ? 2 : 4;
   const int64_t whole = size / 32 * 32;
   alignas(32) double sums[rows][32];
@@ -47,10 +47,7 @@ void dot_block(const float* const* x, const typename Element::type* w,
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = _mm256_setzero_pd();
-    for (int64_t i = first; i < whole; i += 32) {
-      // Two passes and more begin in both cache lines of 32 float32.
-      __builtin_prefetch(next + i, 0, 2);
-      if (rows == 1 && sizeof(*next) == 4) __builtin_prefetch(next + i + 16, 0, 2);
+    for (int64_t i = first; i < whole; i += 32)
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const __m256d wv = load4(w + i + 4 * v, Element());
@@ -58,7 +55,6 @@ void dot_block(const float* const* x, const typename Element::type* w,
         for (int r = 0; r < rows; ++r)
           sum[r][v] = _mm256_fmadd_pd(load4(x[r] + i + 4 * v, F32()), wv, sum[r][v]);
       }
-    }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
@@ -79,13 +75,12 @@ void dot_block(const float* const* x, const typename Element::type* w,
 }
 
 template <typename Element>
-void dot(const float* const* x, int64_t rows, const void* w, const void* next, int64_t size,
-         double* totals) {
-  using Type = typename Element::type;
-  static constexpr void (*blocks[dot_rows])(const float* const*, const Type*, const Type*, int64_t,
-                                            double*) = {
+void dot(const float* const* x, int64_t rows, const void* weights, int64_t size, double* totals) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  static constexpr void (*blocks[dot_rows])(const float* const*, const typename Element::type*,
+                                            int64_t, double*) = {
       dot_block<Element, 1>, dot_block<Element, 2>, dot_block<Element, 3>, dot_block<Element, 4>};
-  blocks[rows - 1](x, static_cast<const Type*>(w), static_cast<const Type*>(next), size, totals);
+  blocks[rows - 1](x, w, size, totals);
 }
 
 // A block of `rows` x `features` dot products. Both operands are read along their rows, so nothing
@@ -175,21 +170,18 @@ struct Widen {
 };
 
 // One part of a row and a feature. Both are padded with zeros to whole vectors.
-int32_t dot_part(const int16_t* x, const int16_t* w, const int16_t* next, int64_t size) {
+int32_t dot_part(const int16_t* x, const int16_t* w, int64_t size) {
   __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
                     _mm256_setzero_si256()};
   const auto load = [](const int16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   };
   int64_t i = 0;
-  for (; i + 64 <= size; i += 64) {
-    __builtin_prefetch(next + i, 0, 2);
-    __builtin_prefetch(next + i + 32, 0, 2);
+  for (; i + 64 <= size; i += 64)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v)
       sum[v] =
           _mm256_add_epi32(sum[v], _mm256_madd_epi16(load(x + i + 16 * v), load(w + i + 16 * v)));
-  }
   for (; i < size; i += 16)
     sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(load(x + i), load(w + i)));
   const __m256i total =
@@ -199,13 +191,13 @@ int32_t dot_part(const int16_t* x, const int16_t* w, const int16_t* next, int64_
   return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 1);
 }
 
-void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, const int16_t* next,
-               int64_t size, int64_t* sums) {
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
+               int64_t* sums) {
   const int64_t part = int16_part_size(size);
   for (int64_t r = 0; r < rows; ++r) {
     sums[r] = 0;
     for (int64_t i = 0; i < size; i += part)
-      sums[r] += dot_part(x[r] + i, w + i, next + i, std::min(part, size - i));
+      sums[r] += dot_part(x[r] + i, w + i, std::min(part, size - i));
   }
 }
 

@@ -131,8 +131,8 @@ void screen_int8(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefet
 // One part of up to four rows and a feature, all padded with zeros to whole vectors. Two sums per
 // row hide the latency; one row alone needs four.
 template <int rows>
-void add_part(const int16_t* const* x, const int16_t* w, const int16_t* next, int64_t begin,
-              int64_t end, int64_t* totals) {
+void add_part(const int16_t* const* x, const int16_t* w, int64_t begin, int64_t end,
+              int64_t* totals) {
   constexpr int vectors = rows == 1 ? 4 : 2;
   __m512i sum[rows][vectors];
 #pragma GCC unroll 4
@@ -143,7 +143,6 @@ void add_part(const int16_t* const* x, const int16_t* w, const int16_t* next, in
   for (; i + 32 * vectors <= end; i += 32 * vectors)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(next + i + 32 * v, 0, 2);
       const __m512i wv = _mm512_loadu_si512(w + i + 32 * v);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r)
@@ -177,15 +176,14 @@ void add_part(const int16_t* const* x, const int16_t* w, const int16_t* next, in
   }
 }
 
-void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, const int16_t* next,
-               int64_t size, int64_t* sums) {
-  static constexpr void (*parts[dot_rows])(const int16_t* const*, const int16_t*, const int16_t*,
-                                           int64_t, int64_t, int64_t*) = {add_part<1>, add_part<2>,
-                                                                          add_part<3>, add_part<4>};
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
+               int64_t* sums) {
+  static constexpr void (*parts[dot_rows])(const int16_t* const*, const int16_t*, int64_t, int64_t,
+                                           int64_t*) = {add_part<1>, add_part<2>, add_part<3>,
+                                                        add_part<4>};
   std::fill(sums, sums + rows, int64_t{0});
   const int64_t part = int16_part_size(size);
-  for (int64_t i = 0; i < size; i += part)
-    parts[rows - 1](x, w, next, i, std::min(i + part, size), sums);
+  for (int64_t i = 0; i < size; i += part) parts[rows - 1](x, w, i, std::min(i + part, size), sums);
 }
 
 __m512d load8(const float* w, F32) { return _mm512_cvtps_pd(_mm256_loadu_ps(w)); }
@@ -199,17 +197,15 @@ __m512d load8(const uint16_t* w, F16) {
 
 // The 32 partial sums of each row are four vectors. Weights are converted once for all rows.
 template <typename Element, int rows>
-void dot_block(const float* const* x, const typename Element::type* w,
-               const typename Element::type* next, int64_t size, double* totals) {
+void dot_block(const float* const* x, const typename Element::type* w, int64_t size,
+               double* totals) {
   const int64_t whole = size / 32 * 32;
   __m512d sum[rows][4];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) sum[r][v] = _mm512_setzero_pd();
-  for (int64_t i = 0; i < whole; i += 32) {
-    __builtin_prefetch(next + i, 0, 2);
-    if (sizeof(*next) == 4) __builtin_prefetch(next + i + 16, 0, 2);
+  for (int64_t i = 0; i < whole; i += 32)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const __m512d wv = load8(w + i + 8 * v, Element());
@@ -217,7 +213,6 @@ void dot_block(const float* const* x, const typename Element::type* w,
       for (int r = 0; r < rows; ++r)
         sum[r][v] = _mm512_fmadd_pd(load8(x[r] + i + 8 * v, F32()), wv, sum[r][v]);
     }
-  }
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
     if (whole < size) {
@@ -238,13 +233,12 @@ void dot_block(const float* const* x, const typename Element::type* w,
 }
 
 template <typename Element>
-void dot(const float* const* x, int64_t rows, const void* w, const void* next, int64_t size,
-         double* totals) {
-  using Type = typename Element::type;
-  static constexpr void (*blocks[dot_rows])(const float* const*, const Type*, const Type*, int64_t,
-                                            double*) = {
+void dot(const float* const* x, int64_t rows, const void* weights, int64_t size, double* totals) {
+  const auto* w = static_cast<const typename Element::type*>(weights);
+  static constexpr void (*blocks[dot_rows])(const float* const*, const typename Element::type*,
+                                            int64_t, double*) = {
       dot_block<Element, 1>, dot_block<Element, 2>, dot_block<Element, 3>, dot_block<Element, 4>};
-  blocks[rows - 1](x, static_cast<const Type*>(w), static_cast<const Type*>(next), size, totals);
+  blocks[rows - 1](x, w, size, totals);
 }
 
 // Transposes 16 x 16 int32.

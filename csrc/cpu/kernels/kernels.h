@@ -76,7 +76,7 @@ class Prefetcher {
     const char* begin;
     int64_t bytes;
   };
-  Range ranges_[1 + panel_features];  // a panel, and a row per feature
+  Range ranges_[1 + 2 * panel_features];  // one panel, and two rows per feature
   int64_t count_ = 0, lines_ = 0, next_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 };
@@ -151,9 +151,7 @@ struct KernelTable {
   // sums[r] = sum_i x[r][i] * w[i] for up to dot_rows rows, in float64: 32 interleaved partial
   // sums, then a fixed tree. A product of two float32 is exact in float64. So the sums depend
   // neither on the instruction set, nor on fused multiply-add, nor on the other rows of the call.
-  // `next` is a row like w, or w itself: it is brought into the cache meanwhile.
-  void (*dot[3])(const float* const* x, int64_t rows, const void* w, const void* next, int64_t size,
-                 double* sums);
+  void (*dot[3])(const float* const* x, int64_t rows, const void* w, int64_t size, double* sums);
 
   // scores[r * count + f] = sum_i x[r * size + i] * w[f * size + i] in float32, in any order.
   // x is [rows, size], w is [count, size].
@@ -182,9 +180,9 @@ struct KernelTable {
 
   // Fills q [int16_stride(size)]: the numbers, then zeros.
   Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);
-  // sums[r] = x[r] . w for up to dot_rows rows, exactly. next: as in dot.
-  void (*dot_int16)(const int16_t* const* x, int64_t rows, const int16_t* w, const int16_t* next,
-                    int64_t size, int64_t* sums);
+  // sums[r] = x[r] . w for up to dot_rows rows, exactly.
+  void (*dot_int16)(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
+                    int64_t* sums);
   // scores[r * 64 + f] = row_scale[r] * feature_scale[f] * (row r . feature f). Each part is exact;
   // the parts are added up in float32.
   void (*product_int16)(const Int16ProductArgs& args, float* scores, Prefetcher& prefetcher);

@@ -10,7 +10,7 @@ namespace sparse_transcoder::cpu {
 namespace {
 
 template <typename Element>
-void dot(const float* const* rows, int64_t count, const void* weights, const void*, int64_t size,
+void dot(const float* const* rows, int64_t count, const void* weights, int64_t size,
          double* totals) {
   const auto* w = static_cast<const typename Element::type*>(weights);
   for (int64_t r = 0; r < count; ++r) {
@@ -97,8 +97,8 @@ void screen_int8(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher&) {
   }
 }
 
-void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, const int16_t*,
-               int64_t size, int64_t* sums) {
+void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t size,
+               int64_t* sums) {
   const int64_t part = int16_part_size(size);
   for (int64_t r = 0; r < rows; ++r) {
     sums[r] = 0;
@@ -116,8 +116,7 @@ void product_int16(const Int16ProductArgs& args, float* scores, Prefetcher&) {
     for (int64_t f = 0; f < args.feature_count; ++f) {
       const int16_t* row = args.rows + r * stride;
       int64_t sum;
-      const int16_t* feature = args.features + f * stride;
-      dot_int16(&row, 1, feature, feature, args.size, &sum);
+      dot_int16(&row, 1, args.features + f * stride, args.size, &sum);
       scores[r * panel_features + f] =
           static_cast<float>(sum) * (args.row_scale[r].scale * args.feature_scale[f]);
     }

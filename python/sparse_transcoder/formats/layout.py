@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..weights import TranscoderWeights
-from .files import Loading, pickled_names
+from .files import Loading, pickled_names, read_pickled
 
 Recogniser = Callable[[Path, frozenset[str]], list[Path]]
 """(folder, names of its entries) -> the weights files of a layout that lie in that very folder."""
@@ -67,3 +67,25 @@ def number_in(pattern: re.Pattern[str]) -> Callable[[Path], int | None]:
 
 def not_declared(path: Path) -> None:
     """For layouts whose files do not say their layer."""
+
+
+def load_linears(encoder: str, decoder: str) -> Callable[[int, Path, Loading], TranscoderWeights]:
+    """Reads two torch.nn.Linear of these names: a coder of the residual stream, relu."""
+
+    def load(layer: int, path: Path, loading: Loading) -> TranscoderWeights:
+        tensors = read_pickled(path)
+        W_enc, b_enc = tensors.take(f"{encoder}.weight", 2), tensors.take(f"{encoder}.bias", 1)
+        W_dec, b_dec = tensors.take(f"{decoder}.weight", 2), tensors.take(f"{decoder}.bias", 1)
+        tensors.finish()
+        return loading.weights(
+            layer,
+            path,
+            W_enc,
+            b_enc=b_enc,
+            W_dec=W_dec,
+            b_dec=b_dec,
+            hook_in="hook_resid_post",
+            hook_out="hook_resid_post",
+        )
+
+    return load
