@@ -210,16 +210,17 @@ Features Engine::encode(int64_t layer, const at::Tensor& hidden) const {
   return encode({{layer, hidden}}).at(layer);
 }
 
-std::map<int64_t, Features> Engine::encode(const std::map<int64_t, at::Tensor>& hidden) const {
-  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
+std::map<int64_t, Features> Engine::encode(
+    const std::map<int64_t, at::Tensor>& hidden_states) const {
+  for (const auto& [id, hidden] : hidden_states) check_hidden(state_->unchanged_layer(id), hidden);
   std::map<int64_t, Features> results;
   std::vector<Request>& requests = empty_requests();
   std::vector<at::Tensor> kept;
-  for (const auto& [id, rows] : hidden) {
+  for (const auto& [id, hidden] : hidden_states) {
     const Layer& layer = state_->layer(id);
     const int64_t k = k_out(layer, state_->options);
-    const Features& out = results[id] = allocate(layer, rows, k);
-    if (rows.numel() > 0) requests.push_back({&layer, in_memory(rows, kept), k, view_of(out)});
+    const Features& out = results[id] = allocate(layer, hidden, k);
+    if (hidden.numel() > 0) requests.push_back({&layer, in_memory(hidden, kept), k, view_of(out)});
   }
   state_->encode(requests, nullptr);
   return results;
@@ -247,19 +248,19 @@ SparseFeatures Engine::encode_sparse(int64_t layer, const at::Tensor& hidden) co
 }
 
 std::map<int64_t, SparseFeatures> Engine::encode_sparse(
-    const std::map<int64_t, at::Tensor>& hidden) const {
-  for (const auto& [id, rows] : hidden) check_hidden(state_->unchanged_layer(id), rows);
+    const std::map<int64_t, at::Tensor>& hidden_states) const {
+  for (const auto& [id, hidden] : hidden_states) check_hidden(state_->unchanged_layer(id), hidden);
   std::map<int64_t, SparseFeatures> results;
   std::map<at::Device, std::vector<Request>, CudaFirst> on;
   std::vector<at::Tensor> kept;
-  for (const auto& [id, rows] : hidden) {
+  for (const auto& [id, hidden] : hidden_states) {
     const Layer& layer = state_->layer(id);
-    const auto options = rows.options().requires_grad(false).dtype(at::kLong);
-    if (rows.numel() == 0)
+    const auto options = hidden.options().requires_grad(false).dtype(at::kLong);
+    if (hidden.numel() == 0)
       results[id] = {at::zeros({1}, options), at::empty({0}, options),
                      at::empty({0}, options.dtype(at::kFloat))};
     else
-      on[layer.device].push_back({&layer, in_memory(rows, kept)});
+      on[layer.device].push_back({&layer, in_memory(hidden, kept)});
   }
   for (const auto& [device, requests] : on) {
     const auto found = state_->backends.at(device)->encode_sparse(requests);
@@ -268,16 +269,16 @@ std::map<int64_t, SparseFeatures> Engine::encode_sparse(
   return results;
 }
 
-void Engine::encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
-                           const SparseFormat& format) const {
+void Engine::encode_sparse(const std::map<int64_t, at::Tensor>& hidden_states,
+                           const SparseSink& sink, const SparseFormat& format) const {
   std::map<at::Device, std::vector<Request>, CudaFirst> on;
   std::vector<at::Tensor> kept;
-  for (const auto& [id, rows] : hidden) {
+  for (const auto& [id, hidden] : hidden_states) {
     const Layer& layer = state_->unchanged_layer(id);
-    check_hidden(layer, rows);
+    check_hidden(layer, hidden);
     check_format(layer, format);
     const int64_t k = format.only_top_k ? k_out(layer, state_->options) : layer.features;
-    if (rows.numel() > 0) on[layer.device].push_back({&layer, in_memory(rows, kept), k});
+    if (hidden.numel() > 0) on[layer.device].push_back({&layer, in_memory(hidden, kept), k});
   }
   for (const auto& [device, requests] : on)
     state_->backends.at(device)->encode_into(requests, format, sink);

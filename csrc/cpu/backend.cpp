@@ -22,6 +22,8 @@
 #include "cpu/batch.h"
 #include "cpu/collectors.h"
 #include "cpu/finish_rows.h"
+#include "cpu/panel_scan.h"
+#include "cpu/prepare_rows.h"
 #include "pool.h"
 
 namespace sparse_transcoder {
@@ -183,9 +185,17 @@ void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffe
   refuse_contradictions(buffers);
 }
 
+void prepare_rows(const Batch& batch, const Workspace& workspace) {
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
+    for (int64_t row = first; row < last; ++row) prepare_row(workspace, block, row, worker);
+    watch.add_to(prepare_phase);
+  });
+}
+
 void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
   const Batch batch(blocks, workspace, *threads_);
-  batch.prepare_rows();
+  prepare_rows(batch, workspace);
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     PanelScan<TopKCollector>(workspace, range, worker).run();
   });
@@ -202,7 +212,7 @@ void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& wo
 void CpuBackend::count_active(const std::vector<RowBlock>& blocks,
                               const Workspace& workspace) const {
   const Batch batch(blocks, workspace, *threads_);
-  batch.prepare_rows();
+  prepare_rows(batch, workspace);
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     PanelScan<CountCollector>(workspace, range, worker).run();
   });
@@ -220,7 +230,7 @@ void CpuBackend::write_active(const std::vector<RowBlock>& blocks,
   const bool top_k = blocks.front().k > 0;
   // One range per block gives a WriteCollector all features of a row.
   const Batch batch(blocks, workspace, *threads_, top_k ? 0 : 1);
-  batch.prepare_rows();
+  prepare_rows(batch, workspace);
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     if (top_k)
       PanelScan<TopKCollector>(workspace, range, worker).run();
@@ -316,7 +326,7 @@ std::vector<SparseRows> CpuBackend::encode_rows(const std::vector<RowBlock>& blo
   const int64_t ranges = batch.ranges_per_block();
   std::vector<Found> found(blocks.size() * ranges);  // by task
   for (const WorkerBuffers& worker : workspace.workers) *worker.entry_count = {0, false};
-  batch.prepare_rows();
+  prepare_rows(batch, workspace);
   batch.for_features([&](int64_t worker, const FeatureRange& range) {
     if (range.block->k > 0) return PanelScan<TopKCollector>(workspace, range, worker).run();
     const WorkerBuffers& buffers = workspace.workers[worker];

@@ -8,9 +8,8 @@
 #include <functional>
 #include <vector>
 
-#include "cpu/panel_scan.h"
-#include "cpu/prepare_rows.h"
 #include "cpu/thread_pool.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 
@@ -34,14 +33,6 @@ class Batch {
         workers_(call_workers(workspace.plan)),
         row_count_(blocks.back().workspace_row + blocks.back().row_count),
         ranges_per_block_(ranges_per_block > 0 ? ranges_per_block : choose_ranges()) {}
-
-  void prepare_rows() const {
-    for_rows([this](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
-      Stopwatch watch(*workspace_.workers[worker].counters, workspace_.timed);
-      for (int64_t row = first; row < last; ++row) prepare_row(workspace_, block, row, worker);
-      watch.add_to(prepare_phase);
-    });
-  }
 
   int64_t ranges_per_block() const { return ranges_per_block_; }
 

@@ -11,7 +11,7 @@
 
 #include "bounds.h"
 #include "cpu/exact_dot.h"
-#include "cpu/row_block.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 
@@ -45,7 +45,7 @@ class TopKCollector {
 
   // Turns the deferred features of one of the row's reservoirs into keys.
   void compute_deferred(int64_t row, Reservoir& reservoir) const {
-    const float* x = hidden_row(workspace_, block_, row);
+    const float* x = normed_row(workspace_, block_, row);
     const DeferredFeature* deferred = reservoir.deferred;
     Counters& counters = *workspace_.workers[worker_].counters;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {

@@ -42,7 +42,7 @@ class DeferredPairs {
       const float* x[dot_rows];
       float values[dot_rows];
       for (int64_t j = 0; j < count; ++j)
-        x[j] = hidden_row(workspace_, block_, pairs_.pairs[i + j].row());
+        x[j] = normed_row(workspace_, block_, pairs_.pairs[i + j].row());
       exact_.activations(x, count, feature, values);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t row = pairs_.pairs[i + j].row();

@@ -1,7 +1,7 @@
 // The last stage of a batch: the reservoirs of a row become its results.
 #pragma once
 
-#include "cpu/row_block.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 

@@ -16,7 +16,7 @@
 #include "bounds.h"
 #include "cpu/collectors.h"
 #include "cpu/kernels/gate-inl.h"
-#include "cpu/row_block.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 
@@ -187,7 +187,7 @@ class PanelScan {
       count = list.run_length(i);
       const float* x[dot_rows];
       for (int64_t j = 0; j < count; ++j)
-        x[j] = hidden_row(workspace_, block(), list.pairs[i + j].row());
+        x[j] = normed_row(workspace_, block(), list.pairs[i + j].row());
       const int64_t feature = list.pairs[i].feature();
       float values[dot_rows];
       exact_.activations(x, count, feature, values);
@@ -243,7 +243,7 @@ class PanelScan {
     const int64_t tile_rows = workspace_.plan.tile_rows;
     for (int64_t first = 0; first < block().row_count; first += tile_rows) {
       const int64_t rows = std::min(tile_rows, block().row_count - first);
-      product(hidden_row(workspace_, block(), first), rows, exact_.weights(tile.first), tile.count,
+      product(normed_row(workspace_, block(), first), rows, exact_.weights(tile.first), tile.count,
               layer().hidden_size, buffers_.scores);
       watch_.add_to(screen_phase);
       gate_rows(tile, {first, rows, tile.count, bounds_.norm, &RowMargin::float32});

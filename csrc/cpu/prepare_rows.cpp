@@ -63,7 +63,7 @@ float product_margin(const PreparedLayer& layer, double squared_norm) {
 void quantise_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const KernelTable& kernels = active_kernels();
   const int64_t size = block.layer->hidden_size;
-  const float* x = hidden_row(workspace, block, row);
+  const float* x = normed_row(workspace, block, row);
   RowMargin& margin = cpu::margin(workspace, block, row);
   if (block.screen.sparse == ScreenType::int8)
     kernels.quantise_row(Int8Layout(size), x, block.screen.planes, int8_row(workspace, block, row),
@@ -88,7 +88,7 @@ void empty_reservoirs(const Workspace& workspace, const RowBlock& block, int64_t
 
 void prepare_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const PreparedLayer& layer = *block.layer;
-  float* x = hidden_row(workspace, block, row);
+  float* x = normed_row(workspace, block, row);
   load_row(layer, block.request->hidden, block.first_row + row, x);
   double squared_norm;
   active_kernels().dot[static_cast<int>(Dtype::float32)](&x, 1, x, layer.hidden_size,

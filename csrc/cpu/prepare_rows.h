@@ -1,7 +1,7 @@
 // The first stage of a batch: rows become float32, normed, with their copies and margins.
 #pragma once
 
-#include "cpu/row_block.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 

@@ -47,7 +47,7 @@ void place(WorkerBuffers& worker, const Plan& plan, Arena& arena) {
 int64_t place(Workspace& workspace, const Plan& plan, char* base) {
   Arena arena(base);
   const int64_t reservoirs = plan.max_rows * plan.workers;
-  arena.take(workspace.hidden, plan.max_rows * plan.hidden_size);
+  arena.take(workspace.normed, plan.max_rows * plan.hidden_size);
   arena.take(workspace.int8, plan.max_rows * plan.int8_row_bytes);
   arena.take(workspace.int16, plan.max_rows * plan.int16_stride);
   arena.take(workspace.int16_scales, plan.max_rows);

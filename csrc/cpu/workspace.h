@@ -1,4 +1,5 @@
-// Every buffer of a CPU call, planned when the engine is built and borrowed by calls.
+// Every buffer of a CPU call, planned when the engine is built and borrowed by calls, and where in
+// them the rows of a call lie.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,11 +8,14 @@
 #include <cmath>
 #include <vector>
 
+#include "backend.h"
 #include "cpu/counters.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/reservoir.h"
+#include "cpu/screen.h"
 #include "cpu/sparse_writer.h"
 #include "cpu/survivors.h"
+#include "cpu/weight_copies.h"
 
 namespace sparse_transcoder::cpu {
 
@@ -76,7 +80,7 @@ struct Workspace {
   explicit Workspace(const Plan& plan);
 
   const Plan plan;
-  float* hidden;              // [max_rows, hidden_size] normed float32 rows
+  float* normed;              // [max_rows, hidden_size] what the encoder multiplies
   int8_t* int8;               // [max_rows, int8_row_bytes]
   int16_t* int16;             // [max_rows, int16_stride]
   Int16Scale* int16_scales;   // [max_rows]
@@ -91,5 +95,52 @@ struct Workspace {
  private:
   at::Tensor storage_;
 };
+
+// Rows [first_row, first_row + row_count) of a request. They take the workspace's rows from
+// workspace_row on.
+struct RowBlock {
+  const Request* request;
+  const PreparedLayer* layer;
+  int64_t first_row, row_count;
+  int64_t k;  // features that a row's reservoirs keep
+  ScreenChoice screen;
+  int64_t workspace_row;
+};
+
+// Features [first, last) of a block's layer: what one task scans. `first` is at the begin of a
+// panel.
+struct FeatureRange {
+  const RowBlock* block;
+  int64_t first, last;
+  int64_t task;  // the tasks of a block are consecutive, and their features ascend
+};
+
+inline float* normed_row(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  return workspace.normed + block.workspace_row * workspace.plan.hidden_size +
+         row * block.layer->hidden_size;
+}
+
+inline int8_t* int8_row(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  return workspace.int8 + block.workspace_row * workspace.plan.int8_row_bytes +
+         row * block.screen.planes * Int8Layout(block.layer->hidden_size).row_bytes();
+}
+
+inline int16_t* int16_row(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  return workspace.int16 + block.workspace_row * workspace.plan.int16_stride +
+         row * int16_stride(block.layer->hidden_size);
+}
+
+inline Int16Scale& int16_scale(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  return workspace.int16_scales[block.workspace_row + row];
+}
+
+inline RowMargin& margin(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  return workspace.margins[block.workspace_row + row];
+}
+
+inline Reservoir& reservoir(const Workspace& workspace, const RowBlock& block, int64_t row,
+                            int64_t worker) {
+  return workspace.reservoirs[(block.workspace_row + row) * workspace.plan.workers + worker];
+}
 
 }  // namespace sparse_transcoder::cpu

@@ -69,7 +69,7 @@ TEST(workspace_buffers_are_apart) {
       spans.push_back({reinterpret_cast<uintptr_t>(data), count * sizeof(*data)});
     };
     const int64_t reservoirs = plan.max_rows * plan.workers;
-    add(w.hidden, plan.max_rows * plan.hidden_size);
+    add(w.normed, plan.max_rows * plan.hidden_size);
     add(w.int8, plan.max_rows * plan.int8_row_bytes);
     add(w.int16, plan.max_rows * plan.int16_stride);
     add(w.int16_scales, plan.max_rows);

@@ -42,7 +42,7 @@ class SPARSE_TRANSCODER_API Engine {
   Features encode(int64_t layer, const at::Tensor& hidden) const;
   // Many layers at once, concurrently. Every key must be one of layers(). Layers may have different
   // B and T.
-  std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden) const;
+  std::map<int64_t, Features> encode(const std::map<int64_t, at::Tensor>& hidden_states) const;
   // The same from and to the caller's memory, for servers: after the first call of a thread nothing
   // is allocated where all layers are on the CPU. A layer may come more than once. explanation:
   // what the call did, all layers together; on the CPU alone, and it costs looks at the clock.
@@ -55,11 +55,11 @@ class SPARSE_TRANSCODER_API Engine {
   SparseFeatures encode_sparse(int64_t layer, const at::Tensor& hidden) const;
   // Many layers at once, concurrently.
   std::map<int64_t, SparseFeatures> encode_sparse(
-      const std::map<int64_t, at::Tensor>& hidden) const;
+      const std::map<int64_t, at::Tensor>& hidden_states) const;
   // The same in one pass over the weights, without a result that is held. The sink gets at most
   // chunk_size rows at a time, on the calling thread, those of a layer in their order. What it
   // throws ends the call.
-  void encode_sparse(const std::map<int64_t, at::Tensor>& hidden, const SparseSink& sink,
+  void encode_sparse(const std::map<int64_t, at::Tensor>& hidden_states, const SparseSink& sink,
                      const SparseFormat& format = {}) const;
 
   // Reconstruction [.., d_out] float32 ([.., n * H] with write_layers n, the parts of the layers
