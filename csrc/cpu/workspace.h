@@ -30,7 +30,6 @@ struct Plan {
   int64_t int8_row_bytes;  // with both planes; 0 where no layer has an int8 copy
   int64_t int8_inputs;     // 0 where no layer has an int8 copy
   int64_t int16_stride;    // elements per row; 0 where no layer has an int16 copy
-  int64_t max_k;           // features that a reservoir keeps
   int64_t capacity;        // keys that a reservoir holds
   // Whether Options::lanes says how many workers there are.
   bool lanes_chosen = false;
@@ -69,7 +68,6 @@ struct WorkerBuffers {
   float* rotated;                    // [int8_inputs]
   uint64_t* merged_keys;             // [workers, capacity]
   DeferredFeature* merged_deferred;  // [workers, capacity]
-  int64_t* winners;                  // [max_k] indices of a row's best features
   Entry* entries;                    // [plan.entry_capacity()]
   EntryCount* entry_count;           // [1]
   Counters* counters;                // [1]

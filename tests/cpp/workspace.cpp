@@ -33,7 +33,6 @@ TEST(workspace_buffers_are_apart) {
        .int8_row_bytes = 0,
        .int8_inputs = 0,
        .int16_stride = 0,
-       .max_k = 1,
        .capacity = 1},
       {.max_rows = 7,
        .max_block_rows = 7,
@@ -44,7 +43,6 @@ TEST(workspace_buffers_are_apart) {
        .int8_row_bytes = 384,
        .int8_inputs = 64,
        .int16_stride = 0,
-       .max_k = 4,
        .capacity = 68},
       {.max_rows = 512,
        .max_block_rows = 256,
@@ -55,7 +53,6 @@ TEST(workspace_buffers_are_apart) {
        .int8_row_bytes = 1408,
        .int8_inputs = 576,
        .int16_stride = 608,
-       .max_k = 50,
        .capacity = 114},
   };
   for (const Plan& plan : plans) {
@@ -89,7 +86,6 @@ TEST(workspace_buffers_are_apart) {
       add(worker.rotated, plan.int8_inputs);
       add(worker.merged_keys, plan.workers * plan.capacity);
       add(worker.merged_deferred, plan.workers * plan.capacity);
-      add(worker.winners, plan.max_k);
       add(worker.entries, plan.entry_capacity());
       add(worker.entry_count, 1);
       add(worker.counters, 1);
