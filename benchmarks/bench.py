@@ -3,7 +3,7 @@
     python benchmarks/bench.py [--quick] [--only TEXT[,TEXT]] [--seconds S] [--out FILE]
 
 A case is T rows through each of L layers of hidden size H and F features: top_k 50 (real: 32),
-threshold 1, float32 weights and rows unless it says bf16. inputs.py says what `planted`,
+threshold 1, float32 weights and rows unless it says bf16. inputs.py says what `planted`, `hard`,
 `gaussian`, `dense` and `real` rows are. bfloat16 baselines get the same numbers in bfloat16. For
 each contender of a case:
 
@@ -31,6 +31,8 @@ import json
 import math
 import os
 import statistics
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,8 +45,8 @@ from baselines import (
     reference_pipeline,
     sparsify_step,
 )
-from inputs import ACTIVE, THRESHOLD, Case, made, make_inputs, real_cases
-from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
+from inputs import ACTIVE, KINDS, THRESHOLD, Case, made, make_inputs, real_cases
+from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights, cpu_instruction_set
 
 HERE = Path(__file__).resolve().parent
 BURST_S = 0.1  # a turn
@@ -54,11 +56,12 @@ QUIET = 0.03  # share of the machine that others may take in a round
 CHECKED_FP32, CHECKED_FP64 = 4096, 16  # rows a case compared with the references
 OURS = "sparse_transcoder"
 SCREENS = ("int8", "int16", "off")
+PEAK_FLAGS = "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni"
 FLAGS = "avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16".split()
 MIB = 1 << 20
 
 CASES = [  # those that share weights stand together
-    *(Case(256, 2048, 16384, kind=kind, screens=True) for kind in ("planted", "gaussian", "dense")),
+    *(Case(256, 2048, 16384, kind=kind, screens=True) for kind in KINDS if kind != "real"),
     Case(256, 2048, 16384, dtype="bfloat16"),
     Case(2048, 2048, 16384),
     Case(1024, 2048, 16384, brief=True),
@@ -72,7 +75,7 @@ CASES = [  # those that share weights stand together
     Case(32768, 512, 32768),
 ]
 QUICK = [
-    *(Case(64, 512, 4096, kind=kind, screens=True) for kind in ("planted", "gaussian", "dense")),
+    *(Case(64, 512, 4096, kind=kind, screens=True) for kind in KINDS if kind != "real"),
     Case(64, 512, 4096, dtype="bfloat16"),
     Case(1, 512, 4096, layers=4),
     Case(2048, 128, 4096, brief=True),
@@ -307,6 +310,33 @@ def explain(encoder, rows):
     }
 
 
+def shares_of_peak(case, explained, machine):
+    """{phase: its multiplications over what peak.cpp reaches in the phase's time}."""
+    work = {
+        "screen": ("int8_peak_gops", explained["pairs_int8"]),
+        "rescreen": ("int16_peak_gops", explained["survivors"]),
+        "compute": ("float64_peak_gflops", explained["computed"]),
+    }
+    if explained["pairs_int16"] + explained["pairs_float32"]:
+        del work["screen"]  # other instructions had a part in it
+    if case.dtype != "float32":
+        del work["rescreen"]  # there is none
+    return {
+        phase: round(
+            2
+            * case.H
+            * pairs
+            / explained[f"{phase}_ms"]
+            * machine["threads"]
+            / 1e6
+            / machine[peak],
+            3,
+        )
+        for phase, (peak, pairs) in work.items()
+        if explained[f"{phase}_ms"] > 0
+    }
+
+
 def run_case(case, machine, budget):
     """Check and time one case: a record for the JSON file."""
     rows, layers = make_inputs(case)
@@ -356,13 +386,10 @@ def run_case(case, machine, budget):
     if case.T <= 8:
         record["int8_gb_per_s"] = round(case.layers * case.F * case.H / ours_s / 1e9, 1)
     if explained["pairs_int8"] and not explained["pairs_int16"] + explained["pairs_float32"]:
-        record["int8_gops"] = round(
-            2
-            * case.H
-            * explained["pairs_int8"]
-            / (explained["screen_ms"] / machine["threads"])
-            / 1e6
-        )
+        seconds = explained["screen_ms"] / machine["threads"] / 1e3
+        record["int8_gops"] = round(2 * case.H * explained["pairs_int8"] / seconds / 1e9)
+    if "int8_peak_gops" in machine:
+        record["share_of_peak"] = shares_of_peak(case, explained, machine)
     return record | {"contenders": measured, "left_out": left_out}
 
 
@@ -408,7 +435,21 @@ def describe_machine():
             lambda a=a, w=w: torch.nn.functional.linear(a, w), 2 * a.numel() * w.shape[0]
         )
         machine[f"product_{precision}_gflops"] = rate
-    return machine
+    return machine | peaks(machine["threads"])
+
+
+def peaks(threads):
+    """What the processor's multiplications do at most, of peak.cpp; {} without AVX-512 VNNI."""
+    if cpu_instruction_set() != "avx512vnni":
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        flags = [f"-m{name}" for name in PEAK_FLAGS.split()]
+        source = [HERE / "peak.cpp", f"-I{HERE.parent / 'csrc'}"]
+        command = ["g++", "-std=c++20", "-O3", "-w", "-pthread", *flags, *source, "-o", program]
+        subprocess.run(command, check=True)
+        done = subprocess.run([program, str(threads)], check=True, capture_output=True)
+    return json.loads(done.stdout)
 
 
 # Report

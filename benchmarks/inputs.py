@@ -17,10 +17,13 @@ ACTIVE = 30  # features per row, but for `dense` rows and real ones
 REAL_LAYERS, REAL_TOKENS = (10, 15), (1024, 8192)
 KINDS = {
     "planted": "each row the sum of 30 encoder directions",
+    "hard": "30 directions of weight 1 to 7 and noise, bias -0.3: many features near their gates",
     "gaussian": "Gaussian rows, a bias that leaves 30 active features",
     "dense": "Gaussian rows, no bias: one feature in six is active",
     "real": "a language model's MLP inputs, transcoders trained on them",
 }
+# Of planted directions: least and greatest weight, and the norm of the noise beside them.
+STRENGTHS = {"planted": (2, 6, 0), "hard": (1, 7, 0.5)}
 
 
 @dataclass
@@ -72,15 +75,18 @@ def make_inputs(case, device="cpu"):
     dtype = getattr(torch, case.dtype)
     rows, layers = [], []
     for W in random_weights(case.H, case.F, case.layers, device):
-        if case.kind == "planted":
-            x = torch.zeros(case.T, case.H, device=device)
+        if case.kind in STRENGTHS:
+            low, high, noise = STRENGTHS[case.kind]
+            x = noise / case.H**0.5 * torch.randn(case.T, case.H, **draw) if noise else 0
             for _ in range(ACTIVE):
-                strength = 2 + 4 * torch.rand(case.T, 1, **draw)
-                x += strength * W[torch.randint(case.F, (case.T,), **draw)]
+                strength = low + (high - low) * torch.rand(case.T, 1, **draw)
+                x = x + strength * W[torch.randint(case.F, (case.T,), **draw)]
         else:
             x = torch.randn(case.T, case.H, **draw)
         x, b = x.to(dtype), torch.zeros(case.F, dtype=dtype, device=device)
-        if case.kind != "dense":
+        if case.kind == "hard":
+            b.fill_(-0.3)
+        elif case.kind != "dense":
             # The bias that leaves ACTIVE features per row lies between the last and the next.
             sample = x[:64].float() @ W.T
             cut = sample.flatten().topk(ACTIVE * sample.shape[0] + 1).values[-2:].mean()
