@@ -304,7 +304,9 @@ def explain(encoder, rows):
     """Encoder.explain, summed over layers."""
     total = collections.Counter()
     for layer, x in enumerate(rows):
-        total.update(encoder.explain(layer, x))
+        explained = encoder.explain(layer, x)
+        del explained["instruction_set"]
+        total.update(explained)
     return {key: round(value, 3) for key, value in total.items()} | {
         "features": total["features"] // len(rows)
     }
