@@ -374,7 +374,7 @@ def run_case(case, machine, budget):
         "threshold": THRESHOLD,
         "active_per_row": round(active, 1),
         "checked_rows_fp32": min(case.T, CHECKED_FP32),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "others_share": round(others, 3),
         "gflops": round(case.flop / ours_s / 1e9, 1),
         "build_s": round(build_s, 3),

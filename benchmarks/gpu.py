@@ -441,7 +441,7 @@ def record_of(job, roofs, encoder, build_s, active, sets, measured, left_out):
         "threshold": THRESHOLD,
         "weight_sets": sets,
         "active_per_row": round(active, 1),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "build_s": round(build_s, 3),
         "memory": encoder.memory(),
         "product_roof_ms": round(1e3 * product_s, 4),

@@ -62,3 +62,16 @@ def test_gpu_benchmark_says_what_it_skips(tmp_path):
         "1 x 5120 x 40960" in name and f"{name}: skipped" in done.stdout
         for name in report["skipped"]
     )
+
+
+def test_cpu_benchmark_runs_a_case(tmp_path):
+    out = tmp_path / "cpu.json"
+    options = ["--quick", "--only", "64 x 512 x 4096 hard", "--out", out]
+    command = [sys.executable, BENCHMARKS / "bench.py", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["machine"]["threads"] > 0 and len(report["cases"]) == 1
+    assert {"reference fp32", "linear+topk bf16"} <= report["cases"][0]["contenders"].keys()
+    explained = report["cases"][0]["explain"]
+    assert explained["survivors"] >= explained["ambiguous"] > 0
