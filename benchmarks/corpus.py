@@ -270,9 +270,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=16, help="0 keeps the speeds of the file")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--memory", default="100000,200000,400000")
+    parser.add_argument("--memory", default="100000,200000,400000", help="'' keeps the file's")
     parser.add_argument("--most-for-delphi", type=int, default=400_000)
     parser.add_argument("--note", default="", help="what else the machine did")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "corpus.json")
@@ -281,14 +281,16 @@ def main():
     if args.peak:
         print(one_peak(args.peak[0], int(args.peak[1])))
         return
-    report = {
-        "machine": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "note": args.note,
-        "speed": measure(args),
-        "memory": memory(args),
-    }
+    report = json.loads(args.out.read_text()) if args.out.exists() else {"memory": []}
+    if args.windows:
+        machine = {"machine": processor(), "threads": torch.get_num_threads()}
+        report |= {**machine, "torch": torch.__version__, "note": args.note}
+        report["speed"] = measure(args)
+    if args.memory:
+        kept = {(row["way"], row["tokens"]): row for row in report["memory"] + memory(args)}
+        report["memory"] = sorted(
+            kept.values(), key=lambda row: (row["way"] == "delphi", row["tokens"])
+        )
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
