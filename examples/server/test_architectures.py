@@ -56,7 +56,7 @@ ROPE_PAIRS_APART = {
     "llama",
     "mistral3",
     "smollm3",
-}  # llama.cpp turns pairs that are neighbours there
+}  # llama.cpp pairs neighbours
 
 
 def tiny_model(architecture, vocabulary):
