@@ -168,7 +168,6 @@ def main():
         "machine": {
             "cpu": re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1],
             "cores": os.cpu_count(),
-            "shared": "other work ran on the machine; the load before and after says how much",
             "load_before": load,
         },
         "model": model.name,

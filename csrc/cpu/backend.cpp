@@ -58,6 +58,7 @@ Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Option
     // encode_sparse keeps all that a top-k coder keeps.
     const int64_t k = drops_features(layer) ? layer.max_active
                                             : std::min(k_out(layer, options), layer.max_active);
+    plan.max_ranks = std::max(plan.max_ranks, k_out(layer, options));
     plan.capacity = std::max(plan.capacity, reservoir_capacity(k, layer.features));
     plan.tile_features = std::max(plan.tile_features, std::min(tile_features, layer.features));
     if (layer.copies.int8.defined()) {
@@ -202,7 +203,7 @@ void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& wo
     Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
     merge_rows(workspace, block, first, last, worker);
     watch.add_to(compute_phase);
-    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row);
+    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row, worker);
     watch.add_to(finish_phase);
   });
 }

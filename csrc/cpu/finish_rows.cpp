@@ -103,37 +103,18 @@ struct Ranks {
   int64_t count;
 };
 
-void write_key(const Ranks& out, int64_t rank, uint64_t key) {
-  out.activations[rank] = key_value(key);
-  out.indices[rank] = key_feature(key);
-}
-
-// Writes the keys, the largest first, to the first ranks.
-void write_best(const Ranks& out, Reservoir& best) {
-  constexpr int64_t max_counted = 128;  // more are faster to sort
-  if (best.size <= max_counted) {
-    uint32_t ranks[max_counted];
-    active_kernels().rank_keys(best.keys, best.size, ranks);
-    for (int64_t i = 0; i < best.size; ++i) write_key(out, ranks[i], best.keys[i]);
-  } else {
-    std::sort(best.keys, best.keys + best.size, std::greater<>());
-    for (int64_t rank = 0; rank < best.size; ++rank) write_key(out, rank, best.keys[rank]);
-  }
-}
-
-// Fills the ranks from `rank` on with the lowest features that no earlier rank has.
-void fill_ranks(const Ranks& out, int64_t rank) {
-  const int64_t winners = rank;
-  for (int64_t first = 0; rank < out.count; first += 64) {
-    uint64_t left = ~uint64_t{0};  // of the features [first, first + 64)
-    for (int64_t i = 0; i < winners; ++i)
-      if (const int64_t at = out.indices[i] - first; 0 <= at && at < 64)
-        left &= ~(uint64_t{1} << at);
-    for (; left != 0 && rank < out.count; left &= left - 1) {
+// Fills the ranks from `rank` on with the lowest features that no earlier rank has. They are under
+// out.count. is_ranked: a bit for each of these, scratch.
+void fill_ranks(const Ranks& out, int64_t rank, uint64_t* is_ranked) {
+  std::fill_n(is_ranked, (out.count + 63) / 64, uint64_t{0});
+  for (int64_t i = 0; i < rank; ++i)
+    if (const int64_t feature = out.indices[i]; feature < out.count)
+      is_ranked[feature / 64] |= uint64_t{1} << feature % 64;
+  for (int64_t word = 0; rank < out.count; ++word)
+    for (uint64_t left = ~is_ranked[word]; left != 0 && rank < out.count; left &= left - 1) {
       out.activations[rank] = 0;
-      out.indices[rank++] = first + __builtin_ctzll(left);
+      out.indices[rank++] = 64 * word + __builtin_ctzll(left);
     }
-  }
 }
 
 void write_not_finite(const Ranks& out) {
@@ -157,7 +138,7 @@ void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first
   deferred.compute();
 }
 
-void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row) {
+void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const Output& output = block.request->out;
   const int64_t k = block.request->k_out, output_row = block.first_row + row;
   const Ranks out = {output.activations + output_row * k, output.indices + output_row * k, k};
@@ -170,8 +151,12 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row) 
   }
   Reservoir& best = reservoir(workspace, block, row, 0);
   best.shrink_to_k();
-  write_best(out, best);
-  fill_ranks(out, best.size);
+  active_kernels().sort_keys(best.keys, best.size);
+  for (int64_t rank = 0; rank < best.size; ++rank) {
+    out.activations[rank] = key_value(best.keys[rank]);
+    out.indices[rank] = key_feature(best.keys[rank]);
+  }
+  if (best.size < k) fill_ranks(out, best.size, workspace.workers[worker].is_ranked);
   const int64_t active = active_count(workspace, block, row);
   sparsity = static_cast<float>(static_cast<double>(active) / block.layer->features);
   if (output.active) output.active[output_row] = active;

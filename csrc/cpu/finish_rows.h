@@ -12,7 +12,7 @@ void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first
 
 // Writes one merged row of request.out: the best features by rank, then the lowest of the others
 // with activation 0.
-void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row);
+void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker);
 
 // Writes the entries of one row of request.sparse that its WriteCollector has not written: all of a
 // top-k coder's, whose row is merged, and the one of a row that is not finite. A row that has other

@@ -37,6 +37,7 @@ void place(WorkerBuffers& worker, const Plan& plan, Arena& arena) {
   arena.take(worker.rotated, plan.int8_inputs);
   arena.take(worker.merged_keys, plan.workers * plan.capacity);
   arena.take(worker.merged_deferred, plan.workers * plan.capacity);
+  arena.take(worker.is_ranked, plan.max_ranks / 64 + 1);
   arena.take(worker.entries, plan.entry_capacity());
   arena.take(worker.entry_count, 1);
   arena.take(worker.counters, 1);

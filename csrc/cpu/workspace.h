@@ -30,6 +30,7 @@ struct Plan {
   int64_t int8_row_bytes;  // with both planes; 0 where no layer has an int8 copy
   int64_t int8_inputs;     // 0 where no layer has an int8 copy
   int64_t int16_stride;    // elements per row; 0 where no layer has an int16 copy
+  int64_t max_ranks;       // of a row of the output
   int64_t capacity;        // keys that a reservoir holds
   // Whether Options::lanes says how many workers there are.
   bool lanes_chosen = false;
@@ -68,6 +69,7 @@ struct WorkerBuffers {
   float* rotated;                    // [int8_inputs]
   uint64_t* merged_keys;             // [workers, capacity]
   DeferredFeature* merged_deferred;  // [workers, capacity]
+  uint64_t* is_ranked;               // [max_ranks / 64 + 1]
   Entry* entries;                    // [plan.entry_capacity()]
   EntryCount* entry_count;           // [1]
   Counters* counters;                // [1]

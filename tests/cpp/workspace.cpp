@@ -33,6 +33,7 @@ TEST(workspace_buffers_are_apart) {
        .int8_row_bytes = 0,
        .int8_inputs = 0,
        .int16_stride = 0,
+       .max_ranks = 1,
        .capacity = 1},
       {.max_rows = 7,
        .max_block_rows = 7,
@@ -43,6 +44,7 @@ TEST(workspace_buffers_are_apart) {
        .int8_row_bytes = 384,
        .int8_inputs = 64,
        .int16_stride = 0,
+       .max_ranks = 64,
        .capacity = 68},
       {.max_rows = 512,
        .max_block_rows = 256,
@@ -53,6 +55,7 @@ TEST(workspace_buffers_are_apart) {
        .int8_row_bytes = 1408,
        .int8_inputs = 576,
        .int16_stride = 608,
+       .max_ranks = 50,
        .capacity = 114},
   };
   for (const Plan& plan : plans) {
@@ -86,6 +89,7 @@ TEST(workspace_buffers_are_apart) {
       add(worker.rotated, plan.int8_inputs);
       add(worker.merged_keys, plan.workers * plan.capacity);
       add(worker.merged_deferred, plan.workers * plan.capacity);
+      add(worker.is_ranked, plan.max_ranks / 64 + 1);
       add(worker.entries, plan.entry_capacity());
       add(worker.entry_count, 1);
       add(worker.counters, 1);

@@ -9,8 +9,8 @@
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/quantise-inl.h"
-#include "cpu/kernels/rank-inl.h"
 #include "cpu/kernels/screen_avx2-inl.h"
+#include "cpu/kernels/sort-inl.h"
 
 namespace sparse_transcoder::cpu {
 namespace {
@@ -249,7 +249,7 @@ void use_avx2(KernelTable& kernels) {
   kernels.screen_int8 = screen_int8<Widen>;
   kernels.quantise_int16 = quantise_int16;
   kernels.dot_int16 = dot_int16;
-  kernels.rank_keys = rank_keys;
+  kernels.sort_keys = sort_keys;
 }
 
 }  // namespace sparse_transcoder::cpu

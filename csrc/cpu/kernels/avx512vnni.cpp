@@ -8,7 +8,7 @@
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/quantise-inl.h"
-#include "cpu/kernels/rank-inl.h"
+#include "cpu/kernels/sort-inl.h"
 
 namespace sparse_transcoder::cpu {
 namespace {
@@ -378,7 +378,7 @@ void use_avx512vnni(KernelTable& kernels) {
   kernels.quantise_int16 = quantise_int16;
   kernels.dot_int16 = dot_int16;
   kernels.product_int16 = product_int16;
-  kernels.rank_keys = rank_keys;
+  kernels.sort_keys = sort_keys;
 }
 
 }  // namespace sparse_transcoder::cpu

@@ -187,8 +187,8 @@ struct KernelTable {
   // the parts are added up in float32.
   void (*product_int16)(const Int16ProductArgs& args, float* scores, Prefetcher& prefetcher);
 
-  // ranks[i] is how many of the keys are larger than keys[i]. All are under 2^63.
-  void (*rank_keys)(const uint64_t* keys, int64_t count, uint32_t* ranks);
+  // Sorts keys, the largest first. They differ and are under 2^63.
+  void (*sort_keys)(uint64_t* keys, int64_t count);
 };
 
 // The loops that this process uses: those that SPARSE_TRANSCODER_CPU names, or the best that the

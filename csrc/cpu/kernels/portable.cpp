@@ -1,11 +1,11 @@
 // Plain C++, for any machine. It defines the order of every sum.
 #include <algorithm>
+#include <functional>
 
 #include "cpu/kernels/element-inl.h"
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/quantise-inl.h"
-#include "cpu/kernels/rank-inl.h"
 
 namespace sparse_transcoder::cpu {
 namespace {
@@ -123,6 +123,8 @@ void product_int16(const Int16ProductArgs& args, float* scores, Prefetcher&) {
     }
 }
 
+void sort_keys(uint64_t* keys, int64_t count) { std::sort(keys, keys + count, std::greater<>()); }
+
 }  // namespace
 
 void use_portable(KernelTable& kernels) {
@@ -147,7 +149,7 @@ void use_portable(KernelTable& kernels) {
   kernels.quantise_int16 = quantise_int16;
   kernels.dot_int16 = dot_int16;
   kernels.product_int16 = product_int16;
-  kernels.rank_keys = rank_keys;
+  kernels.sort_keys = sort_keys;
 }
 
 }  // namespace sparse_transcoder::cpu
