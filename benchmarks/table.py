@@ -117,7 +117,7 @@ def phases(results):
     for record in results["cases"]:
         if not record["brief"]:
             ms = [record["explain"][f"{name}_ms"] for name in names]
-            of = record["share_of_peak"]
+            of = record.get("share_of_peak", {})
             cells = [f"{of[name]:.0%}" if name in of else "" for name in peaks]
             lines.append([record["case"], *(f"{one / sum(ms):.0%}" for one in ms), *cells])
     return markdown(["case", *names, *(f"{name}, of its peak" for name in peaks)], lines)
@@ -233,8 +233,8 @@ def machine(results):
         ["circuit-tracer", of.get("circuit-tracer", "")],
         ["torch's float32 product, GFLOP/s", number(of["product_fp32_gflops"])],
         ["torch's bfloat16 product, GFLOP/s", number(of["product_bf16_gflops"])],
-        ["int8 instructions on registers, GOP/s", str(of["int8_peak_gops"])],
-        ["int8 screen on L1, GOP/s", str(of["int8_tile_gops"])],
+        ["int8 instructions on registers, GOP/s", str(of.get("int8_peak_gops", ""))],
+        ["int8 screen on L1, GOP/s", str(of.get("int8_tile_gops", ""))],
         ["int8 screen of a call, GOP/s", str(max(r.get("int8_gops", 0) for r in results["cases"]))],
         ["reads from memory, GB/s", str(of["read_gb_per_s"])],
         [f"seconds to build {first['F']} x {first['H']}", f"{first['build_s']:.2f}"],
