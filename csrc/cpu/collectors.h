@@ -11,7 +11,6 @@
 
 #include "bounds.h"
 #include "cpu/exact_dot.h"
-#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 
@@ -21,7 +20,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 class TopKCollector {
  public:
   TopKCollector(const Workspace& workspace, const RowBlock& block, int64_t worker)
-      : workspace_(workspace), block_(block), worker_(worker), exact_(*block.layer) {}
+      : workspace_(workspace), block_(block), worker_(worker), exact_(workspace, block) {}
 
   int64_t& active_count(int64_t row) const { return reservoir_of(row).active_count; }
 
@@ -45,14 +44,13 @@ class TopKCollector {
 
   // Turns the deferred features of one of the row's reservoirs into keys.
   void compute_deferred(int64_t row, Reservoir& reservoir) const {
-    const float* x = normed_row(workspace_, block_, row);
     const DeferredFeature* deferred = reservoir.deferred;
     Counters& counters = *workspace_.workers[worker_].counters;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
       if (i + 1 < reservoir.deferred_count)
         prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
       const int64_t feature = deferred[i].feature;
-      const float value = exact_.activation(x, feature);
+      const float value = exact_.activation(row, feature);
       if (value > 0)
         reservoir.add(make_key(value, feature));
       else  // it was surely active

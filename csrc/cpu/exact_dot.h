@@ -1,10 +1,9 @@
-// The exact activations of a layer.
+// The exact activations of a block's rows.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/kernels/kernels.h"
-#include "cpu/weight_copies.h"
+#include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
 
@@ -16,22 +15,27 @@ inline void prefetch(const void* begin, int64_t bytes) {
 
 class ExactDot {
  public:
-  explicit ExactDot(const PreparedLayer& layer)
-      : dot_(active_kernels().dot[static_cast<int>(layer.dtype)]),
-        weights_(static_cast<const char*>(layer.W_enc.const_data_ptr())),
-        bias_(layer.bias.const_data_ptr<float>()),
-        size_(layer.hidden_size),
-        row_bytes_(layer.hidden_size * layer.W_enc.element_size()) {}
+  ExactDot(const Workspace& workspace, const RowBlock& block)
+      : dot_(active_kernels().dot[static_cast<int>(block.layer->dtype)]),
+        normed_(normed_row(workspace, block, 0)),
+        weights_(static_cast<const char*>(block.layer->W_enc.const_data_ptr())),
+        bias_(block.layer->bias.const_data_ptr<float>()),
+        size_(block.layer->hidden_size),
+        row_bytes_(size_ * block.layer->W_enc.element_size()) {}
 
-  // One feature's activations for up to dot_rows rows.
-  void activations(const float* const* x, int64_t rows, int64_t feature, float* values) const {
+  // The activations of up to dot_rows pairs, all of one feature.
+  void activations(const Survivor* pairs, int64_t count, float* values) const {
+    const int64_t feature = pairs->feature();
+    const float* x[dot_rows];
+    for (int64_t i = 0; i < count; ++i) x[i] = normed_ + pairs[i].row() * size_;
     double sums[dot_rows];
-    dot_(x, rows, weights(feature), size_, sums);
-    for (int64_t r = 0; r < rows; ++r) values[r] = static_cast<float>(sums[r] + bias_[feature]);
+    dot_(x, count, weights(feature), size_, sums);
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(sums[i] + bias_[feature]);
   }
-  float activation(const float* x, int64_t feature) const {
+  float activation(int64_t row, int64_t feature) const {
+    const Survivor pair(row, feature, false);
     float value;
-    activations(&x, 1, feature, &value);
+    activations(&pair, 1, &value);
     return value;
   }
 
@@ -40,6 +44,7 @@ class ExactDot {
 
  private:
   std::remove_extent_t<decltype(KernelTable::dot)> dot_;
+  const float* normed_;
   const char* weights_;
   const float* bias_;
   int64_t size_, row_bytes_;

@@ -20,7 +20,7 @@ class DeferredPairs {
       : workspace_(workspace),
         block_(block),
         buffers_(workspace.workers[worker]),
-        exact_(*block.layer),
+        exact_(workspace, block),
         pairs_{buffers_.survivors, 0},
         sorted_{buffers_.survivors + workspace.plan.survivor_capacity(), 0} {}
 
@@ -39,11 +39,8 @@ class DeferredPairs {
       const int64_t feature = pairs_.pairs[i].feature();
       if (i + count < pairs_.size)
         prefetch(exact_.weights(pairs_.pairs[i + count].feature()), exact_.row_bytes());
-      const float* x[dot_rows];
       float values[dot_rows];
-      for (int64_t j = 0; j < count; ++j)
-        x[j] = normed_row(workspace_, block_, pairs_.pairs[i + j].row());
-      exact_.activations(x, count, feature, values);
+      exact_.activations(pairs_.pairs + i, count, values);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t row = pairs_.pairs[i + j].row();
         if (values[j] > 0)

@@ -37,7 +37,7 @@ class PanelScan {
         bounds_(layer().bounds.from(layer(), 0)),
         int8_(layer().copies.int8_panels(layer().hidden_size)),
         int16_(layer().copies.int16_rows()),
-        exact_(layer()),
+        exact_(workspace, block()),
         buffers_(workspace.workers[worker]),
         queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
         watch_(*buffers_.counters, workspace.timed) {}
@@ -185,12 +185,9 @@ class PanelScan {
   void compute_exact(SurvivorList& list) {
     for (int64_t i = 0, count = 0; i < list.size; i += count) {
       count = list.run_length(i);
-      const float* x[dot_rows];
-      for (int64_t j = 0; j < count; ++j)
-        x[j] = normed_row(workspace_, block(), list.pairs[i + j].row());
       const int64_t feature = list.pairs[i].feature();
       float values[dot_rows];
-      exact_.activations(x, count, feature, values);
+      exact_.activations(list.pairs + i, count, values);
       for (int64_t j = 0; j < count; ++j) {
         const Survivor& pair = list.pairs[i + j];
         counters().ambiguous += pair.ambiguous();
