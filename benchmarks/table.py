@@ -38,8 +38,6 @@ MIB = 1 << 20
 # README's rows: (case, what a reader calls it).
 SHORT = {
     "256 x 2048 x 16384 planted": "256 tokens, 16,384 features",
-    "2048 x 2048 x 16384 planted": "2,048 tokens, 16,384 features",
-    "256 x 5120 x 40960 planted": "256 tokens, 40,960 features",
     "1 x 5120 x 40960 planted": "1 token, 40,960 features",
     "23 layers: 8 x 2048 x 16384 planted": "8 tokens, 23 layers of 16,384 features",
     "2 layers: 8192 x 576 x 2304 real": "8,192 tokens of a real model, 2 layers of 2,304",
