@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,31 @@ def test_a_complete_corpus_is_left_as_it_is(whole, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (whole / "parts").iterdir()}
 
 
+def test_a_text_is_tokenised_once(tmp_path, monkeypatch):
+    tiny.encode(tmp_path)
+    want = tiny.files(tmp_path)
+    tokens = tmp_path / "tokens.bin"
+    damaged = bytearray(tokens.read_bytes())
+    damaged[7] ^= 1
+    for content in (bytes(damaged), b""):  # what is damaged is made again
+        tokens.write_bytes(content)
+        tiny.encode(tmp_path)
+        assert tiny.files(tmp_path) == want
+
+    def tokenise(*_, **__):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__call__", tokenise)
+    (tmp_path / "parts" / "00000001.safetensors").unlink()
+    tiny.encode(tmp_path)
+    assert tiny.files(tmp_path) == want
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tiny.encode(tmp_path / "other")
+    # the same characters in other texts are another corpus
+    with pytest.raises(ValueError, match=r"text.source was"):
+        tiny.encode(tmp_path, texts=["".join(tiny.TEXTS)])
+
+
 def tiny_run(out):
     from sparse_transcoder.corpus import Run
 
@@ -199,7 +225,7 @@ def changed_encoder():
         ({"keep": "all"}, r'options.keep was "top_k", now "all"'),
         ({"batch_size": 4}, r"options.batch_size was 3, now 4"),
         ({"layers": [0]}, r"layers.2 was .*, now null"),
-        ({"texts": [*tiny.TEXTS, "more"]}, r"text.(windows|sha256|last_window) was"),
+        ({"texts": [*tiny.TEXTS, "more"]}, r"text.source was"),
         ({"encoder": changed_encoder}, r"layers.2.sha256 was"),
         ({"exclude": [5]}, r"packing.skipped was"),
     ],
@@ -419,6 +445,30 @@ def test_the_command(saved, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert main(command(saved, tmp_path / "one", "no.txt")) == 1
     assert capsys.readouterr().err == "error: no.txt: there is no such text\n"
+
+
+def test_a_name_of_the_hub(saved, tmp_path):
+    """The hub's cache as huggingface_hub lays it out, without a network. What the model is called
+    does not matter: the folder of a run by path goes on."""
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(tiny.TEXTS))
+    assert main(command(saved, tmp_path / "out", "--quiet", str(text))) == 0
+    want = tiny.files(tmp_path / "out")
+    (tmp_path / "out" / "parts" / "00000001.safetensors").unlink()
+    cache = tmp_path / "home" / "hub" / "models--some--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(saved / "model", cache / "snapshots" / ("0" * 40))
+    arguments = command(saved, tmp_path / "out", "--quiet", str(text))
+    arguments[arguments.index("--model") + 1] = "some/tiny"
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-m", "sparse_transcoder"]
+    done = subprocess.run([*run, *arguments], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tiny.files(tmp_path / "out") == want
+    arguments[arguments.index("--model") + 1] = "some/other"
+    done = subprocess.run([*run, *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"error: .*some/other.*\n", done.stderr)
 
 
 def test_stdin(saved, tmp_path, monkeypatch, capsys):

@@ -211,6 +211,24 @@ def test_circuit_tracer_reads_it(corpus, dense):
 # Neuronpedia
 
 
+def check_directions(lines, rows):
+    """The histogram of logits and the nearest directions, against float64."""
+    logits = rows @ tiny.model().lm_head.weight.detach().double().T
+    units = rows / rows.norm(dim=1, keepdim=True)
+    cosines = (units @ units.T).fill_diagonal_(-1)
+    best = cosines.topk(20, dim=1).values
+    for line, of_feature, mine, largest in zip(lines, logits, cosines, best, strict=True):
+        heights, edges = np.histogram(of_feature, 50)
+        got = np.array(line["logits_hist_data_bar_heights"])
+        assert got.sum() == len(of_feature)
+        assert np.abs(got - heights).sum() <= 4  # float32 puts one at an edge beside it
+        middles = (edges[:-1] + edges[1:]) / 2
+        assert np.allclose(line["logits_hist_data_bar_values"], middles, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(mine[line["topkCosSimIndices"]], largest, atol=1e-6)
+        values = torch.tensor(line["topkCosSimValues"], dtype=torch.float64)
+        assert torch.allclose(values, largest, atol=1e-4)
+
+
 def test_neuronpedia(corpus, dense):
     sets = folder(corpus, "neuronpedia")
     for layer, features in LAYERS.items():
@@ -224,6 +242,7 @@ def test_neuronpedia(corpus, dense):
             for name in ("features", "activations")
         }
         assert [int(line["index"]) for line in lines["features"]] == list(range(features))
+        check_directions(lines["features"], tiny.transcoders()[layer].W_dec.double().T)
         fired = 0
         for line in lines["activations"]:
             column = dense[layer][..., int(line["index"])]

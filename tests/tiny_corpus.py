@@ -58,9 +58,11 @@ def model():
 def transcoders():
     """Two coders; a bias puts some features of every position above their gate."""
     layers = {0: (200, "relu"), 2: (90, "topk")}
+    generator = torch.Generator().manual_seed(0)
     return {
         layer: TranscoderWeights(
-            **make_layer(features, H, kind=kind, seed=layer + 1, W_dec=torch.randn(H, features)),
+            **make_layer(features, H, kind=kind, seed=layer + 1),
+            W_dec=torch.randn(H, features, generator=generator),
             layer=layer,
             hook_in="mlp.hook_in",
             hook_out="mlp.hook_out",

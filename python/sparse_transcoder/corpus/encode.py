@@ -25,7 +25,7 @@ from ..places import decoder
 from ..prompts import Prompts, special_ids
 from . import manifest as manifests
 from .files import Array, read_tensors, remove_forgotten, write_json, write_tensors, written
-from .packing import pack, packing_of
+from .packing import is_packed, pack, packing_of, source_of
 from .read import Corpus
 from .texts import Texts
 
@@ -123,7 +123,7 @@ def encode_corpus(
 class Run:
     """A model, an encoder and a folder that belong together. Arguments are those of
     :func:`encode_corpus`. Building one packs the text and writes the manifest, or checks that both
-    are what the folder holds.
+    are what the folder holds; then the text is read and not tokenised again.
     """
 
     def __init__(
@@ -193,7 +193,10 @@ class Run:
                 manifests.check_same(path, manifest | ({"text": packed} if packed else {}))
 
         same()
-        if texts is not None:
+        there = manifests.read(path)["text"] if path.exists() else None
+        if texts is not None and there and is_packed(folder / "tokens.bin", there):
+            same(there | {"source": source_of(texts, text_key)})
+        elif texts is not None:
             packed = pack(tokenizer, texts, self.packing, folder / "tokens.bin", same, text_key)
             if not path.exists():
                 vocabulary = vocabulary_of(tokenizer)

@@ -21,15 +21,21 @@ def load_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
         raise ImportError(
             "transformers is needed to run a model: pip install sparse_transcoder[corpus]"
         ) from None
-    options: dict[str, Any] = {}
+    source, options = name, {}
     if name.endswith(".gguf"):
         file = Path(name)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no such file")
-        name, options = str(file.parent), {"gguf_file": file.name}
+        source, options = str(file.parent), {"gguf_file": file.name}
     dtype: Any = torch.float32 if device == "cpu" else "auto"
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model = load(source, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}: transformers cannot load this model: {reason}") from None
     return model.eval().to(device), tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ def packing_of(tokenizer: Any, ctx: int, bos: str, skipped: tuple[int, ...] | No
     )
 
 
-def _ids(tokenizer: Any, texts: Texts, join: int | None, text_key: str) -> Iterator[list[int]]:
+def _ids(
+    tokenizer: Any, texts: Iterable[tuple[str, bool]], join: int | None
+) -> Iterator[list[int]]:
     """Token ids of piece after piece."""
     waiting: list[tuple[str, bool]] = []
     length, any_text = 0, False
@@ -76,7 +78,7 @@ def _ids(tokenizer: Any, texts: Texts, join: int | None, text_key: str) -> Itera
             any_text = True
             yield ids
 
-    for piece in pieces(texts, text_key):
+    for piece in texts:
         waiting.append(piece)
         length += len(piece[0])
         if len(waiting) == TOGETHER or length >= PIECE:
@@ -84,6 +86,29 @@ def _ids(tokenizer: Any, texts: Texts, join: int | None, text_key: str) -> Itera
             waiting, length = [], 0
     if waiting:
         yield from tokenised()
+
+
+def _hashed(texts: Texts, text_key: str, source: Any) -> Iterator[tuple[str, bool]]:
+    for piece, begins in pieces(texts, text_key):
+        data = piece.encode("utf-8", "surrogatepass")
+        source.update(b"%d %d;" % (begins, len(data)) + data)
+        yield piece, begins
+
+
+def source_of(texts: Texts, text_key: str) -> str:
+    """What tells these texts from others: the sha256 of their pieces."""
+    source = hashlib.sha256()
+    for _ in _hashed(texts, text_key, source):
+        pass
+    return source.hexdigest()
+
+
+def is_packed(path: Path, packed: Mapping[str, Any]) -> bool:
+    """Whether a file holds what :func:`pack` said of it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    found = hashlib.sha256(np.memmap(path, np.uint8, "r").data).hexdigest()
+    return bool(found == packed["sha256"])
 
 
 def pack(
@@ -103,7 +128,8 @@ def pack(
     width = packing.ctx - (packing.first is not None)
     dtype = np.dtype(packing.dtype)
     largest = np.iinfo(dtype).max
-    checksum, windows, special, last = hashlib.sha256(), 0, 0, packing.ctx
+    source, checksum = hashlib.sha256(), hashlib.sha256()
+    windows, special, last = 0, 0, packing.ctx
     with written(path) as file:
 
         def write(rows: Array, real: int) -> None:
@@ -122,7 +148,7 @@ def pack(
             file.write(rows.data)
 
         rest: list[int] = []
-        for ids in _ids(tokenizer, texts, packing.join, text_key):
+        for ids in _ids(tokenizer, _hashed(texts, text_key, source), packing.join):
             rest.extend(ids)
             if len(rest) >= 64 * width:
                 whole = len(rest) // width * width
@@ -141,6 +167,7 @@ def pack(
         if packing.skipped is not None:
             skipped |= {"first position": windows, "special": special}
         packed = {
+            "source": source.hexdigest(),
             "windows": windows,
             "last_window": last,
             "sha256": checksum.hexdigest(),

@@ -87,6 +87,7 @@ def _write(
     progress: bool,
 ) -> None:
     logits: dict[int, lens.Logits | None] = {}
+    tokens = None
     norms: dict[int, Array] = {}
     if model is not None and transcoders is not None:
         if any(name in folders for name in ("circuit-tracer", "neuronpedia", "html")):
@@ -99,10 +100,16 @@ def _write(
                 norms[layer] = W_dec.detach().float().norm(dim=0).cpu().numpy()
     if scale and not norms:
         raise ValueError("scale needs the model and the transcoders' W_dec, got none")
+
+    def directions(layer: int) -> lens.Directions:
+        W_dec = transcoders[layer].W_dec if transcoders is not None else None
+        assert tokens is not None and W_dec is not None  # the layer has logits
+        return lens.Directions(tokens, W_dec)
+
     make: dict[str, Callable[[Path], Any]] = {
         "parquet": lambda folder: ParquetWriter(corpus, folder),
         "circuit-tracer": lambda folder: CircuitTracerWriter(corpus, folder, logits),
-        "neuronpedia": lambda folder: NeuronpediaWriter(corpus, folder, logits, norms),
+        "neuronpedia": lambda folder: NeuronpediaWriter(corpus, folder, logits, directions, norms),
         "html": lambda folder: HtmlWriter(corpus, folder, logits, labels or {}),
     }
     writers = {name: make[name](folder) for name, folder in folders.items() if name in make}

@@ -1,4 +1,5 @@
-"""The logit lens: which tokens a feature's decoder direction makes likelier, and which less so."""
+"""The logit lens: which tokens a feature's decoder direction makes likelier, and which less so.
+Also what directions are alike."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from ...weights import TranscoderWeights
 from ..files import Array
 
 COUNT, ROWS = 10, 4096
+BINS, NEAREST = 50, 20
+TOGETHER = 64
+"""Features whose logits are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,3 +53,44 @@ def logits(tokens: SparseTranscoderEncoder, weights: TranscoderWeights) -> Logit
             ids.append(result["indices"].cpu())
             values.append(result["activations"].cpu() * sign)
     return Logits(*(torch.cat(parts).numpy() for parts in found))
+
+
+class Directions:
+    """More of a layer's decoder directions, for some features at a time.
+
+    Args:
+        tokens: as :func:`unembedding` makes it.
+        W_dec: [H, F].
+    """
+
+    def __init__(self, tokens: SparseTranscoderEncoder, W_dec: torch.Tensor) -> None:
+        self._W_U = tokens._transcoders[0].W_enc
+        self._rows = W_dec.detach().T.to(self._W_U.device).float()
+        self._units = torch.nn.functional.normalize(self._rows, dim=1)
+        weights = TranscoderWeights(self._units, self._units.new_zeros(len(self._units)))
+        count = min(NEAREST + 1, len(self._units))
+        self._encoder = SparseTranscoderEncoder({0: weights}, count, 0.0)
+
+    def histograms(self, first: int, last: int) -> list[tuple[list[int], list[float]]]:
+        """Of each feature from first to last - 1: how many of its V logits fall into each of 50
+        equal intervals between the smallest and the largest, and the intervals' middles."""
+        W_U, found = self._W_U.float(), []
+        for begin in range(first, last, TOGETHER):
+            for logits in (self._rows[begin : min(begin + TOGETHER, last)] @ W_U.T).cpu():
+                low, high = logits.min().item(), logits.max().item()
+                edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+                heights = torch.histc(logits, BINS).long().tolist()
+                found.append((heights, ((edges[:-1] + edges[1:]) / 2).tolist()))
+        return found
+
+    def nearest(self, first: int, last: int) -> list[tuple[list[int], list[float]]]:
+        """Of each feature from first to last - 1: the other features whose directions have the
+        largest cosines with its own, at most 20 and all above 0, and these cosines."""
+        result = self._encoder.encode_layer(0, self._units[first:last])
+        lists = zip(result["indices"].tolist(), result["activations"].tolist(), strict=True)
+        found = []
+        for feature, (indices, cosines) in enumerate(lists, first):
+            pairs = zip(indices, cosines, strict=True)
+            others = [(i, cosine) for i, cosine in pairs if i != feature and cosine > 0][:NEAREST]
+            found.append(([i for i, _ in others], [cosine for _, cosine in others]))
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..files import Array
 from ..read import Corpus
 from .circuit_tracer import short
 from .features import Example, Feature
-from .lens import Logits
+from .lens import Directions, Logits
 
 BATCH = 512
 """Features of a file."""
@@ -24,6 +25,8 @@ class NeuronpediaWriter:
     """{model}/{layer}-{set}/ with features/ and activations/ in batches.
 
     Args:
+        logits: {layer: its logits, or None}.
+        directions: those of a layer that has logits.
         norms: {layer: [F]}, what values are multiplied with, where they are to be in units of what
             the decoder writes; Neuronpedia's pages of scaled coders are.
     """
@@ -33,10 +36,12 @@ class NeuronpediaWriter:
         corpus: Corpus,
         folder: Path,
         logits: dict[int, Logits | None],
-        norms: dict[int, Array] | None = None,
+        directions: Callable[[int], Directions],
+        norms: dict[int, Array],
     ) -> None:
         self._corpus, self._folder, self._logits = corpus, folder, logits
-        self._norms = norms or {}
+        self._directions, self._norms = directions, norms
+        self._of_layer: tuple[int, Directions] | None = None
         self._model = Path(corpus.manifest["origin"].get("model", "model")).stem.lower()
         self._waiting: list[Feature] = []
 
@@ -57,9 +62,14 @@ class NeuronpediaWriter:
         folder = self._folder / self._model / source
         if first == 0:
             self._write_sets(folder, source)
-        for name, make in (("features", self._feature), ("activations", self._activations)):
+        features = [self._feature(feature, source) for feature in self._waiting]
+        if self._logits.get(layer) is not None:
+            self._add_directions(features, layer, first)
+        activations = [
+            line for feature in self._waiting for line in self._activations(feature, source)
+        ]
+        for name, lines in (("features", features), ("activations", activations)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            lines = [line for feature in self._waiting for line in make(feature, source)]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             data = gzip.compress(text.encode(), 6, mtime=0)
             (folder / name / f"batch-{first // BATCH}.jsonl.gz").write_bytes(data)
@@ -81,15 +91,32 @@ class NeuronpediaWriter:
         for name, record in records.items():
             (folder / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
+    def _add_directions(self, features: list[dict[str, Any]], layer: int, first: int) -> None:
+        if self._of_layer is None or self._of_layer[0] != layer:
+            self._of_layer = layer, self._directions(layer)
+        directions, last = self._of_layer[1], first + len(features)
+        for feature, (heights, middles), (indices, cosines) in zip(
+            features,
+            directions.histograms(first, last),
+            directions.nearest(first, last),
+            strict=True,
+        ):
+            feature |= {
+                "logits_hist_data_bar_heights": heights,
+                "logits_hist_data_bar_values": [short(value) for value in middles],
+                "topkCosSimIndices": indices,
+                "topkCosSimValues": [short(value) for value in cosines],
+            }
+
     def _scale(self, feature: Feature) -> float:
         norms = self._norms.get(feature.layer)
         return 1.0 if norms is None else float(norms[feature.feature])
 
-    def _feature(self, feature: Feature, source: str) -> list[dict[str, Any]]:
+    def _feature(self, feature: Feature, source: str) -> dict[str, Any]:
         word, scale = self._corpus.word, self._scale(feature)
         lens, bins = self._logits.get(feature.layer), len(feature.histogram)
         edges = np.linspace(0, feature.max * scale, bins + 1) if bins else np.zeros(1)
-        found = {
+        found: dict[str, Any] = {
             "modelId": self._model,
             "layer": source,
             "index": str(feature.feature),
@@ -104,6 +131,10 @@ class NeuronpediaWriter:
             "pos_values": [],
             "neg_str": [],
             "neg_values": [],
+            "logits_hist_data_bar_heights": [],
+            "logits_hist_data_bar_values": [],
+            "topkCosSimIndices": [],
+            "topkCosSimValues": [],
         }
         if lens is not None:
             i = feature.feature
@@ -113,7 +144,7 @@ class NeuronpediaWriter:
                 "neg_str": [word(token) for token in lens.bottom[i]],
                 "neg_values": [short(value) for value in lens.bottom_values[i]],
             }
-        return [found]
+        return found
 
     def _activations(self, feature: Feature, source: str) -> list[dict[str, Any]]:
         found = [self._activation(feature, source, one, None) for one in feature.top]
