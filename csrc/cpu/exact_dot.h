@@ -23,15 +23,21 @@ class ExactDot {
         size_(block.layer->hidden_size),
         row_bytes_(size_ * block.layer->W_enc.element_size()) {}
 
-  // The activations of up to dot_rows pairs, all of one feature.
-  void activations(const Survivor* pairs, int64_t count, float* values) const {
-    const int64_t feature = pairs->feature();
-    const float* x[dot_rows];
-    for (int64_t i = 0; i < count; ++i) x[i] = normed_ + pairs[i].row() * size_;
-    double sums[dot_rows];
-    dot_(x, count, weights(feature), size_, sums);
-    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(sums[i] + bias_[feature]);
+  // Computes the pairs of a list and empties it: take(pair, activation). Consecutive pairs of one
+  // feature share what is read of it. fetches: brings the next feature's weights into the cache.
+  template <typename Take>
+  void compute(SurvivorList& list, bool fetches, const Take& take) const {
+    for (int64_t i = 0, count = 0; i < list.size; i += count) {
+      count = list.run_length(i);
+      if (fetches && i + count < list.size)
+        prefetch(weights(list.pairs[i + count].feature()), row_bytes_);
+      float values[dot_rows];
+      activations(list.pairs + i, count, values);
+      for (int64_t j = 0; j < count; ++j) take(list.pairs[i + j], values[j]);
+    }
+    list.size = 0;
   }
+
   float activation(int64_t row, int64_t feature) const {
     const Survivor pair(row, feature, false);
     float value;
@@ -43,6 +49,16 @@ class ExactDot {
   int64_t row_bytes() const { return row_bytes_; }
 
  private:
+  // The activations of up to dot_rows pairs, all of one feature.
+  void activations(const Survivor* pairs, int64_t count, float* values) const {
+    const int64_t feature = pairs->feature();
+    const float* x[dot_rows];
+    for (int64_t i = 0; i < count; ++i) x[i] = normed_ + pairs[i].row() * size_;
+    double sums[dot_rows];
+    dot_(x, count, weights(feature), size_, sums);
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(sums[i] + bias_[feature]);
+  }
+
   std::remove_extent_t<decltype(KernelTable::dot)> dot_;
   const float* normed_;
   const char* weights_;

@@ -34,22 +34,12 @@ class DeferredPairs {
     sort_by_feature();
     Counters& counters = *buffers_.counters;
     counters.computed += pairs_.size;
-    for (int64_t i = 0, count = 0; i < pairs_.size; i += count) {
-      count = pairs_.run_length(i);
-      const int64_t feature = pairs_.pairs[i].feature();
-      if (i + count < pairs_.size)
-        prefetch(exact_.weights(pairs_.pairs[i + count].feature()), exact_.row_bytes());
-      float values[dot_rows];
-      exact_.activations(pairs_.pairs + i, count, values);
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t row = pairs_.pairs[i + j].row();
-        if (values[j] > 0)
-          reservoir(workspace_, block_, row, 0).add(make_key(values[j], feature));
-        else  // it was surely active
-          counters.contradicted = block_.layer;
-      }
-    }
-    pairs_.size = 0;
+    exact_.compute(pairs_, true, [&](const Survivor& pair, float value) {
+      if (value > 0)
+        reservoir(workspace_, block_, pair.row(), 0).add(make_key(value, pair.feature()));
+      else  // it was surely active
+        counters.contradicted = block_.layer;
+    });
   }
 
  private:

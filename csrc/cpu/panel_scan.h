@@ -183,25 +183,17 @@ class PanelScan {
 
   // Computes the pairs exactly, and gives those that are active to the collector.
   void compute_exact(SurvivorList& list) {
-    for (int64_t i = 0, count = 0; i < list.size; i += count) {
-      count = list.run_length(i);
-      const int64_t feature = list.pairs[i].feature();
-      float values[dot_rows];
-      exact_.activations(list.pairs + i, count, values);
-      for (int64_t j = 0; j < count; ++j) {
-        const Survivor& pair = list.pairs[i + j];
-        counters().ambiguous += pair.ambiguous();
-        if (!(values[j] >= bounds_.min_active[feature])) {
-          if (!pair.ambiguous()) counters().contradicted = &layer();
-          continue;
-        }
-        // The surely active ones are counted already.
-        collector_.active_count(pair.row()) += pair.ambiguous();
-        collector_.add(pair.row(), feature, values[j]);
-      }
-    }
     counters().computed += list.size;
-    list.size = 0;
+    exact_.compute(list, false, [this](const Survivor& pair, float value) {
+      counters().ambiguous += pair.ambiguous();
+      if (!(value >= bounds_.min_active[pair.feature()])) {
+        if (!pair.ambiguous()) counters().contradicted = &layer();
+        return;
+      }
+      // The surely active ones are counted already.
+      collector_.active_count(pair.row()) += pair.ambiguous();
+      collector_.add(pair.row(), pair.feature(), value);
+    });
   }
 
   // Screens in the arithmetic whose speed does not depend on how many pairs survive. The queue must
