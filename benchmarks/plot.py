@@ -1,14 +1,9 @@
-"""Draw how many times faster the encoder is, over the number of rows, from the benchmark's results.
-
-python benchmarks/plot.py [RESULTS] [SVG]
+"""The documents' plots, from the benchmarks' results: how many times faster the encoder is, over the
+number of rows, and the memory of an encoded corpus, over the number of tokens. table.py writes them.
 """
 
-import json
 import math
-import sys
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 SHAPES = [(2048, 16384), (5120, 40960), (576, 4608)]
 PANELS = {
     "reference fp32": "than the reference pipeline in float32",
@@ -106,7 +101,48 @@ def draw(results):
     return "\n".join([*svg, "</svg>\n"])
 
 
-if __name__ == "__main__":
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "cpu.json"
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE.parent / "docs" / "speed.svg"
-    target.write_text(draw(json.loads(source.read_text())))
+def draw_memory(results):
+    """Peak memory over tokens, both on a logarithmic scale, of each way that was measured."""
+    ways = {}
+    for row in results["memory"]:
+        ways.setdefault(row["way"], []).append((row["tokens"], row["peak_mib"]))
+    points = [point for line in ways.values() for point in line]
+    bounds = [(min(values), max(values)) for values in zip(*points, strict=True)]
+    low, high = 2 ** math.floor(math.log2(bounds[1][0])), 2 ** math.ceil(math.log2(bounds[1][1]))
+    left, right, top, bottom = LEFT + 30, 2 * WIDTH - RIGHT - 30, TOP - 20, HEIGHT - BOTTOM
+
+    def place(tokens, mib):
+        x = math.log(tokens / bounds[0][0]) / math.log(bounds[0][1] / bounds[0][0])
+        y = math.log(mib / low) / math.log(high / low)
+        return f"{left + x * (right - left):.1f}", f"{bottom - y * (bottom - top):.1f}"
+
+    svg = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT}" role="img">',
+        "<title>Peak memory of encoding a corpus, over its number of tokens</title>",
+        f"<style>{STYLE}</style>",
+    ]
+    mib = low
+    while mib <= high:
+        y = place(bounds[0][0], mib)[1]
+        svg.append(f'<path class="grid" d="M{left} {y}H{right}"/>')
+        svg.append(
+            f'<text class="small" x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{mib:,} MiB</text>'
+        )
+        mib *= 2
+    for tokens in sorted({tokens for tokens, _ in points}):
+        svg.append(
+            f'<text class="small" x="{place(tokens, low)[0]}" y="{bottom + 18}" text-anchor="middle">{tokens:,}</text>'
+        )
+    svg.append(
+        f'<text class="small" x="{(left + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">tokens of the corpus</text>'
+    )
+    for i, (name, (way, line)) in enumerate(zip("abc", ways.items(), strict=False)):
+        path = [place(*point) for point in sorted(line)]
+        svg.append(f'<path class="line {name}" d="M{"L".join(" ".join(p) for p in path)}"/>')
+        svg += [f'<circle class="{name}" r="3" cx="{x}" cy="{y}"/>' for x, y in path]
+        x = left + 220 * i
+        svg.append(
+            f'<path class="line {name}" d="M{x} 24h26"/><circle class="{name}" r="3" cx="{x + 13}" cy="24"/>'
+        )
+        svg.append(f'<text x="{x + 34}" y="28">{way}</text>')
+    return "\n".join([*svg, "</svg>\n"])

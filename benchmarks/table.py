@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from plot import draw
+from plot import draw, draw_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,7 +21,6 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("performance", "corpus", "server")),
 ]
-PLOT = ROOT / "docs" / "speed.svg"
 OURS = "sparse_transcoder"
 BASELINES = [
     "reference fp32",
@@ -398,7 +397,10 @@ def written():
     if used != made.keys():
         missing = ", ".join(sorted(made.keys() - used))
         raise SystemExit(f"no document has a place for the tables {missing}")
-    texts[PLOT] = draw(json.loads((RESULTS / "cpu.json").read_text()))
+    for name, plot, results in (("speed", draw, "cpu"), ("memory", draw_memory, "corpus")):
+        texts[ROOT / "docs" / f"{name}.svg"] = plot(
+            json.loads((RESULTS / f"{results}.json").read_text())
+        )
     return texts
 
 
