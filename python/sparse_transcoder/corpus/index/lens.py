@@ -74,13 +74,18 @@ class Directions:
     def histograms(self, first: int, last: int) -> list[tuple[list[int], list[float]]]:
         """Of each feature from first to last - 1: how many of its V logits fall into each of 50
         equal intervals between the smallest and the largest, and the intervals' middles."""
-        W_U, found = self._W_U.float(), []
+        W_U = self._W_U.float()
+        found: list[tuple[list[int], list[float]]] = []
         for begin in range(first, last, TOGETHER):
-            for logits in (self._rows[begin : min(begin + TOGETHER, last)] @ W_U.T).cpu():
-                low, high = logits.min().item(), logits.max().item()
-                edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-                heights = torch.histc(logits, BINS).long().tolist()
-                found.append((heights, ((edges[:-1] + edges[1:]) / 2).tolist()))
+            logits = self._rows[begin : min(begin + TOGETHER, last)] @ W_U.T
+            low, high = (bound[:, None] for bound in logits.aminmax(dim=1))
+            size = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / BINS
+            interval = ((logits - low) / size).long().clamp(max=BINS - 1)
+            rows = torch.arange(len(logits), device=logits.device)[:, None]
+            counts = torch.bincount((interval + BINS * rows).flatten(), minlength=BINS * len(rows))
+            middles = low + size * (torch.arange(BINS, device=logits.device) + 0.5)
+            heights = counts.view(-1, BINS)
+            found += zip(heights.tolist(), middles.tolist(), strict=True)
         return found
 
     def nearest(self, first: int, last: int) -> list[tuple[list[int], list[float]]]:
