@@ -27,13 +27,17 @@ SERVER_TEST := -m pytest examples/server
 MALFORMED ?= 10000
 SOAK ?= 600
 
-.PHONY: test peers soundness demo bench asan tsan fuzz stub wheel wheel-check check-machine clean
+.PHONY: test test-arm peers soundness demo bench asan tsan fuzz stub wheel wheel-check check-machine clean
 .PHONY: server server-test server-asan server-tsan server-soak server-bench
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 	@echo "make test: every test passed with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+
+# The CPU kernels for Arm, with a cross compiler (CROSS_CXX) and an emulator (QEMU), and without torch.
+test-arm:
+	@tests/cpp/arm.sh
 
 # How far every screen is from exact, against the margin it claims, on 1e9 pairs.
 soundness: $(BUILT_WITH)

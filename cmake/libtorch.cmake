@@ -21,8 +21,13 @@ function(find_libtorch)
     target_include_directories(sparse_transcoder::libtorch INTERFACE
       "${folder}/include" "${folder}/include/torch/csrc/api/include")
     # libtorch.so is linked although nothing in it is called: it is what loads torch's CUDA part.
-    target_link_libraries(sparse_transcoder::libtorch INTERFACE
-      "-Wl,--push-state,--no-as-needed \"${folder}/lib/libtorch.so\" -Wl,--pop-state"
-      "${folder}/lib/libtorch_cpu.so" "${folder}/lib/libc10.so")
+    if(NOT APPLE)
+      target_link_libraries(sparse_transcoder::libtorch INTERFACE
+        "-Wl,--push-state,--no-as-needed \"${folder}/lib/libtorch.so\" -Wl,--pop-state")
+    endif()
+    foreach(library torch_cpu c10)
+      target_link_libraries(sparse_transcoder::libtorch INTERFACE
+        "${folder}/lib/lib${library}${CMAKE_SHARED_LIBRARY_SUFFIX}")
+    endforeach()
   endif()
 endfunction()

@@ -45,6 +45,9 @@ struct Case {
   int64_t chunk_size = 512, lanes = 2;
 };
 
+// Workers of an engine that does not choose them, before any test of this program runs.
+const bool four_workers = (at::set_num_threads(4), true);
+
 std::mt19937 random_bits(11);
 
 at::Tensor random(at::IntArrayRef shape, Data data, float scale = 1) {

@@ -1,8 +1,7 @@
 // The inner loops: against wider arithmetic, and one instruction set against another.
 #include "cpu/kernels/kernels.h"
 
-#include <ATen/ATen.h>
-
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -20,11 +19,10 @@ using namespace sparse_transcoder::cpu;
 namespace {
 
 constexpr int64_t sizes[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129, 577};
-constexpr at::ScalarType types[] = {at::kFloat, at::kBFloat16, at::kHalf};  // in the order of Dtype
 constexpr float inf = std::numeric_limits<float>::infinity();
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
-// Stored elements of one type in a buffer of exactly their bytes, and what they are worth.
+// Elements of one type in a buffer of exactly their bytes, and what they are worth.
 struct Elements {
   std::vector<char> stored;
   std::vector<double> value;
@@ -32,22 +30,47 @@ struct Elements {
   const char* at(int64_t i) const { return stored.data() + i * (stored.size() / value.size()); }
 };
 
+// What 16 stored bits are worth, by the definition of a floating-point number.
+double worth(Dtype type, unsigned bits) {
+  const int fraction_bits = type == Dtype::bfloat16 ? 7 : 10;
+  const int max_exponent = type == Dtype::bfloat16 ? 255 : 31;
+  const int exponent = bits >> fraction_bits & max_exponent;
+  const int fraction = bits & ((1 << fraction_bits) - 1);
+  const double sign = bits >> 15 ? -1 : 1;
+  if (exponent == max_exponent) return fraction == 0 ? sign * inf : quiet_nan;
+  const int digits = exponent == 0 ? fraction : fraction + (1 << fraction_bits);
+  return sign * std::ldexp(digits, std::max(exponent, 1) - max_exponent / 2 - fraction_bits);
+}
+
+// The bits of a finite number that is normal in bfloat16 and small enough for float16, cut off.
+unsigned narrow(Dtype type, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (type == Dtype::bfloat16) return bits >> 16;
+  // Float16 steps by 2^(exponent - 10), from 2^-14 on down by 2^-24.
+  const int exponent = std::max(std::ilogb(value), -14);
+  const auto digits = static_cast<unsigned>(std::ldexp(std::fabs(value), 10 - exponent));
+  return bits >> 31 << 15 | (digits + ((exponent + 14) << 10));
+}
+
 const KernelTable& portable_kernels = runnable_kernels().front();
 
 std::mt19937 random_bits(7);
 
 float normal() { return std::normal_distribution<float>()(random_bits); }
 
-Elements make(at::ScalarType type, int64_t count, float scale = 1) {
-  at::Tensor wide = at::empty({count}, at::kFloat);
-  // Sizes over many octaves, so that the order of a sum matters.
-  for (int64_t i = 0; i < count; ++i)
-    wide.data_ptr<float>()[i] =
-        scale * normal() * std::ldexp(1.0f, static_cast<int>(random_bits() % 17) - 8);
-  const at::Tensor narrow = wide.to(type), exact = narrow.to(at::kDouble);
-  const auto* bytes = static_cast<const char*>(narrow.const_data_ptr());
-  return {{bytes, bytes + narrow.nbytes()},
-          {exact.data_ptr<double>(), exact.data_ptr<double>() + count}};
+Elements make(Dtype type, int64_t count) {
+  Elements made;
+  for (int64_t i = 0; i < count; ++i) {
+    // Sizes over many octaves, so that the order of a sum matters.
+    const float value = normal() * std::ldexp(1.0f, static_cast<int>(random_bits() % 17) - 8);
+    const auto bits = static_cast<uint16_t>(type == Dtype::float32 ? 0 : narrow(type, value));
+    made.value.push_back(type == Dtype::float32 ? value : worth(type, bits));
+    const char* bytes = type == Dtype::float32 ? reinterpret_cast<const char*>(&value)
+                                               : reinterpret_cast<const char*>(&bits);
+    made.stored.insert(made.stored.end(), bytes, bytes + (type == Dtype::float32 ? 4 : 2));
+  }
+  return made;
 }
 
 const float* floats(const Elements& x, int64_t i = 0) {
@@ -60,13 +83,13 @@ TEST(kernels_dot) {
   for (int type = 0; type < 3; ++type)
     for (const int64_t size : sizes)
       for (int64_t skip = 0; skip < 2; ++skip) {  // also where no vector is aligned
-        const Elements x = make(at::kFloat, size + skip), w = make(types[type], size + skip);
+        const Elements x = make(Dtype::float32, size + skip), w = make(Dtype(type), size + skip);
         long double exact = 0, magnitude = 0;
         for (int64_t i = skip; i < size + skip; ++i) {
           exact += static_cast<long double>(x.value[i]) * w.value[i];
           magnitude += std::fabs(static_cast<long double>(x.value[i]) * w.value[i]);
         }
-        const Elements other = make(at::kFloat, size);
+        const Elements other = make(Dtype::float32, size);
         const float* const row = floats(x, skip);
         double first;
         portable_kernels.dot[type](&row, 1, w.at(skip), size, &first);
@@ -106,14 +129,12 @@ TEST(kernels_widen_every_value) {
   for (int type = 1; type < 3; ++type) {
     std::vector<uint16_t> stored(65536);
     for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
-    const at::Tensor expected =
-        at::from_blob(stored.data(), {65536}, at::TensorOptions(types[type])).to(at::kFloat);
     for (const KernelTable& kernels : runnable_kernels()) {
       std::vector<float> wide(65536);
       kernels.widen[type](stored.data(), wide.data(), 65536);
       int64_t wrong = 0;
       for (int64_t i = 0; i < 65536; ++i) {
-        const float want = expected.data_ptr<float>()[i];
+        const auto want = static_cast<float>(worth(Dtype(type), stored[i]));
         wrong += std::isnan(want) ? !std::isnan(wide[i])
                                   : std::memcmp(&wide[i], &want, sizeof(want)) != 0;
       }
@@ -125,7 +146,7 @@ TEST(kernels_widen_every_value) {
 TEST(kernels_widen_every_size) {
   for (int type = 0; type < 3; ++type)
     for (const int64_t size : sizes) {
-      const Elements w = make(types[type], size);
+      const Elements w = make(Dtype(type), size);
       for (const KernelTable& kernels : runnable_kernels()) {
         std::vector<float> wide(size);
         kernels.widen[type](w.at(0), wide.data(), size);
@@ -139,7 +160,7 @@ TEST(kernels_product_within_its_bound) {
     for (const int64_t size : sizes)
       for (int64_t rows = 1; rows <= 9; ++rows)
         for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
-          Elements x = make(at::kFloat, rows * size), w = make(types[type], count * size);
+          Elements x = make(Dtype::float32, rows * size), w = make(Dtype(type), count * size);
           const double rounding = product_rounding(size);
           for (const KernelTable& kernels : runnable_kernels()) {
             std::vector<float> scores(rows * count + 1, quiet_nan);
@@ -157,6 +178,29 @@ TEST(kernels_product_within_its_bound) {
               }
           }
         }
+}
+
+// More rows than any set keeps in its caches, and a last few that fill no block.
+TEST(kernels_product_of_many_rows) {
+  constexpr int64_t rows = 75, count = 6, size = 577;
+  for (int type = 0; type < 3; ++type) {
+    const Elements x = make(Dtype::float32, rows * size), w = make(Dtype(type), count * size);
+    for (const KernelTable& kernels : runnable_kernels()) {
+      std::vector<float> scores(rows * count + 1, quiet_nan);
+      kernels.product[type](floats(x), rows, w.at(0), count, size, scores.data());
+      EXPECT(std::isnan(scores.back()));
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t f = 0; f < count; ++f) {
+          double exact = 0, xx = 0, ww = 0;
+          for (int64_t i = 0; i < size; ++i) {
+            const double a = x.value[r * size + i], b = w.value[f * size + i];
+            exact += a * b, xx += a * a, ww += b * b;
+          }
+          EXPECT(std::fabs(scores[r * count + f] - exact) <=
+                 product_rounding(size) * std::sqrt(xx * ww));
+        }
+    }
+  }
 }
 
 namespace {

@@ -22,7 +22,7 @@ export ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 "$build/tests/cpp/cpp_tests"
-for cpu in portable avx2; do  # what the best of this machine hides
+for cpu in portable avx2 neon; do  # what the best of this machine hides
   SPARSE_TRANSCODER_CPU=$cpu "$build/tests/cpp/cpp_tests" engine_ || [ $? = 77 ]  # 77: the machine cannot run it
 done
 echo "$1: clean"

@@ -5,6 +5,12 @@
 
 #include "cpu/kernels/kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace sparse_transcoder::cpu {
 namespace {
 
@@ -29,6 +35,19 @@ bool has_avx2vnni() {
 void use_avx2vnni(KernelTable& kernels) {
   has_avx512vnni() ? use_avx2vnni_evex(kernels) : use_avx2vnni_vex(kernels);
 }
+#elif defined(__aarch64__)
+bool has_dot_product() {
+#if defined(__linux__)
+  constexpr unsigned long asimddp = 1 << 20;  // HWCAP_ASIMDDP, which older headers lack
+  return getauxval(AT_HWCAP) & asimddp;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // From the slowest to the fastest. Each keeps the loops of the one before it that it does not
@@ -39,6 +58,9 @@ constexpr InstructionSet instruction_sets[] = {
     {"avx2", has_avx2, use_avx2},
     {"avx2vnni", has_avx2vnni, use_avx2vnni},
     {"avx512vnni", has_avx512vnni, use_avx512vnni},
+#elif defined(__aarch64__)
+    {"neon", [] { return true; }, use_neon},
+    {"neondot", has_dot_product, use_neondot},
 #endif
 };
 

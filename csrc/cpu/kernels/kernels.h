@@ -205,5 +205,7 @@ void use_avx2(KernelTable& kernels);
 void use_avx2vnni_vex(KernelTable& kernels);   // VNNI as processors without AVX-512 encode it
 void use_avx2vnni_evex(KernelTable& kernels);  // VNNI as processors with AVX-512 encode it
 void use_avx512vnni(KernelTable& kernels);
+void use_neon(KernelTable& kernels);
+void use_neondot(KernelTable& kernels);
 
 }  // namespace sparse_transcoder::cpu
