@@ -62,16 +62,21 @@ __global__ void __launch_bounds__(threads, blocks_at_once(max_rows))
                             float* __restrict__ scores) {
   constexpr int inputs_at_once = width < part ? width : part;
   const int lane = threadIdx.x % 32;
-  const int64_t first = (int64_t{blockIdx.x} * warps + threadIdx.x / 32) * warp_features;
-  if (first >= count) return;
-  const Weight* feature = w + first * size;
-  const int last = int(min(int64_t{warp_features}, count - first)) - 1;
+  // What all warps of the block share is 64 bits wide and needs no register of a lane.
+  const int64_t block_first = int64_t{blockIdx.x} * (warps * warp_features);
+  w += block_first * size;
+  scores += block_first;
+  const int first = int(threadIdx.x / 32) * warp_features, left = int(count - block_first);
+  if (first >= left) return;
+  const Weight* feature = w + first * int(size);
+  const int last = min(warp_features, left - first) - 1;
   float sums[warp_features][max_rows] = {};
 #pragma unroll(max_rows == 1 ? 2 : 1)
   for (int i = lane * width; i < int(size); i += 32 * width) {
     Packed<Weight, width> packed[warp_features];
 #pragma unroll
-    for (int f = 0; f < warp_features; ++f) packed[f].load(feature + min(f, last) * int(size) + i);
+    for (int f = 0; f < warp_features; ++f)
+      packed[f].load(feature + (min(f, last) * int(size) + i));
 #pragma unroll 1
     for (int begin = 0; begin < width; begin += inputs_at_once) {
       float weights[warp_features][inputs_at_once];
@@ -84,7 +89,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once(max_rows))
 #pragma unroll
       for (int r = 0; r < max_rows; ++r) {
         float inputs[inputs_at_once];
-        load_inputs(x + min(r, row_count - 1) * int(size) + i + begin, inputs);
+        load_inputs(x + (min(r, row_count - 1) * int(size) + i + begin), inputs);
 #pragma unroll
         for (int j = 0; j < inputs_at_once; ++j)
 #pragma unroll
@@ -101,7 +106,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once(max_rows))
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2)
         sum += __shfl_down_sync(all_lanes, sum, distance);
-      if (lane == 0 && r < row_count && first + f < count) scores[r * count + first + f] = sum;
+      if (lane == 0 && r < row_count && f <= last) scores[r * count + first + f] = sum;
     }
 }
 

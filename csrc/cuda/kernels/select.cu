@@ -23,6 +23,7 @@ constexpr int max_in_shared = 4 * threads;  // keys that a block sorts in shared
 constexpr int lane_scores = 8;              // that a lane compares at a time
 constexpr int warp_scores = 32 * lane_scores;
 static_assert(list_room >= warp_scores);
+static_assert(warp_scores == 256);  // so that 8 bits tell them apart
 
 __device__ uint64_t defer(float score, int64_t feature, bool ambiguous) {
   return uint64_t{__float_as_uint(score)} << 32 | unsigned(feature) << 1 | unsigned(ambiguous);
@@ -238,7 +239,7 @@ constexpr int sign_and_number = int(0x8fffffffu);
 
 // A weight on its way from memory.
 __device__ float stored(const float* weight) { return *weight; }
-__device__ float stored(const __half* weight) { return widen(*weight); }
+__device__ __half stored(const __half* weight) { return *weight; }
 __device__ int stored(const __nv_bfloat16* weight) {  // its sign in all the upper bits
   return *reinterpret_cast<const int16_t*>(weight);
 }
@@ -246,22 +247,24 @@ __device__ double scaled(float weight) {
   const int bits = int(__float_as_uint(weight));
   return __hiloint2double((bits >> 3) & sign_and_number, int(unsigned(bits) << 29));
 }
+__device__ double scaled(__half weight) { return scaled(widen(weight)); }
 __device__ double scaled(int weight) {
   return __hiloint2double(int(unsigned(weight) << 13) & sign_and_number, 0);
 }
 
 // sums[j] = x . w[j] for lane 0 of the calling warp. `count` features are computed together so that
-// x is converted once. Every product and partial sum is half of its true value until the end:
-// halving is exact, so all roundings are the same.
-template <int count, typename Weight>
+// x is converted once, and `batch` inputs per lane are loaded before the first is used. Every
+// product and partial sum is half of its true value until the end: halving is exact, so all
+// roundings are the same.
+template <int batch, int count, typename Weight>
 __device__ void warp_dots(const float* __restrict__ x, const Weight* const (&w)[count], int size,
                           double (&sums)[count]) {
-  constexpr int batch = 32 / count;  // inputs per lane that are loaded before the first is used
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < count; ++j) sums[j] = 0;
   const auto add = [&](int begin, auto is_whole) {
-    decltype(stored(w[0])) weights[batch][count];
+    using Stored = decltype(stored(w[0]));
+    Stored weights[batch][count];
     float inputs[batch];
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
@@ -269,7 +272,7 @@ __device__ void warp_dots(const float* __restrict__ x, const Weight* const (&w)[
       const bool inside = decltype(is_whole)::value || i < size;
       inputs[b] = inside ? x[i] : 0;
 #pragma unroll
-      for (int j = 0; j < count; ++j) weights[b][j] = inside ? stored(w[j] + i) : 0;
+      for (int j = 0; j < count; ++j) weights[b][j] = inside ? stored(w[j] + i) : Stored();
     }
 #pragma unroll
     for (int b = 0; b < batch; ++b) {  // past the end 0 * 0 is added, which changes no sum
@@ -291,9 +294,9 @@ __device__ void warp_dots(const float* __restrict__ x, const Weight* const (&w)[
   }
 }
 
-// Computes the warp's share of a list, `together` features at a time, and calls found(i, item, key)
-// on lane 0, with key 0 where the feature is not active.
-template <int together, typename Weight, typename Found>
+// Computes the warp's share of a list, `together` features at a time in batches of inputs, and
+// calls found(i, item, key) on lane 0, with key 0 where the feature is not active.
+template <int together, int batch, typename Weight, typename Found>
 __device__ void compute_together(const uint64_t* deferred, int count, int warp, int warp_count,
                                  const float* x, const Weights& weights, const Found& found) {
   const auto* W_enc = static_cast<const Weight*>(weights.W_enc);
@@ -306,7 +309,7 @@ __device__ void compute_together(const uint64_t* deferred, int count, int warp, 
       w[j] = W_enc + feature_of(items[j]) * weights.size;
     }
     double sums[together];
-    warp_dots(x, w, int(weights.size), sums);
+    warp_dots<batch>(x, w, int(weights.size), sums);
     if (threadIdx.x % 32 != 0) continue;
 #pragma unroll
     for (int j = 0; j < together; ++j) {
@@ -325,11 +328,11 @@ template <typename Weight, typename Found>
 __device__ void compute_deferred(const uint64_t* deferred, int count, int warp, int warp_count,
                                  const float* x, const Weights& weights, const Found& found) {
   if (count <= warp_count)
-    compute_together<1, Weight>(deferred, count, warp, warp_count, x, weights, found);
+    compute_together<1, 32, Weight>(deferred, count, warp, warp_count, x, weights, found);
   else if (count <= 2 * warp_count)
-    compute_together<2, Weight>(deferred, count, warp, warp_count, x, weights, found);
+    compute_together<2, 16, Weight>(deferred, count, warp, warp_count, x, weights, found);
   else
-    compute_together<4, Weight>(deferred, count, warp, warp_count, x, weights, found);
+    compute_together<4, 8, Weight>(deferred, count, warp, warp_count, x, weights, found);
 }
 
 // What float32 scores are compared with: under the k-th best activation by what the comparison may
@@ -340,22 +343,22 @@ __device__ float score_bound(uint64_t kth_best, const Weights& weights) {
   return float(value - (value + weights.max_bias) * kth_best_rounding - underflow(weights.size));
 }
 
-// Where a lane's j-th number of warp_scores lies: four numbers follow each other, which aligned
-// arrays give in one access.
-__device__ int place(int j) { return j / 4 * 128 + int(threadIdx.x % 32) * 4 + j % 4; }
+// How far a lane's j-th number of warp_scores lies from its first one: four numbers follow each
+// other, which aligned arrays give in one access.
+__device__ constexpr int step(int j) { return j / 4 * 128 + j % 4; }
 
 struct LaneNumbers {
   float at[lane_scores];
 };
 
-// A lane's numbers among [0, count) of a warp's warp_scores; 0 from count on.
-__device__ LaneNumbers load(const float* __restrict__ from, int count, bool aligned) {
+// A lane's numbers, of which the first one lies at `at`; 0 from `end` on.
+__device__ LaneNumbers load(const float* __restrict__ from, int at, int end, bool aligned) {
   LaneNumbers numbers = {};
   if (aligned) {
 #pragma unroll
     for (int j = 0; j < lane_scores; j += 4) {
       float4 four = {0, 0, 0, 0};
-      if (place(j) < count) four = *reinterpret_cast<const float4*>(from + place(j));
+      if (at + step(j) < end) four = *reinterpret_cast<const float4*>(from + (at + step(j)));
       numbers.at[j] = four.x;
       numbers.at[j + 1] = four.y;
       numbers.at[j + 2] = four.z;
@@ -363,7 +366,8 @@ __device__ LaneNumbers load(const float* __restrict__ from, int count, bool alig
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < lane_scores; ++j) numbers.at[j] = place(j) < count ? from[place(j)] : 0;
+    for (int j = 0; j < lane_scores; ++j)
+      numbers.at[j] = at + step(j) < end ? from[at + step(j)] : 0;
   }
   return numbers;
 }
@@ -397,13 +401,12 @@ struct OpenLists {
 };
 
 // Drops what k others surely beat. Where still fewer than list_room places are free, too many
-// features are near the k-th best or near their bounds, and they are computed. All threads of the
-// block take part. Not inlined: it is rare, and needs many registers.
+// features are near the k-th best or near their bounds, and they are computed, with no more numbers
+// at a time than select_kernel has registers for. All threads of the block take part.
 template <typename Weight>
-__device__ __noinline__ void make_room(const OpenLists& lists, const float* x, float margin,
-                                       const Weights& weights) {
+__device__ void make_room(const OpenLists& lists, const float* x, float margin,
+                          const Weights& weights) {
   OpenLists::Counts& counts = *lists.counts;
-  uint64_t kth_best = counts.kth_best;
   if (threadIdx.x == 0 && counts.deferred_end != INT_MAX) {
     counts.deferred = counts.deferred_end;
     counts.deferred_end = INT_MAX;
@@ -411,22 +414,24 @@ __device__ __noinline__ void make_room(const OpenLists& lists, const float* x, f
   __syncthreads();
   const Bracket bracket(margin, weights);
   for (;;) {
-    kth_best = drop_beaten(lists.deferred, lists.exact, lists.deferred, lists.exact,
-                           &counts.deferred, &counts.exact, bracket, lists.k, kth_best);
+    const uint64_t kth_best =
+        drop_beaten(lists.deferred, lists.exact, lists.deferred, lists.exact, &counts.deferred,
+                    &counts.exact, bracket, lists.k, counts.kth_best);
     const int left = counts.deferred;
+    if (threadIdx.x == 0) counts.kth_best = kth_best;
     __syncthreads();  // a thread that goes on may add to the count
     if (left + list_room <= lists.capacity) break;
-    compute_deferred<Weight>(lists.deferred, left, threadIdx.x / 32, warps, x, weights,
-                             [&](int, uint64_t item, uint64_t key) {
-                               if (key != 0 && is_ambiguous(item)) atomicAdd(&counts.active, 1);
-                               if (key > kth_best) lists.exact[atomicAdd(&counts.exact, 1)] = key;
-                             });
+    compute_together<2, 8, Weight>(lists.deferred, left, threadIdx.x / 32, warps, x, weights,
+                                   [&](int, uint64_t item, uint64_t key) {
+                                     if (key != 0 && is_ambiguous(item))
+                                       atomicAdd(&counts.active, 1);
+                                     if (key > counts.kth_best)
+                                       lists.exact[atomicAdd(&counts.exact, 1)] = key;
+                                   });
     __syncthreads();
     if (threadIdx.x == 0) counts.deferred = 0;
     __syncthreads();
   }
-  if (threadIdx.x == 0) counts.kth_best = kth_best;
-  __syncthreads();
 }
 
 // A row as one block of select_kernel sees it.
@@ -442,20 +447,20 @@ struct ScoredRow {
     return !(fmaf(margin, norm, score) < surely_out_below);
   }
 
-  // Finds the scores [begin, begin + count), at most warp_scores, whose features may be active.
-  // Their places go to `found`; returns how many they are.
-  __device__ int find(const LaneNumbers& values, int begin, int count, bool aligned,
+  // Finds those of the warp's next scores whose features may be active; `at` is where the lane's
+  // first one lies. The lowest 8 bits of their places go to `found`; returns how many they are.
+  __device__ int find(const LaneNumbers& values, int at, int end, bool aligned,
                       uint8_t* found) const {
-    const LaneNumbers norms = load(bounds.norm + first + begin, count, aligned),
-                      out_below = load(bounds.surely_out_below + first + begin, count, aligned);
+    const LaneNumbers norms = load(bounds.norm + first, at, end, aligned),
+                      out_below = load(bounds.surely_out_below + first, at, end, aligned);
     unsigned active = 0;
 #pragma unroll
     for (int j = 0; j < lane_scores; ++j)
       if (may_be_active(values.at[j], norms.at[j], out_below.at[j])) active |= 1u << j;
-    if (count < warp_scores) {
+    if (at + step(lane_scores - 1) >= end) {
 #pragma unroll
       for (int j = 0; j < lane_scores; ++j)
-        if (place(j) >= count) active &= ~(1u << j);
+        if (at + step(j) >= end) active &= ~(1u << j);
     }
     if (!__any_sync(all_lanes, active != 0)) return 0;
     const unsigned lower_lanes = (1u << threadIdx.x % 32) - 1;
@@ -463,15 +468,15 @@ struct ScoredRow {
 #pragma unroll
     for (int j = 0; j < lane_scores; ++j) {
       const unsigned lanes = __ballot_sync(all_lanes, active >> j & 1);
-      if (active >> j & 1) found[total + __popc(lanes & lower_lanes)] = uint8_t(place(j));
+      if (active >> j & 1) found[total + __popc(lanes & lower_lanes)] = uint8_t(at + step(j));
       total += __popc(lanes);
     }
     __syncwarp();
     return total;
   }
 
-  // Lists the features of the places found[done], ... found[total - 1] that may reach `bound`, and
-  // counts those that are surely active. Returns total, or where to go on if the list is full.
+  // Lists the features found[done], ... found[total - 1] that may reach `bound`, and counts those
+  // that are surely active. Returns total, or where to go on if the list is full.
   __device__ int list(int begin, const uint8_t* found, int done, int total, float bound,
                       const OpenLists& lists) const {
     const int lane = threadIdx.x % 32;
@@ -480,7 +485,7 @@ struct ScoredRow {
       bool surely = false, keep = false;
       uint64_t item = 0;
       if (i < total) {
-        const int place = begin + found[i];
+        const int place = begin + uint8_t(found[i] - begin);
         const int64_t feature = first + place;
         const float score = scores[place], width = margin * bounds.norm[feature];
         surely = score - width >= bounds.surely_in_from[feature];
@@ -496,16 +501,14 @@ struct ScoredRow {
   }
 };
 
-// One block per row and group of the tile's features.
+// One block per row and group of `share` of the tile's features.
 template <typename Weight>
 __global__ void __launch_bounds__(threads, 4)
     select_kernel(const float* __restrict__ scores, const float* x, const Margin* margins,
-                  int first, int count, const __grid_constant__ Weights weights,
+                  int first, int count, int share, const __grid_constant__ Weights weights,
                   const __grid_constant__ CandidateLists lists) {
   const int row = blockIdx.x, group = blockIdx.y, warp = threadIdx.x / 32;
   const int64_t list = int64_t{row} * lists.groups + group;
-  // A multiple of four, so that groups begin where accesses are aligned.
-  const int share = (count + 4 * lists.groups - 1) / (4 * lists.groups) * 4;
   const int group_end = min(count, (group + 1) * share);
   const bool aligned = count % 4 == 0 && first % 4 == 0;
   const float margin = margins[row].per_norm;
@@ -519,30 +522,29 @@ __global__ void __launch_bounds__(threads, 4)
                           lists.exact + list * (lists.k + lists.capacity), lists.capacity, lists.k,
                           &counts};
   const ScoredRow scored = {scores + int64_t{row} * count, first, margin, weights.bounds};
-  const auto left = [&](int from) { return min(group_end - from, warp_scores); };
 
+  const int lane_first = int(threadIdx.x % 32) * 4;  // from where a warp begins
   int begin = group * share + warp * warp_scores, done = 0;
   __syncthreads();
   for (;;) {
-    bool full = false;
     const float bound = score_bound(counts.kth_best, weights);
-    LaneNumbers ahead = load(scored.scores + begin, left(begin), aligned);  // the next scores
+    // The next scores.
+    LaneNumbers ahead = load(scored.scores, begin + lane_first, group_end, aligned);
     while (begin < group_end) {
       const LaneNumbers values = ahead;
       const int next = begin + warps * warp_scores;
-      ahead = load(scored.scores + next, left(next), aligned);
-      const int total = scored.find(values, begin, left(begin), aligned, found[warp]);
+      ahead = load(scored.scores, next + lane_first, group_end, aligned);
+      const int total = scored.find(values, begin + lane_first, group_end, aligned, found[warp]);
       done = scored.list(begin, found[warp], done, total, bound, open);
-      full = done < total;
-      if (full) break;
+      if (done < total) break;
       begin = next;
       done = 0;
     }
-    const bool rest = __syncthreads_or(full);
     // With nothing left to do, a list that is long gives the next tile a better bound.
-    if (rest || counts.deferred > max(2 * lists.k, list_room / 2))
-      make_room<Weight>(open, x + row * weights.size, margin, weights);
-    if (!rest) break;
+    if (!__syncthreads_or(begin < group_end) && counts.deferred <= max(2 * lists.k, list_room / 2))
+      break;
+    make_room<Weight>(open, x + row * weights.size, margin, weights);
+    if (!__syncthreads_or(begin < group_end)) break;
   }
   if (threadIdx.x == 0) {
     lists.deferred_count[list] = counts.deferred;
@@ -699,7 +701,7 @@ __device__ int k_largest(int count, int k, const Values& values, uint64_t* best,
 }
 
 // One block per row.
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 4)
     finish_kernel(const LayerPointers* layer, const Margin* margins, int64_t first,
                   int64_t features, int64_t max_active, int64_t top_k, int64_t sorted_stride,
                   CandidateLists lists) {
@@ -766,9 +768,11 @@ unsigned blocks_per_row(int64_t rows) {
 
 int select(const float* scores, const float* x, const Margin* margins, int64_t rows, int64_t first,
            int64_t count, const Weights& weights, const CandidateLists& lists, Queue& queue) {
+  // Features per group: a multiple of four, so that groups begin where accesses are aligned.
+  const int64_t share = (count + 4 * lists.groups - 1) / (4 * lists.groups) * 4;
   return for_dtype(weights.dtype, [&](auto type) {
     return launch(select_kernel<decltype(type)>, dim3(unsigned(rows), unsigned(lists.groups)),
-                  queue, scores, x, margins, int(first), int(count), weights, lists);
+                  queue, scores, x, margins, int(first), int(count), int(share), weights, lists);
   });
 }
 
