@@ -122,7 +122,7 @@ void compare_block(const Panel& panel, const int8_t* x, int64_t rows, const int3
 
 void screen_int8_in_tiles(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher) {
   const int64_t count = args.row_count * args.planes, stride = args.layout.row_bytes();
-  // So few rows wait for the panel to come from memory, where tiles have nothing to gain. They keep
+  // So few rows wait for the panel to come from memory, however fast they are multiplied. They keep
   // the loop for which Crossovers::two_planes_rows was measured.
   if (count <= strip_rows) return screen_int8(args, masks, prefetcher);
   // The number of add_products.
