@@ -441,7 +441,10 @@ def describe_machine():
 
 
 def peaks(threads):
-    """What the processor's multiplications do at most, of peak.cpp; {} without AVX-512 VNNI."""
+    """What the processor's multiplications do at most, of peak.cpp.
+
+    {} unless AVX-512 VNNI encodes, whose instructions they are.
+    """
     if cpu_instruction_set() != "avx512vnni":
         return {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """The library without Python: its own tests, and a program that finds the installed package."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -156,10 +157,28 @@ def test_another_torch_is_refused_by_cmake(tmp_path, other):
     )
 
 
-def test_cpp_tests():
+@pytest.fixture(scope="session")
+def cpp_tests():
     """The C++ tests with a library that hides nothing, in a folder that later runs build on."""
     folder = ROOT / "build" / f"cpp_tests-{torch.__version__}"
     options = ["-DSPARSE_TRANSCODER_CPP_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     build(ROOT, folder, *options, "-DSPARSE_TRANSCODER_CUDA=OFF")
-    done = run(tool("ctest"), "--test-dir", folder / "tests/cpp", "--output-on-failure")
+    return folder / "tests/cpp"
+
+
+def test_cpp_tests(cpp_tests):
+    done = run(tool("ctest"), "--test-dir", cpp_tests, "--output-on-failure", "--parallel", 2)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_screening_in_emulated_amx(cpp_tests):
+    """test_screening.py on the library whose AMX tiles are plain C++, in place of the package's."""
+    library = cpp_tests / "emulated_amx" / "libsparse_transcoder.so"
+    if platform.machine() != "x86_64":
+        pytest.skip("AMX is an instruction set of x86-64")
+    file = TESTS / "test_screening.py"
+    command = [sys.executable, "-m", "pytest", file, "-k", "avx512amx", "-p", "no:cacheprovider"]
+    done = run(*command, env={**os.environ, "LD_PRELOAD": str(library)}, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "passed" not in done.stdout:
+        pytest.skip("the emulation needs AVX-512 VNNI")

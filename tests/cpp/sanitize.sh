@@ -25,4 +25,7 @@ export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 for cpu in portable avx2 neon; do  # what the best of this machine hides
   SPARSE_TRANSCODER_CPU=$cpu "$build/tests/cpp/cpp_tests" engine_ || [ $? = 77 ]  # 77: the machine cannot run it
 done
+if [ -x "$build/tests/cpp/cpp_tests_emulated_amx" ]; then  # which sees what tiles read and write
+  SPARSE_TRANSCODER_CPU=avx512amx "$build/tests/cpp/cpp_tests_emulated_amx" engine_ screening_int8_sums || [ $? = 77 ]
+fi
 echo "$1: clean"

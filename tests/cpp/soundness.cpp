@@ -258,13 +258,15 @@ void measure_int8(const KernelTable& kernels, const Block& block, const at::Tens
       Prefetcher prefetcher;
       for (int64_t p = begin; p < end; ++p)
         for (int64_t r = 0; r < row_count; ++r) {
-          uint64_t mask = 0;
+          // A row alone, or one of eight: the loops of few rows may be others.
+          const int64_t together = r / 8 % 2 == 0 ? 1 : 8, first = r / together * together;
+          uint64_t masks[8];
           kernels.screen_int8(
-              {layout, packed.data() + r * bytes, 1, planes,
+              {layout, packed.data() + first * bytes, together, planes,
                panel.data() + p * layout.panel_bytes(),
                low.const_data_ptr<float>() + r * feature_count + p * panel_features},
-              &mask, prefetcher);
-          lost += __builtin_popcountll(~mask);
+              masks, prefetcher);
+          lost += __builtin_popcountll(~masks[r - first]);
         }
     });
     if (lost > 0)

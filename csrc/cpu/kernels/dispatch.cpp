@@ -29,6 +29,7 @@ bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512amx() { return has_avx512vnni() && has_amx(); }
 bool has_avx2vnni() {
   return has_avx512vnni() || (has_avx2() && __builtin_cpu_supports("avxvnni"));
 }
@@ -58,6 +59,7 @@ constexpr InstructionSet instruction_sets[] = {
     {"avx2", has_avx2, use_avx2},
     {"avx2vnni", has_avx2vnni, use_avx2vnni},
     {"avx512vnni", has_avx512vnni, use_avx512vnni},
+    {"avx512amx", has_avx512amx, use_avx512amx},
 #elif defined(__aarch64__)
     {"neon", [] { return true; }, use_neon},
     {"neondot", has_dot_product, use_neondot},
