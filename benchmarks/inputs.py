@@ -11,10 +11,16 @@ from pathlib import Path
 import torch
 from sparse_transcoder import load_transcoders
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent / "examples"
 THRESHOLD = 1.0
 ACTIVE = 30  # features per row, but for `dense` rows and real ones
-REAL_LAYERS, REAL_TOKENS = (10, 15), (1024, 8192)
+REAL_TOKENS = 1024, 8192
+UNPLAIN = "threshold", "k", "input_bias", "ln_weight"  # what a plain relu coder has not
+# By their features: where transcoders of the example's model lie, and the layers that are encoded.
+# The wide one is the encoder alone of what this makes, and metrics.json is of the whole:
+#     examples/train_transcoders.py --layers 15 --features 4608 --tokens 260000
+REAL = {2304: (EXAMPLES / "transcoders", (10, 15)), 4608: (HERE / "wide_transcoder", (15,))}
 KINDS = {
     "planted": "each row the sum of 30 encoder directions",
     "hard": "30 directions of weight 1 to 7 and noise, bias -0.3: many features near their gates",
@@ -105,39 +111,39 @@ def real_cases():
     ]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    coders = real_coders()
-    if any(
-        f is not None
-        for c in coders.values()
-        for f in (c.threshold, c.k, c.input_bias, c.ln_weight)
-    ):
-        return "examples/transcoders holds others than relu coders"
-    F, H = coders[REAL_LAYERS[0]].W_enc.shape
-    return [Case(T, H, F, len(coders), "real", top_k=32) for T in REAL_TOKENS]
+    cases = []
+    for F in REAL:
+        coders = real_coders(F).values()
+        if any(getattr(c, f) is not None for c in coders for f in UNPLAIN):
+            return f"{REAL[F][0]} holds others than relu coders"
+        H = next(iter(coders)).W_enc.shape[1]
+        cases += [Case(T, H, F, len(coders), "real", top_k=32) for T in REAL_TOKENS]
+    return cases
 
 
 @functools.cache
-def real_coders():
-    return load_transcoders(EXAMPLES / "transcoders", REAL_LAYERS, device="cpu")
+def real_coders(F):
+    return load_transcoders(*REAL[F], device="cpu")
 
 
 @functools.cache
 def real_rows():
-    """Per layer the MLP's inputs [tokens, H], in windows of 128 tokens of Python's own texts."""
-    tokens = max(REAL_TOKENS)
+    """{layer: the MLP's inputs [tokens, H]}, in windows of 128 tokens of Python's own texts."""
+    tokens, layers = max(REAL_TOKENS), sorted({i for _, some in REAL.values() for i in some})
     from pydoc_data import topics
 
     sys.path.insert(0, str(EXAMPLES))
     from language_model import load_language_model, mlp_traffic
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        model, tokenizer = load_language_model(max(REAL_LAYERS))
+        model, tokenizer = load_language_model(max(layers))
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     ids = torch.tensor(tokenizer(text[: 8 * tokens]).input_ids[:tokens]).view(-1, 128)
-    parts = [mlp_traffic(model, some, REAL_LAYERS) for some in ids.split(8)]
-    return [torch.cat([part[i][0].flatten(0, 1) for part in parts]) for i in REAL_LAYERS]
+    parts = [mlp_traffic(model, some, layers) for some in ids.split(8)]
+    return {i: torch.cat([part[i][0].flatten(0, 1) for part in parts]) for i in layers}
 
 
 def real_inputs(case):
-    rows = [x[: case.T].clone() for x in real_rows()]
-    return rows, [(coder.W_enc.float(), coder.b_enc.float()) for coder in real_coders().values()]
+    coders = real_coders(case.F)
+    rows = [real_rows()[layer][: case.T].clone() for layer in coders]
+    return rows, [(coder.W_enc.float(), coder.b_enc.float()) for coder in coders.values()]
