@@ -21,6 +21,7 @@ float64 for a sample.
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -33,6 +34,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -197,6 +199,29 @@ def others_seconds():
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
+CPUS = sorted(os.sched_getaffinity(0))
+
+
+def place_threads(mine, others):
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, mine if thread == threading.get_native_id() else others)
+
+
+@contextlib.contextmanager
+def spread_threads():
+    """Gives this thread one processor and the process's other threads the rest.
+
+    The kernels of some virtual machines pack threads onto few processors: two that compute then
+    take turns on one, while another is idle.
+    """
+    place_threads(CPUS[:1], CPUS[1:] or CPUS)
+    try:
+        yield
+    finally:
+        place_threads(CPUS, CPUS)
+
+
 def turn(call, expected):
     """Samples in ms. The call before a burst of short ones warms caches and threads up."""
     if expected < BURST_S:
@@ -224,7 +249,8 @@ def time_rounds(calls, seconds, budget):
     ):
         turns = turns[1:] + turns[:1]
         start, others = time.perf_counter(), others_seconds()
-        samples = {name: turn(calls[name], seconds[name]) for name in turns}
+        with spread_threads():
+            samples = {name: turn(calls[name], seconds[name]) for name in turns}
         elapsed = time.perf_counter() - start
         done.append((max(0.0, others_seconds() - others) / elapsed / os.cpu_count(), samples))
     kept = sorted(done, key=lambda one: one[0])[:rounds]
@@ -402,10 +428,11 @@ def best_rate(call, work, seconds=1.5):
     """The best of a few calls, in units of work a second."""
     call()
     best, until = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
+    with spread_threads():
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
     return round(work / best / 1e9, 1)
 
 

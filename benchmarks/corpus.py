@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "examples"), str(HERE.parent / "tests"), str(HERE)]
 
 from attach import processor  # noqa: E402
+from bench import spread_threads  # noqa: E402
 from sparse_transcoder import (  # noqa: E402
     SparseTranscoderEncoder,
     TranscoderWeights,
@@ -174,7 +175,7 @@ def measure(args):
     for turn in range(args.turns + 1):  # the first one warms up and is compared
         kept = {}
         for name, way in ways.items():
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, spread_threads():
                 total, forward, kept[name] = way(Path(folder))
             if turn:
                 turns[name].append((total, forward))
