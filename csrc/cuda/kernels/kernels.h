@@ -47,7 +47,7 @@ struct ScreenErrors {
   float rounding, residual;
   float max_norm;
   // 0, or int8_share: then a feature's norm in FeatureBounds is its int8 copy's error plus
-  // int8_share times its norm, and a row's margin is per unit of that.
+  // int8_share times its norm, and a row's margin is per unit of that ("The screens of CUDA").
   float share = 0;
 };
 
