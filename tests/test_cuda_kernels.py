@@ -177,7 +177,7 @@ def test_int8_gives_the_bits_of_the_cpu_at_any_scale(kernels, scale, weights):
     encoder = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, 20, 0.0)
     want = encoder.encode_layer(0, hidden)
     assert same_bits(got, {name: want[name] for name in got})
-    assert (got["activations"][[0, 1, 3]] > 0).all()
+    assert (got["activations"][[0, 1, 3], :2] > 0).all()
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
