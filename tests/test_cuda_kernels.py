@@ -101,7 +101,7 @@ def check_bits(got, hidden, layer, top_k, tau):
         (4, 520, 190, 20, 0.5, "jumprelu", torch.float16, {"screening": "int8"}),
         (5, 256, 300, 31, 0.0, "topk", torch.float16, {"screening": "int8", "chunk": 3}),
         (8, 1030, 131, 131, 0.5, "relu", torch.bfloat16, {"screening": "int8", "scores": 9999}),
-        (9, 65, 300, 20, 0.5, "relu", torch.float32, {"screening": "int8", "chunk": 4}),
+        (9, 65, 300, 20, 0.5, "relu", torch.float32, {"screening": "int8", "chunk": 16}),
         # k = F, and nothing at all.
         (3, 16, 1100, 1100, 0.5, "relu", torch.float32, {"scores": 4000}),
         (9, 32, 70, 33, 1e9, "relu", torch.bfloat16, {}),
@@ -270,7 +270,9 @@ def draw(kind, size, features, seed):
         z[:, 0] = 0
         x, W = unrotated(y, size), unrotated(z, size)
     if kind == "largest sums":
-        x, W = unrotated(torch.ones(8, inputs), size), unrotated(torch.ones(features, inputs), size)
+        z = torch.ones(features, inputs)
+        z[1::2, 1:] = 0
+        x, W = unrotated(torch.ones(8, inputs), size), unrotated(z, size)
         x[::2] *= -1
     if kind == "any scale":
         powers = integers(8 + features, 1, low=-30, high=15, seed=seed)
@@ -321,14 +323,14 @@ def test_bytes_of_the_screening_copies(kernels, dtype, screening):
         shapes += [(1 << 17, 128, True), ((1 << 17) - 1, 128, False)]
     for features, size, large in shapes:
         W = torch.zeros(features, size, dtype=dtype)
-        int8 = screening == "int8" or (screening == "auto" and large)
-        copy = features * (-(-size // 128) * 128 + 8)
-        weights = features * size
-        for bytes_there in (-1, 1 << 40, 0):
-            here = int8 and (bytes_there == -1 or (bytes_there > 0 and screening == "int8"))
-            want = bf16 * weights * (bytes_there != 0) + copy * here
-            got = kernels.screening_bytes(W, SCREENINGS.index(screening), bytes_there)
-            assert got == want, (features, size, bytes_there)
+        copy, weights = features * (-(-size // 128) * 128), features * size
+        without_int8 = W.nbytes + bf16 * weights
+        for room in (-1, 1 << 40, without_int8, 0):
+            int8 = screening == "int8" or (screening == "auto" and large and room < 0)
+            fits = room < 0 or room >= without_int8 + copy * int8
+            want = (bf16 * weights + (copy + 8 * features) * int8) * fits
+            got = kernels.screening_bytes(W, SCREENINGS.index(screening), room)
+            assert got == want, (features, size, room)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
