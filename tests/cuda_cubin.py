@@ -23,6 +23,9 @@ KERNELS = {
     r"product_few_rows_kernel<\w+, [48], 1>": (80, 0),
     r"product_few_rows_kernel<\w+, [12], [48]>": (64, "all"),
     r"product_few_rows_kernel<\w+, [48], [48]>": (80, "all"),
+    r"product_int8_kernel<[12]>": (80, 6),  # of weights and rows; a scale has 4 bytes
+    r"product_int8_kernel<4>": (80, 12),
+    r"product_int8_kernel<8>": (80, 19),
     r"select_kernel<\w+>": (64, 8),  # scores, also ahead, norms and bounds: two accesses each
     r"merge_kernel": (64, 0),
     r"compute_exact_kernel<\w+>": (96, 0),

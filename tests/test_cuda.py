@@ -110,21 +110,21 @@ def nothing_pending():
 # Small enough for compute-sanitizer
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens, screening", [(1, "auto"), (5, "auto"), (40, "auto"), (5, "int8")])
 @pytest.mark.parametrize("use_compile", [True, False])
-def test_sanitizer_many_layers(tokens, use_compile):
+def test_sanitizer_many_layers(tokens, screening, use_compile):
     layers = {
         0: make_layer(300, 40),
         1: make_layer(131, 33, seed=10, kind="jumprelu", dtype=torch.bfloat16),
         2: make_layer(77, 24, seed=20, kind="topk", dtype=torch.float16),
     }
-    encoder = build(layers, use_compile=use_compile)
+    encoder = build(layers, use_compile=use_compile, screening=screening)
     for seed in range(3):  # the third is a replay
         hidden = rows_of(layers, tokens, seed)
         check_all(encode(encoder, hidden), hidden, layers)
 
 
-@pytest.mark.parametrize("screening", ["auto", "off"])
+@pytest.mark.parametrize("screening", ["auto", "off", "int8"])
 def test_sanitizer_hard_rows(screening):
     layer = make_layer(201, 35)
     layer["W_enc"][100:] = layer["W_enc"][:101].clone()
@@ -132,7 +132,7 @@ def test_sanitizer_hard_rows(screening):
     hidden[1, 3], hidden[2, 0], hidden[4], hidden[5] = math.nan, math.inf, 0.0, hidden[6]
     hidden[7] *= 1e30
     hidden = hidden.to(DEVICE)
-    for top_k, tokens in itertools.product((7, 201), (1, 11)):
+    for top_k, tokens in itertools.product((7, 201), (1, 8, 11)):
         got = encode(
             build({0: layer}, top_k=top_k, tau=0.0, screening=screening), {0: hidden[:tokens]}
         )
@@ -386,10 +386,11 @@ def encoders_of(layers, **options):
     return build(layers, **options), build(layers, use_compile=False, **options)
 
 
-def test_replays_give_the_bits_of_plain_calls():
+@pytest.mark.parametrize("screening", ["auto", "int8"])
+def test_replays_give_the_bits_of_plain_calls(screening):
     """The same shapes again and again, in changing order, with other numbers at other addresses."""
     layers = mixed()
-    replaying, plain = encoders_of(layers)
+    replaying, plain = encoders_of(layers, screening=screening)
     shapes = list(
         itertools.product((1, 3, 8), FLOATS, VIEWS, ((0,), (1, 4), (5, 1, 0), tuple(layers)))
     )
@@ -522,11 +523,33 @@ def test_cpu_and_gpu_give_the_same_bits(weight_dtype, hidden_dtype, screening):
     }
     layers[0]["W_enc"][1::7] = layers[0]["W_enc"][0].clone()  # ties
     gpu, cpu = build(layers, screening=screening), build(layers, "cpu")
-    for tokens in (1, 5, 40, 600):
+    for tokens in (1, 2, 3, 5, 8, 40, 600):
         hidden = rows_of(layers, tokens, dtype=hidden_dtype)
         want = encode(cpu, {i: x.cpu() for i, x in hidden.items()})
         check_all(want, {i: x.cpu() for i, x in hidden.items()}, layers)
         assert same_bits(on_cpu(encode(gpu, hidden)), on_cpu(want)), f"{tokens} rows"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int8_gives_the_bits_of_other_screens_on_large_layers(dtype):
+    """Planted rows, whose features the screen finds, and Gaussian ones that leave it many to
+    compute."""
+    layer = make_layer(20_003, 2304, dtype=dtype)
+    layer["b_enc"] = torch.full((20_003,), -2.5).to(dtype)
+    encoders = [build({0: layer}, screening=screening) for screening in ("auto", "int16", "off")]
+    held = [encoder.memory()["screening_bytes"] for encoder in encoders]
+    assert held[0] == held[1] + 20_003 * (2304 + 8), "auto makes an int8 copy of large layers"
+    draw = torch.Generator().manual_seed(3)
+    for tokens, scale in itertools.product(range(1, 9), (1, 1e4)):
+        chosen = torch.randint(20_003, (tokens, 30), generator=draw)
+        planted = 4 * layer["W_enc"].float()[chosen].sum(1)
+        for hidden in (planted, normal(tokens, 2304, seed=tokens)):
+            rows = {0: (hidden * scale).to(DEVICE)}
+            want = on_cpu(encode(encoders[2], rows))
+            assert want[0]["activations"].count_nonzero() > 0
+            for encoder in encoders[:2]:
+                for _ in range(3):  # the third is a replay
+                    assert same_bits(on_cpu(encode(encoder, rows)), want), f"{tokens} rows"
 
 
 @pytest.mark.parametrize("hidden_dtype", FLOATS)
@@ -614,11 +637,13 @@ def test_two_threads_stream_weights_at_once(large):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("screening", ["auto", "off"])
-def test_streamed_weights_of_other_dtypes(dtype, screening):
+@pytest.mark.parametrize("screening", ["auto", "off", "int8"])
+@pytest.mark.parametrize("room", [0, 6_000_000])  # of none or some of the layers
+def test_streamed_weights_of_other_dtypes(dtype, screening, room):
     layers = alike(3, 2000, 264, dtype)
-    encoder = build(layers, "cpu", device_weight_bytes=0, screening=screening)
-    for tokens in (1, 40, 600):
+    encoder = build(layers, "cpu", device_weight_bytes=room, screening=screening)
+    assert room > 0 or encoder.memory()["screening_bytes"] == 0
+    for tokens in (1, 8, 40, 600):
         hidden = rows_of(layers, tokens)
         check_all(encode(encoder, hidden), hidden, layers)
 
@@ -629,7 +654,8 @@ def test_bytes_of_the_screening_copies(dtype, screening):
     layers = alike(2, 2048, 256, dtype)
     memory = build(layers, screening=screening).memory()
     copied = screening != "off" and dtype != torch.bfloat16
-    assert memory["screening_bytes"] == (2 * 2 * 2048 * 256 if copied else 0)
+    bf16, int8 = 2 * 2 * 2048 * 256 * copied, 2 * 2048 * (256 + 8) * (screening == "int8")
+    assert memory["screening_bytes"] == bf16 + int8
     element = 4 if dtype == torch.float32 else 2
     assert memory["weight_bytes"] >= 2 * 2048 * 256 * element
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import check, make_layer, normal, same_bits
+from oracle import FLOATS, SCREENINGS, check, integers, make_layer, normal, same_bits
 from sparse_transcoder import SparseTranscoderEncoder, TranscoderWeights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ def kernels(tmp_path_factory):
     wing = ("backend", "chunk", "streams", "weight_copy")
     files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
     files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer", "stamp")]
-    steps = ("prepare", "product_few_rows", "select")
+    steps = ("prepare", "product_few_rows", "product_int8", "select")
     files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
     places = ("tests/cuda_on_cpu", "csrc", "csrc/include")
     folders = [*(ROOT / place for place in places), TORCH / "include"]
@@ -49,7 +49,7 @@ def kernels(tmp_path_factory):
 
 
 def encode(
-    kernels, hidden, layer, top_k, tau, screening=True, chunk=8, scores=512, room=64, lists=256
+    kernels, hidden, layer, top_k, tau, screening="auto", chunk=8, scores=512, room=64, lists=256
 ):
     """The result of the CUDA path with buffers of these sizes.
 
@@ -58,7 +58,7 @@ def encode(
     """
     batched = hidden if hidden.ndim == 3 else hidden[None]
     fields = [layer.get(name) for name in ("threshold", "k", "input_bias", "ln_weight", "ln_bias")]
-    options = (top_k, tau, screening, chunk, scores, room, lists)
+    options = (top_k, tau, SCREENINGS.index(screening), chunk, scores, room, lists)
     values, ids, sparsity = kernels.encode(
         batched, layer["W_enc"], layer["b_enc"], *fields, *options
     )
@@ -84,7 +84,7 @@ def check_bits(got, hidden, layer, top_k, tau):
         (1, 33, 5000, 20, 1.0, "relu", torch.float32, {"scores": 5000}),
         (2, 64, 2500, 50, 1.0, "jumprelu", torch.bfloat16, {}),
         (5, 40, 300, 31, 0.0, "topk", torch.float16, {"chunk": 3}),
-        (8, 65, 200, 32, 0.5, "relu", torch.float32, {"screening": False}),
+        (8, 65, 200, 32, 0.5, "relu", torch.float32, {"screening": "off"}),
         # The second tile is a multiple of four features and does not begin at one.
         (3, 40, 302, 20, 0.5, "relu", torch.float32, {"scores": 510}),
         # Screened in bfloat16, from a copy where there must be one.
@@ -92,8 +92,16 @@ def check_bits(got, hidden, layer, top_k, tau):
         (12, 64, 700, 33, 0.5, "jumprelu", torch.bfloat16, {"chunk": 5, "scores": 1000}),
         (9, 40, 200, 8, 0.0, "topk", torch.float16, {}),
         # In float32, with products as coarse as TF32's.
-        (9, 48, 300, 20, 1.0, "relu", torch.float32, {"screening": False}),
-        (9, 40, 200, 20, 0.5, "relu", torch.bfloat16, {"screening": False, "scores": 2000}),
+        (9, 48, 300, 20, 1.0, "relu", torch.float32, {"screening": "off"}),
+        (9, 40, 200, 20, 0.5, "relu", torch.bfloat16, {"screening": "off", "scores": 2000}),
+        # In int8: inputs up to whole groups and beyond, tiles, chunks, more rows than it takes.
+        (1, 33, 700, 20, 1.0, "relu", torch.float32, {"screening": "int8"}),
+        (2, 128, 515, 50, 1.0, "jumprelu", torch.bfloat16, {"screening": "int8"}),
+        (3, 129, 302, 20, 0.5, "relu", torch.float32, {"screening": "int8", "scores": 510}),
+        (4, 520, 190, 20, 0.5, "jumprelu", torch.float16, {"screening": "int8"}),
+        (5, 256, 300, 31, 0.0, "topk", torch.float16, {"screening": "int8", "chunk": 3}),
+        (8, 1030, 131, 131, 0.5, "relu", torch.bfloat16, {"screening": "int8", "scores": 9999}),
+        (9, 65, 300, 20, 0.5, "relu", torch.float32, {"screening": "int8", "chunk": 16}),
         # k = F, and nothing at all.
         (3, 16, 1100, 1100, 0.5, "relu", torch.float32, {"scores": 4000}),
         (9, 32, 70, 33, 1e9, "relu", torch.bfloat16, {}),
@@ -105,10 +113,13 @@ def test_kernels(kernels, tokens, size, features, top_k, tau, kind, dtype, optio
     check_bits(encode(kernels, hidden, layer, top_k, tau, **options), hidden, layer, top_k, tau)
 
 
-@pytest.mark.parametrize("tokens, lists", [(1, 256), (2, 1), (9, 1)])
+@pytest.mark.parametrize(
+    "tokens, lists, screening",
+    [(1, 256, "auto"), (2, 1, "auto"), (9, 1, "auto"), (1, 256, "int8"), (2, 1, "int8")],
+)
 @pytest.mark.parametrize("room", [40, 1100])
 @pytest.mark.parametrize("order", ["random", "ascending", "descending, the k-th last"])
-def test_lists_that_are_full(kernels, tokens, lists, room, order):
+def test_lists_that_are_full(kernels, tokens, lists, screening, room, order):
     """About half of the features are active: lists are thinned again and again, and joined."""
     layer = make_layer(4500, 16)
     hidden = normal(1, 16, seed=5).repeat(tokens, 1)
@@ -118,7 +129,7 @@ def test_lists_that_are_full(kernels, tokens, lists, room, order):
             ranks = ranks.flip(0)
             ranks = torch.cat([ranks[:19], ranks[20:], ranks[19:20]])
         layer = {name: tensor[ranks].contiguous() for name, tensor in layer.items()}
-    options = {"scores": 4500 * tokens, "room": room, "lists": lists}
+    options = {"scores": 4500 * tokens, "room": room, "lists": lists, "screening": screening}
     check_bits(encode(kernels, hidden, layer, 20, 0.0, **options), hidden, layer, 20, 0.0)
 
 
@@ -135,8 +146,8 @@ def test_features_at_their_gate_are_computed_when_lists_are_full(kernels, tokens
     check_bits(encode(kernels, hidden, layer, 10, 0.0, **options), hidden, layer, 10, 0.0)
 
 
-@pytest.mark.parametrize("tokens", [3, 9])
-def test_broken_huge_and_tied_rows(kernels, tokens):
+@pytest.mark.parametrize("tokens, screening", [(3, "auto"), (9, "auto"), (3, "int8")])
+def test_broken_huge_and_tied_rows(kernels, tokens, screening):
     layer = make_layer(200, 32)
     layer["W_enc"][100:] = layer["W_enc"][:100]
     layer["b_enc"][100:] = layer["b_enc"][:100]
@@ -145,8 +156,28 @@ def test_broken_huge_and_tied_rows(kernels, tokens):
     hidden = normal(2, tokens, 32, seed=6)[:, :, ::2].repeat(1, 1, 2)
     hidden[0, 1, 3], hidden[1, 0, 0] = math.nan, math.inf
     hidden[1, 1], hidden[0, 0], hidden[1, 2] = hidden[1, 1] * 1e30, hidden[0, 0] * 1e-41, 0
-    got = encode(kernels, hidden, layer, 50, 0.0, chunk=4)
+    got = encode(kernels, hidden, layer, 50, 0.0, screening, chunk=4)
     check(got, hidden, layer, 50, 0.0, unit=False)
+
+
+@pytest.mark.parametrize(
+    "scale, weights",
+    [(1e-40, 1), (1e-33, 1), (1e-4, 1), (1e4, 1), (3e35, 1), (3e35, 1e-28), (1, 1e-28)],
+)
+def test_int8_gives_the_bits_of_the_cpu_at_any_scale(kernels, scale, weights):
+    layer = make_layer(150, 200)
+    layer["W_enc"][140:] = layer["W_enc"][:10]
+    layer["b_enc"] = torch.full((150,), -scale * weights)
+    hidden = normal(4, 200, seed=5) * scale
+    hidden[1] = 14 * layer["W_enc"][5] * scale  # the largest sums there are
+    hidden[2] = 0
+    hidden[3, :2] *= 3
+    layer["W_enc"] *= weights
+    got = encode(kernels, hidden, layer, 20, 0.0, "int8")
+    encoder = SparseTranscoderEncoder({0: TranscoderWeights(**layer)}, 20, 0.0)
+    want = encoder.encode_layer(0, hidden)
+    assert same_bits(got, {name: want[name] for name in got})
+    assert (got["activations"][[0, 1, 3], :2] > 0).all()
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
@@ -178,8 +209,8 @@ def test_any_strides(kernels):
     check_bits(encode(kernels, hidden, layer, 10, 0.5), hidden, layer, 10, 0.5)
 
 
-@pytest.mark.parametrize("tokens", [3, 9])
-def test_layer_norm_and_input_bias(kernels, tokens):
+@pytest.mark.parametrize("tokens, screening", [(3, "auto"), (9, "auto"), (3, "int8")])
+def test_layer_norm_and_input_bias(kernels, tokens, screening):
     fields = {
         "input_bias": normal(48, seed=7),
         "ln_weight": normal(48, seed=8),
@@ -187,7 +218,119 @@ def test_layer_norm_and_input_bias(kernels, tokens):
     }
     layer = make_layer(100, 48, **fields)
     hidden = normal(tokens, 48, seed=10)
-    check(encode(kernels, hidden, layer, 20, 0.5, chunk=4), hidden, layer, 20, 0.5)
+    got = encode(kernels, hidden, layer, 20, 0.5, screening, chunk=4)
+    check(got, hidden, layer, 20, 0.5)
+
+
+# The int8 screen
+
+
+def rotation(size):
+    """R [inputs, size] in float64: signs, then Hadamard's matrix of 128 inputs at a time."""
+    inputs = (size + 127) // 128 * 128
+    mixed = torch.ones(1, 1, dtype=torch.float64)
+    while len(mixed) < 128:
+        mixed = torch.cat([torch.cat([mixed, mixed], 1), torch.cat([mixed, -mixed], 1)])
+    signs = []
+    for i in range(size):
+        hashed = i * 0x9E3779B1 & 0xFFFFFFFF
+        hashed = (hashed ^ hashed >> 15) * 0x85EBCA77
+        signs.append(-1.0 if hashed & 0x80000000 else 1.0)
+    whole = torch.block_diag(*[mixed] * (inputs // 128))
+    return whole[:, :size] * torch.tensor(signs, dtype=torch.float64)
+
+
+def errors_of(W):
+    """What int8 takes from rotated weights, [F, inputs]."""
+    z = W.double() @ rotation(W.shape[1]).T
+    scale = (z.abs().amax(1, keepdim=True) / 127).float().double()
+    return z - scale * (z / scale).round()
+
+
+def unrotated(y, size):
+    return (y.double() @ rotation(size) / 128).float()
+
+
+def draw(kind, size, features, seed):
+    """Rows [8, size] and weights [features, size] that are hard for the screen."""
+    x, W = normal(8, size, seed=seed), normal(features, size, seed=seed + 1)
+    inputs = (size + 127) // 128 * 128
+    if kind == "heavy tails":
+        x, W = x**5, W**5
+    if kind == "one large input":
+        x[:, 3] *= 1e4
+        W[::2, 5] *= 1e3
+    if kind == "weights' errors":  # rows that lie along what int8 takes from a feature
+        x = unrotated(errors_of(W)[:8], size)
+    if kind == "rows' errors":  # one large number, whose scale takes all others from the row
+        y = torch.full((8, inputs), 0.45 / 32512)
+        y[:, 0] = torch.arange(1, 9)
+        y[:, 1:] *= y[:, :1]
+        z = torch.ones(features, inputs)
+        z[:, 0] = 0
+        x, W = unrotated(y, size), unrotated(z, size)
+    if kind == "largest sums":
+        z = torch.ones(features, inputs)
+        z[1::2, 1:] = 0
+        x, W = unrotated(torch.ones(8, inputs), size), unrotated(z, size)
+        x[::2] *= -1
+    if kind == "any scale":
+        powers = integers(8 + features, 1, low=-30, high=15, seed=seed)
+        x, W = x * 10 ** powers[:8], W * 10 ** powers[8:]
+    if kind == "below the normal range":
+        x *= 1e-39
+    return x, W
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gaussian",
+        "heavy tails",
+        "one large input",
+        "weights' errors",
+        "rows' errors",
+        "largest sums",
+        "any scale",
+        "below the normal range",
+    ],
+)
+@pytest.mark.parametrize("size, rows", [(40, 1), (200, 2), (640, 4), (1024, 8)])
+def test_int8_scores_stay_within_their_margins(kernels, kind, size, rows):
+    for seed in (0, 10):
+        x, W = draw(kind, size, 70, seed)
+        x = x[:rows].contiguous()
+        scores, margin = kernels.int8_scores(x, W)
+        off = (scores.double() - x.double() @ W.double().T).abs()
+        norms = x.double().norm(dim=1, keepdim=True) * W.double().norm(dim=1)
+        worst = (off / (margin + (size + 128) * 2.0**-124)).max()
+        assert scores.isfinite().all() and margin.isfinite().all()
+        assert worst <= 1, f"{worst:.3f} of the margin"
+        if kind == "gaussian":
+            assert (margin <= 0.02 * norms).all() and worst > 0.05
+        if kind == "below the normal range":  # such rows are all error
+            assert (margin <= 200 * norms).all()
+        if kind in ("weights' errors", "rows' errors") and size in (640, 1024):
+            assert worst > 0.9, f"the margin could be {worst:.3f} of what it is"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_bytes_of_the_screening_copies(kernels, dtype, screening):
+    bf16 = 2 * (screening != "off" and dtype != torch.bfloat16)
+    shapes = [(50, 130, False)]
+    if (dtype, screening) in ((torch.bfloat16, "auto"), (torch.bfloat16, "int16")):
+        shapes += [(1 << 17, 128, True), ((1 << 17) - 1, 128, False)]
+    for features, size, large in shapes:
+        W = torch.zeros(features, size, dtype=dtype)
+        copy, weights = features * (-(-size // 128) * 128), features * size
+        without_int8 = W.nbytes + bf16 * weights
+        for room in (-1, 1 << 40, without_int8, 0):
+            int8 = screening == "int8" or (screening == "auto" and large and room < 0)
+            fits = room < 0 or room >= without_int8 + copy * int8
+            want = (bf16 * weights + (copy + 8 * features) * int8) * fits
+            got = kernels.screening_bytes(W, SCREENINGS.index(screening), room)
+            assert got == want, (features, size, room)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -247,7 +390,7 @@ def test_the_strongest_features_in_small_types(kernels, kind, tokens, chunk, top
 # Streams: work runs in an order drawn by lot among those that events allow
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed, screening", [(0, "auto"), (1, "auto"), (2, "int8"), (3, "int8")])
 @pytest.mark.parametrize(
     "rows, streamed, use_graphs, failing",
     [
@@ -260,7 +403,7 @@ def test_the_strongest_features_in_small_types(kernels, kind, tokens, chunk, top
         ([9, 9], [0, 1, 1], True, 5),  # the first call fails when most of it is under way
     ],
 )
-def test_streams(kernels, rows, streamed, use_graphs, failing, seed):
+def test_streams(kernels, rows, streamed, use_graphs, failing, seed, screening):
     layers = [make_layer(features, 16, seed=10 * features) for features in (40, 64, 30)]
     for layer in layers:
         layer["b_enc"][:] = 0
@@ -281,6 +424,7 @@ def test_streams(kernels, rows, streamed, use_graphs, failing, seed):
         use_graphs,
         seed,
         -1 if failing is None else failing,
+        SCREENINGS.index(screening),
     )
     for i, x in enumerate(hidden):
         if failing is not None and i < len(layers):
@@ -298,7 +442,7 @@ def test_graphs_that_cannot_be_made(kernels):
     launches = []
     for failures in (0, 1, 3, 0):
         kernels.fail_graphs(failures)
-        got = kernels.encode_calls([layer["W_enc"]], [0], hidden, [1] * calls, 5, 4, True, 1, -1)
+        got = kernels.encode_calls([layer["W_enc"]], [0], hidden, [1] * calls, 5, 4, True, 1, -1, 3)
         launches.append(kernels.launched_graphs())
         for i, x in enumerate(hidden):
             names = ("activations", "indices", "sparsity")

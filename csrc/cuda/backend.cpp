@@ -198,7 +198,7 @@ Memory CudaBackend::memory() const {
   for (const auto& [id, layer] : layers_) {
     if (!layer.W_enc.is_alias_of(layer.declared.W_enc)) memory.weight_bytes += layer.W_enc.nbytes();
     memory.gate_bytes += layer.bounds.bytes(layer);
-    if (layer.bf16.defined()) memory.screening_bytes += layer.bf16.nbytes();
+    memory.screening_bytes += layer.screening_bytes();
   }
   memory.workspace_bytes = pool_->bytes() + (weights_ ? weights_->bytes() : 0);
   return memory;

@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "cuda/products.h"
+#include "cuda/screen.h"
 #include "cuda/streams.h"
 
 namespace sparse_transcoder {
@@ -66,6 +67,7 @@ CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const 
       plan.rounded = std::max(plan.rounded, layer->hidden_size);
     else if (layer->dtype != Dtype::float32)
       plan.widened = std::max(tile_bytes / 4, plan.hidden_size);
+    if (layer->int8.defined()) plan.int8_rows = cuda::max_int8_rows * cuda::int8_row_bytes;
   }
   plan.layers = static_cast<int64_t>(layers.size());
   // One layer's chunks use two, see CudaStreams::enqueue.
@@ -94,13 +96,20 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue) {
   const cuda::PreparedLayer& layer = *request.prepared;
   const int64_t size = layer.hidden_size;
-  const bool few = request.row_count() <= cuda::few_rows, bf16 = layer.bf16_screen && !few;
+  const bool few = request.row_count() <= cuda::few_rows, bf16 = layer.bf16_screen && !few,
+             int8 = layer.int8.defined() && request.row_count() <= cuda::max_int8_rows;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : weights;
-  const cuda::ScreenErrors errors = {
-      few ? cuda::few_rows_rounding(size) : product_rounding(size, !bf16), layer.bf16_error,
-      layer.bounds.max_norm};
-  const cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size,
-                               layer.bounds.from(layer, 0), layer.max_bias};
+  cuda::ScreenErrors errors = {few ? cuda::few_rows_rounding(size) : product_rounding(size, !bf16),
+                               layer.bf16_error, layer.bounds.max_norm};
+  cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.bounds.from(layer, 0),
+                         layer.max_bias};
+  cuda::Int8Rows int8_rows;
+  if (int8) {
+    errors = {cuda::int8_rounding, 0, layer.bounds.max_norm, cuda::int8_share};
+    exact.bounds.norm = layer.int8_error.const_data_ptr<float>();
+    int8_rows = {buffers.int8_rows.mutable_data_ptr<int8_t>(), static_cast<int>(layer.int8.size(1)),
+                 layer.int8_norm};
+  }
   const int64_t groups =
       std::clamp<int64_t>(std::min(busy_blocks, plan.lists) / count, 1, cuda::max_groups);
   const cuda::CandidateLists lists = buffers.lists(groups, plan.capacity, request.k_filled());
@@ -108,10 +117,10 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   auto* margins = static_cast<Margin*>(buffers.margins.mutable_data_ptr());
   const at::Tensor left =
       (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
-  check_cuda(
-      cuda::prepare({pointers, dtype_of(request.hidden.dtype), first, count, size,
-                     floats(layer.input_bias), floats(layer.ln_weight), floats(layer.ln_bias)},
-                    errors, x, bf16 ? left.mutable_data_ptr() : nullptr, margins, lists, queue));
+  check_cuda(cuda::prepare(
+      {pointers, dtype_of(request.hidden.dtype), first, count, size, floats(layer.input_bias),
+       floats(layer.ln_weight), floats(layer.ln_bias)},
+      errors, x, bf16 ? left.mutable_data_ptr() : nullptr, int8_rows, margins, lists, queue));
   const bool widen = !few && !bf16 && layer.dtype != Dtype::float32;
   const int64_t tile =
       few     ? std::min(plan.scores / count, layer.features)
@@ -119,7 +128,11 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
               : tile_features_of(count, layer.features, plan);
   for (int64_t feature = 0; feature < layer.features; feature += tile) {
     const int64_t width = std::min(tile, layer.features - feature);
-    if (few) {
+    if (int8) {
+      check_cuda(cuda::product_int8(int8_rows.rows, count, layer.int8.const_data_ptr<int8_t>(),
+                                    layer.int8_scale.const_data_ptr<float>(), feature, width,
+                                    int8_rows.inputs, scores, queue));
+    } else if (few) {
       check_cuda(cuda::product_few_rows(x, count, screened.const_data_ptr(),
                                         dtype_of(screened.scalar_type()), feature, width, size,
                                         scores, queue));

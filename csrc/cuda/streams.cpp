@@ -38,7 +38,8 @@ void check_cuda(int status) {
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
   return 4 * plan.rows * (plan.hidden_size + 2) + 2 * plan.rounded +
-         4 * (plan.scores + plan.widened) + plan.lists * list + 8 * plan.rows * plan.sorted;
+         4 * (plan.scores + plan.widened) + plan.lists * list + 8 * plan.rows * plan.sorted +
+         plan.int8_rows;
 }
 
 CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
@@ -48,6 +49,7 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
   };
   hidden = take(plan.rows * plan.hidden_size, at::kFloat);
   rounded = take(plan.rounded, at::kBFloat16);
+  int8_rows = take(plan.int8_rows, at::kChar);
   margins = take(plan.rows, at::kLong);
   scores = take(plan.scores, at::kFloat);
   widened = take(plan.widened, at::kFloat);

@@ -34,6 +34,7 @@ struct CudaPlan {
   int64_t rounded;      // rows in bfloat16; 0 where no layer is screened so
   int64_t scores;       // of a tile
   int64_t widened;      // weights of a tile; 0 where no layer needs it
+  int64_t int8_rows;    // bytes of few rows in int8; 0 where no layer is screened so
 };
 
 // max_k: of a request's k_filled.
@@ -46,7 +47,7 @@ struct CudaBuffers {
   static int64_t bytes(const CudaPlan& plan);
   cuda::CandidateLists lists(int64_t groups, int64_t capacity, int64_t k) const;
 
-  at::Tensor hidden, rounded, margins, scores, widened;
+  at::Tensor hidden, rounded, int8_rows, margins, scores, widened;
   at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best;
 };
 

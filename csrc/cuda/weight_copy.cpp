@@ -4,6 +4,7 @@
 
 #include "bounds.h"
 #include "cuda/products.h"
+#include "cuda/screen.h"
 
 namespace sparse_transcoder::cuda {
 namespace {
@@ -28,6 +29,39 @@ at::Tensor row_norms(const at::Tensor& W_enc) {
     norm.narrow(0, first, count).copy_(at::linalg_vector_norm(rows, 2, {1}));
   });
   return norm;
+}
+
+// An uninitialised screening copy.
+at::Tensor allocate_copy(const PreparedLayer& layer, int64_t inputs, at::ScalarType type) {
+  const at::TensorOptions options = layer.W_enc.options().dtype(type);
+  try {
+    return at::empty({layer.features, inputs}, options);
+  } catch (const c10::OutOfMemoryError&) {
+    TORCH_CHECK_WITH(
+        OutOfMemoryError, false, layer.name(), ": out of memory: the screening copy needs ",
+        layer.features * inputs * options.dtype().itemsize(), " bytes on ", layer.W_enc.device(),
+        "; screening \"off\" makes none, and a lower device_weight_bytes needs less");
+  }
+  return {};
+}
+
+// 1 or -1 for each input: the signs that R flips.
+at::Tensor signs(int64_t size, at::Device device) {
+  const at::Tensor made = at::empty({size}, at::kDouble);
+  double* sign = made.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < size; ++i) sign[i] = flips_sign(static_cast<uint32_t>(i)) ? -1 : 1;
+  return made.to(device);
+}
+
+// The product of rows with Hadamard's matrix, int8_mixed numbers at a time.
+at::Tensor mix(const at::Tensor& rows) {
+  at::Tensor mixed = rows;
+  for (int64_t half = 1; half < int8_mixed; half *= 2) {
+    const at::Tensor pairs = mixed.reshape({-1, 2, half}), a = pairs.select(1, 0),
+                     b = pairs.select(1, 1);
+    mixed = at::stack({a + b, a - b}, 1);
+  }
+  return mixed.reshape(rows.sizes());
 }
 
 // W_enc on the device, or in pinned host memory.
@@ -59,7 +93,15 @@ at::Tensor place(const Layer& layer, const Options& options, bool streamed) {
 int64_t resident_bytes(const Layer& layer, const Options& options) {
   const at::Tensor& W_enc = layer.declared.W_enc;
   const bool copied = options.screening != Screening::off && layer.dtype != Dtype::bfloat16;
-  return W_enc.numel() * (W_enc.element_size() + (copied ? 2 : 0));
+  return W_enc.numel() * (W_enc.element_size() + (copied ? 2 : 0)) +
+         (makes_int8(layer, options) ? layer.features * int8_inputs(layer.hidden_size) : 0);
+}
+
+int64_t PreparedLayer::screening_bytes() const {
+  int64_t bytes = 0;
+  for (const at::Tensor* copy : {&bf16, &int8, &int8_scale, &int8_error})
+    if (copy->defined()) bytes += copy->nbytes();
+  return bytes;
 }
 
 PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool streamed) {
@@ -69,20 +111,14 @@ PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool str
   if (options.screening != Screening::off) {
     prepared.bf16_screen = layer.dtype == Dtype::bfloat16 || !streamed;
     if (prepared.bf16_screen && layer.dtype != Dtype::bfloat16) add_bf16_copy(prepared);
+    if (!streamed && makes_int8(layer, options)) add_int8_copy(prepared);
   }
   return prepared;
 }
 
 void add_bf16_copy(PreparedLayer& layer) {
   const at::Tensor& W_enc = layer.W_enc;
-  try {
-    layer.bf16 = at::empty(W_enc.sizes(), W_enc.options().dtype(at::kBFloat16));
-  } catch (const c10::OutOfMemoryError&) {
-    TORCH_CHECK_WITH(OutOfMemoryError, false, layer.name(),
-                     ": out of memory: the screening copy needs ", 2 * W_enc.numel(), " bytes on ",
-                     W_enc.device(),
-                     "; screening \"off\" makes none, and a lower device_weight_bytes needs less");
-  }
+  layer.bf16 = allocate_copy(layer, layer.hidden_size, at::kBFloat16);
   at::Tensor error = at::empty({W_enc.size(0)}, W_enc.options().dtype(at::kDouble));
   by_blocks(W_enc, [&](int64_t first, int64_t count) {
     const at::Tensor rows = W_enc.narrow(0, first, count);
@@ -97,6 +133,34 @@ void add_bf16_copy(PreparedLayer& layer) {
       std::clamp((error / norm.to(at::kDouble)).max().item<double>(), 0x1p-30, max_bf16_error);
   layer.bf16_error = static_cast<float>(share * round_up);
   norm = at::maximum(norm, (error / share).to(at::kFloat));
+}
+
+void add_int8_copy(PreparedLayer& layer) {
+  const int64_t inputs = int8_inputs(layer.hidden_size);
+  layer.int8 = allocate_copy(layer, inputs, at::kChar);
+  layer.int8_scale = at::empty({layer.features}, layer.bias.options());
+  at::Tensor error = at::empty({layer.features}, layer.bias.options().dtype(at::kDouble)),
+             squares = at::empty_like(error);
+  const at::Tensor flips = signs(layer.hidden_size, layer.device);
+  by_blocks(layer.W_enc, [&](int64_t first, int64_t count) {
+    const at::Tensor rows = layer.W_enc.narrow(0, first, count).to(at::kDouble) * flips;
+    const at::Tensor z = mix(at::constant_pad_nd(rows, {0, inputs - layer.hidden_size}));
+    at::Tensor scale = (z.abs().amax(1) / 127).to(at::kFloat);
+    scale.masked_fill_((scale >= min_int8_scale).logical_and_(at::isfinite(scale)).logical_not_(),
+                       0);
+    const at::Tensor wide = scale.to(at::kDouble).unsqueeze(1);
+    const at::Tensor p = at::where(wide > 0, at::round(z / wide), 0);
+    layer.int8.narrow(0, first, count).copy_(p);
+    layer.int8_scale.narrow(0, first, count).copy_(scale / int8_mixed);
+    error.narrow(0, first, count).copy_(at::linalg_vector_norm(z - wide * p, 2, {1}));
+    squares.narrow(0, first, count).copy_(p.square().sum(1));
+  });
+  layer.int8_norm = static_cast<float>(std::sqrt(squares.max().item<double>()) * round_up);
+  layer.int8_error = ((error / std::sqrt(static_cast<double>(int8_mixed)) +
+                       layer.bounds.norm.to(at::kDouble) * int8_share) *
+                      round_up)
+                         .to(at::kFloat)
+                         .clamp_min_(FLT_MIN);
 }
 
 }  // namespace sparse_transcoder::cuda

@@ -78,7 +78,9 @@ class SparseTranscoderEncoder:
             on results. "auto" is the fastest on this machine: int8 and, for float32 weights, int16
             (1 + 2 bytes per weight). "int8" and "int16" are that copy alone. "off" makes no copy.
             On CUDA all but "off" are bfloat16: a copy of 2 bytes per weight where the weights are
-            not stored so.
+            not stored so. Up to 8 rows of a layer are screened by an int8 copy, 1 byte per weight:
+            "int8" makes it of every layer whose weights stay on the device, and "auto" of large
+            ones, unless device_weight_bytes bounds the memory.
         device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device,
             also where they are larger than the device. Encoders that fit in this many bytes, in the
             order of the layers, are copied there. The others stay in pinned host memory and stream

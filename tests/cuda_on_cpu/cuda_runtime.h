@@ -178,6 +178,10 @@ T __shfl_down_sync(unsigned, T value, int width) {
   return exchange(value, [&](int lane, const auto& of) { return of(std::min(lane + width, 31)); });
 }
 template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return exchange(value, [&](int lane, const auto& of) { return of(lane ^ mask); });
+}
+template <typename T>
 T __shfl_up_sync(unsigned, T value, int width) {
   return exchange(value, [&](int lane, const auto& of) { return of(std::max(lane - width, 0)); });
 }
@@ -216,6 +220,19 @@ inline int atomicMin(int* target, int value) {
   const int before = *target;
   *target = std::min(before, value);
   return before;
+}
+
+inline int atomicMax(int* target, int value) {
+  const int before = *target;
+  *target = std::max(before, value);
+  return before;
+}
+
+// Four products of signed bytes, added to a sum that wraps around.
+inline int __dp4a(int a, int b, int sum) {
+  for (int shift = 0; shift < 32; shift += 8)
+    sum = int(unsigned(sum) + unsigned(int8_t(a >> shift) * int8_t(b >> shift)));
+  return sum;
 }
 
 template <typename T>

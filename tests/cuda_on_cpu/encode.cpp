@@ -67,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
     const at::Tensor& hidden, const at::Tensor& W_enc, const at::Tensor& b_enc,
     const OptionalTensor& threshold, std::optional<int64_t> k, const OptionalTensor& input_bias,
     const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, int64_t top_k, double tau,
-    bool screening, int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
+    int64_t screening, int64_t chunk, int64_t scores, int64_t room, int64_t lists) {
   const at::Tensor none;
   Options options;
   options.top_k = top_k;
@@ -81,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   weights.input_bias = input_bias.value_or(none);
   weights.ln_weight = ln_weight.value_or(none);
   weights.ln_bias = ln_bias.value_or(none);
-  options.screening = screening ? Screening::automatic : Screening::off;
+  options.screening = static_cast<Screening>(screening);
   const cuda::PreparedLayer layer =
       cuda::prepare_layer(make_layer(0, weights, options), options, false);
   CudaPlan plan = plan_cuda({&layer}, options, k_out(layer, options), 3);
@@ -104,6 +104,50 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
     encode_rows(request, first, std::min(step, rows - first), layer.W_enc, &pointers, buffers, plan,
                 at_once);
   return {call.out.activations, call.out.indices, call.out.sparsity};
+}
+
+// What the int8 screen makes of at most eight rows: scores [rows, F], and the margins of features
+// that it compares with.
+std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const at::Tensor& W_enc) {
+  Options options;
+  options.screening = Screening::int8;
+  LayerWeights weights;
+  weights.W_enc = W_enc;
+  weights.b_enc = at::zeros({W_enc.size(0)});
+  const cuda::PreparedLayer layer =
+      cuda::prepare_layer(make_layer(0, weights, options), options, false);
+  const int64_t rows = hidden.size(0), size = layer.hidden_size, inputs = layer.int8.size(1);
+  const CudaBuffers buffers(plan_cuda({&layer}, options, 1, 3), at::kCPU);
+  const cuda::LayerPointers pointers = {hidden.const_data_ptr(), rows, {0, hidden.stride(0), 1}};
+  const cuda::Int8Rows int8 = {buffers.int8_rows.mutable_data_ptr<int8_t>(),
+                               static_cast<int>(inputs), layer.int8_norm};
+  auto* margins = static_cast<Margin*>(buffers.margins.mutable_data_ptr());
+  const at::Tensor scores = at::empty({rows, layer.features}),
+                   margin = at::empty({rows, 1}, at::kDouble);
+  cuda::Queue at_once;
+  cuda::prepare({&pointers, dtype_of(hidden.scalar_type()), 0, rows, size},
+                {cuda::int8_rounding, 0, layer.bounds.max_norm, cuda::int8_share},
+                buffers.hidden.mutable_data_ptr<float>(), nullptr, int8, margins,
+                buffers.lists(1, 1, 1), at_once);
+  cuda::product_int8(int8.rows, rows, layer.int8.const_data_ptr<int8_t>(),
+                     layer.int8_scale.const_data_ptr<float>(), 0, layer.features, inputs,
+                     scores.mutable_data_ptr<float>(), at_once);
+  for (int64_t r = 0; r < rows; ++r) margin[r][0] = static_cast<double>(margins[r].per_norm);
+  return {scores, margin * layer.int8_error};
+}
+
+// Bytes of the screening copies of a layer that is on the device, or may take so much of it.
+int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t device_weight_bytes) {
+  Options options;
+  options.screening = static_cast<Screening>(screening);
+  options.device_weight_bytes = device_weight_bytes;
+  LayerWeights weights;
+  weights.W_enc = W_enc;
+  weights.b_enc = at::zeros({W_enc.size(0)});
+  const Layer layer = make_layer(0, weights, options);
+  const bool streamed =
+      device_weight_bytes >= 0 && cuda::resident_bytes(layer, options) > device_weight_bytes;
+  return cuda::prepare_layer(layer, options, streamed).screening_bytes();
 }
 
 // Every kept feature of one layer, as Engine::encode_sparse gives it.
@@ -163,13 +207,14 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
                                      const std::vector<int64_t>& streamed,
                                      const std::vector<std::vector<at::Tensor>>& hidden,
                                      const std::vector<int64_t>& callers, int64_t top_k,
-                                     int64_t chunk, bool use_graphs, int64_t seed,
-                                     int64_t failing) {
+                                     int64_t chunk, bool use_graphs, int64_t seed, int64_t failing,
+                                     int64_t screening) {
   Options options;
   options.top_k = top_k;
   options.activation_threshold = 0;
   options.chunk_size = chunk;
   options.use_graphs = use_graphs;
+  options.screening = static_cast<Screening>(screening);
   options.device_weight_bytes = 0;
   std::deque<Layer> layers;
   std::vector<const Layer*> pointers;
@@ -227,10 +272,14 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
   library.def(
       "encode(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor? threshold, int? k, Tensor? "
       "input_bias, Tensor? ln_weight, "
-      "Tensor? ln_bias, int top_k, float tau, bool screening, int chunk, int scores, int room, int "
+      "Tensor? ln_bias, int top_k, float tau, int screening, int chunk, int scores, int room, int "
       "lists) -> (Tensor, Tensor, "
       "Tensor)",
       &sparse_transcoder::encode);
+  library.def("int8_scores(Tensor hidden, Tensor W_enc) -> (Tensor, Tensor)",
+              &sparse_transcoder::int8_scores);
+  library.def("screening_bytes(Tensor W_enc, int screening, int device_weight_bytes) -> int",
+              &sparse_transcoder::screening_bytes);
   library.def(
       "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool "
       "streamed) "
@@ -243,15 +292,15 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
   library.def(
       "encode_calls(Tensor[] W_enc, int[] streamed, Tensor[] hidden, int[] callers, int top_k, int "
       "chunk, bool use_graphs, "
-      "int seed, int failing) -> Tensor[]",
+      "int seed, int failing, int screening) -> Tensor[]",
       [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
          const std::vector<at::Tensor>& hidden, const std::vector<int64_t>& callers, int64_t top_k,
-         int64_t chunk, bool use_graphs, int64_t seed, int64_t failing) {
+         int64_t chunk, bool use_graphs, int64_t seed, int64_t failing, int64_t screening) {
         std::vector<std::vector<at::Tensor>> calls;
         for (size_t i = 0; i < hidden.size(); i += W_enc.size())
           calls.emplace_back(hidden.begin() + i, hidden.begin() + i + W_enc.size());
         return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
-                                               use_graphs, seed, failing);
+                                               use_graphs, seed, failing, screening);
       });
   library.def("fail_graphs(int count) -> ()", [](int64_t count) {
     failing_graphs = count;

@@ -3,12 +3,13 @@
 // device memory. Steps run asynchronously; each returns the status of its launch (0: fine), which
 // error_name explains.
 //
-// A chunk of rows goes through prepare; then, tile by tile of features, a product (cuBLAS's, or
-// product_few_rows) and select; then merge, compute_exact and finish.
+// A chunk of rows goes through prepare; then, tile by tile of features, a product (cuBLAS's,
+// product_few_rows or product_int8) and select; then merge, compute_exact and finish.
 #pragma once
 
 #include <cstdint>
 
+#include "bounds.h"
 #include "types.h"
 
 namespace sparse_transcoder::cuda {
@@ -45,7 +46,45 @@ struct PrepareArgs {
 struct ScreenErrors {
   float rounding, residual;
   float max_norm;
+  // 0, or int8_share: then a feature's norm in FeatureBounds is its int8 copy's error plus
+  // int8_share times its norm, and a row's margin is per unit of that ("The screens of CUDA").
+  float share = 0;
 };
+
+// The int8 screen multiplies rotated rows and weights. R flips signs and then multiplies
+// int8_mixed inputs at a time, with zeros after the last ones, by Hadamard's matrix.
+constexpr int int8_mixed = 128;
+constexpr int64_t max_int8_inputs = 1 << 16;
+constexpr int64_t int8_inputs(int64_t size) {
+  return (size + int8_mixed - 1) / int8_mixed * int8_mixed;
+}
+// A row in memory: integers q of up to 16 bits, 256 high + low, as all high bytes, all low bytes,
+// and then their scale in float32. Distances are constants, which cost a kernel no register, and
+// five cache lines apart, so that rows do not share their place in the cache.
+constexpr int int8_plane_bytes = max_int8_inputs + 5 * 128;
+constexpr int int8_row_bytes = 2 * int8_plane_bytes + 5 * 128;
+// Of a feature's norm that counts beside its error, so that one number per row is enough. The
+// roundings of a row to 16 bits and of its score are usually smaller, and an int8 copy's error is
+// about 2^-7 of the norm.
+constexpr float int8_share = 0x1p-13f;
+// A score of int8 copies is rounded three times, by 2^-24 of ||s q|| ||t p|| <= 4 ||y|| ||z|| each.
+constexpr float int8_rounding = 0x1p-20f;
+// A row or a feature with a smaller scale is taken as zeros, and so is a row whose sums could leave
+// float32: all of it is error.
+constexpr float min_int8_scale = 0x1p-100f, max_int8_scale = 0x1p96f;
+
+// Where rows are quantised to.
+struct Int8Rows {
+  int8_t* rows = nullptr;  // [count, int8_row_bytes], or null
+  int inputs = 0;
+  float max_norm = 0;  // of the integers p of a feature
+};
+
+// Whether R flips the sign of input i.
+SPARSE_TRANSCODER_ON_BOTH constexpr bool flips_sign(uint32_t i) {
+  const uint32_t mixed = i * 0x9e3779b1u;
+  return ((mixed ^ mixed >> 15) * 0x85ebca77u & 0x80000000u) != 0;
+}
 
 // A layer's weights and bounds: [F, size] and [F].
 struct Weights {
@@ -81,9 +120,10 @@ int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers
 
 // x = norm(h) [count, H] in float32 and, where given, rounded to bfloat16. margins [count]:
 // infinite where nothing is known, NaN for a row that is not finite. The screens of this backend
-// have an error that is proportional to a feature's norm, so per_residual is 0. Empties the lists.
+// have an error that is proportional to one number per feature, so per_residual is 0. Where int8
+// says so, rows are also rotated and quantised. Empties the lists.
 int prepare(const PrepareArgs& args, const ScreenErrors& errors, float* x, void* rounded,
-            Margin* margins, const CandidateLists& lists, Queue& queue);
+            const Int8Rows& int8, Margin* margins, const CandidateLists& lists, Queue& queue);
 
 // scores[r * count + f] = x[r] . w[first + f] in float32 for at most few_rows rows, reading w
 // [.., size] once. A sum is off by at most few_rows_rounding(size) * ||x|| ||w||.
@@ -96,6 +136,11 @@ int product_few_rows(const float* x, int64_t rows, const void* w, Dtype dtype, i
 constexpr float few_rows_rounding(int64_t size) {
   return static_cast<float>(size / 32 + 16) * 0x1p-23f;
 }
+
+// The same from int8 copies, of w [.., inputs] and its scale [..]: float(q . p) times both scales.
+// It also reads rows up to few_rows, whatever they hold.
+int product_int8(const int8_t* rows, int64_t row_count, const int8_t* w, const float* scale,
+                 int64_t first, int64_t count, int64_t inputs, float* scores, Queue& queue);
 
 // Compares scores [rows, count] of features [first, first + count) with the features' bounds and
 // lists those that may be active and among the k best. Features that k others surely beat are

@@ -9,12 +9,16 @@ constexpr int no_device = 100;  // cudaErrorNoDevice
 
 bool built() { return false; }
 int set_layer_pointers(const LayerPointers*, int64_t, LayerPointers*, Queue&) { return no_device; }
-int prepare(const PrepareArgs&, const ScreenErrors&, float*, void*, Margin*, const CandidateLists&,
-            Queue&) {
+int prepare(const PrepareArgs&, const ScreenErrors&, float*, void*, const Int8Rows&, Margin*,
+            const CandidateLists&, Queue&) {
   return no_device;
 }
 int product_few_rows(const float*, int64_t, const void*, Dtype, int64_t, int64_t, int64_t, float*,
                      Queue&) {
+  return no_device;
+}
+int product_int8(const int8_t*, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t,
+                 float*, Queue&) {
   return no_device;
 }
 int select(const float*, const float*, const Margin*, int64_t, int64_t, int64_t, const Weights&,

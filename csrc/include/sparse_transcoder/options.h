@@ -8,13 +8,15 @@ namespace sparse_transcoder {
 // Which approximate arithmetic finds the candidates. It never changes a result.
 enum class Screening {
   // The fastest. CPU: int8 and, for float32 weights, int16 copies: 1 + 2 bytes per weight. CUDA:
-  // bfloat16, a copy of 2 bytes per weight where the weights are not stored so.
+  // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for few rows of
+  // large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory.
   automatic,
   // A float32 product of the stored weights: no copy of them is made.
   off,
-  // CPU: an int16 copy alone, 2 bytes per weight. CUDA: as automatic.
+  // CPU: an int16 copy alone, 2 bytes per weight. CUDA: as automatic, without int8.
   int16,
-  // CPU: an int8 copy alone, 1 byte per weight. CUDA: as automatic.
+  // CPU: an int8 copy alone, 1 byte per weight. CUDA: as automatic, and int8 for few rows of every
+  // layer whose weights stay on the device.
   int8,
 };
 
