@@ -283,6 +283,17 @@ def corpus_speed(results):
     return markdown(titles, lines)
 
 
+def gpu_screens(results):
+    """Microseconds of a call of few rows with the bfloat16 screen and with the int8 screen."""
+    lines = []
+    for case in results["screens"]:
+        name = "{T} x {H} x {F} {kind}".format(**case)
+        name += " bf16" if case["dtype"] == "bfloat16" else ""
+        us = case["us"]
+        lines.append([name, *map(number, (us["int16"], us["int8"], us["int16"] / us["int8"]))])
+    return markdown(["case", "bfloat16, us", "int8, us", "times faster"], lines)
+
+
 def corpus_memory(results):
     """Peak MiB of a process, by the number of tokens."""
     columns = sorted({row["tokens"] for row in results["memory"]})
@@ -356,7 +367,7 @@ def tables():
     """{name: table} of every table in the documents."""
     read = {
         name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("cpu", "crossovers", "gpu", "attribution", "corpus", "server")
+        for name in ("cpu", "crossovers", "gpu", "gpu_decode", "attribution", "corpus", "server")
     }
     cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
     return {
@@ -372,6 +383,7 @@ def tables():
         "adverse": adverse(crossovers),
         "gpu": gpu(card),
         "gpu_machine": gpu_machine(card),
+        "gpu_screens": gpu_screens(read["gpu_decode"]),
         "corpus_speed": corpus_speed(read["corpus"]),
         "corpus_memory": corpus_memory(read["corpus"]),
         "attribution": attribution(read["attribution"]),
