@@ -22,7 +22,8 @@ constexpr int64_t panel_features = 64;  // features per panel: one bit each in a
 // everything that is done near it. So a score surely under surely_out_below is surely inactive, and
 // one surely at surely_in_from or above is surely active.
 struct FeatureBounds {
-  const float* norm;              // an upper bound of ||w||; what a margin is per unit of
+  // What a margin is per unit of: an upper bound of ||w||, or the int8 error of CUDA.
+  const float* norm;
   const float* bias;              // b_enc
   const float* min_active;        // max(tau, nextafter(theta), smallest positive float)
   const float* surely_out_below;  // infinite from the last feature up to a whole panel

@@ -66,6 +66,8 @@ CudaBackend::CudaBackend(const std::vector<const Layer*>& layers, const Options&
     max_k_ = std::max(max_k_, std::min(k_out(*layer, options), layer->max_active));
     if (streamed) staging_bytes = std::max<int64_t>(staging_bytes, all.back()->W_enc.nbytes());
   }
+  // Calls may come from other streams than the one that makes the copies and bounds.
+  c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
   const CudaPlan plan = plan_cuda(all, options, max_k_, multiprocessors_);
   if (staging_bytes > 0) weights_ = std::make_unique<WeightStream>(staging_bytes, device);
   pool_ = std::make_unique<Pool<CudaStreams>>(

@@ -13,10 +13,11 @@ namespace {
 constexpr double max_bf16_error = 0x1p-9;
 
 // Calls block(first, count) for blocks of rows, so that no float64 copy of the matrix exists.
+// inputs: the numbers of a row, with those that pad it.
 template <typename Block>
-void by_blocks(const at::Tensor& W_enc, const Block& block) {
+void by_blocks(const at::Tensor& W_enc, int64_t inputs, const Block& block) {
   const int64_t features = W_enc.size(0);
-  const int64_t size = std::max<int64_t>(1, (int64_t{1} << 20) / W_enc.size(1));
+  const int64_t size = std::max<int64_t>(1, (int64_t{1} << 20) / inputs);
   for (int64_t first = 0; first < features; first += size)
     block(first, std::min(size, features - first));
 }
@@ -24,7 +25,7 @@ void by_blocks(const at::Tensor& W_enc, const Block& block) {
 // ||w|| of every feature, [F] float64.
 at::Tensor row_norms(const at::Tensor& W_enc) {
   at::Tensor norm = at::empty({W_enc.size(0)}, W_enc.options().dtype(at::kDouble));
-  by_blocks(W_enc, [&](int64_t first, int64_t count) {
+  by_blocks(W_enc, W_enc.size(1), [&](int64_t first, int64_t count) {
     const at::Tensor rows = W_enc.narrow(0, first, count).to(at::kDouble);
     norm.narrow(0, first, count).copy_(at::linalg_vector_norm(rows, 2, {1}));
   });
@@ -40,7 +41,8 @@ at::Tensor allocate_copy(const PreparedLayer& layer, int64_t inputs, at::ScalarT
     TORCH_CHECK_WITH(
         OutOfMemoryError, false, layer.name(), ": out of memory: the screening copy needs ",
         layer.features * inputs * options.dtype().itemsize(), " bytes on ", layer.W_enc.device(),
-        "; screening \"off\" makes none, and a lower device_weight_bytes needs less");
+        "; screening \"int16\" makes none of int8, \"off\" none at all, and a lower "
+        "device_weight_bytes needs less");
   }
   return {};
 }
@@ -111,7 +113,14 @@ PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool str
   if (options.screening != Screening::off) {
     prepared.bf16_screen = layer.dtype == Dtype::bfloat16 || !streamed;
     if (prepared.bf16_screen && layer.dtype != Dtype::bfloat16) add_bf16_copy(prepared);
-    if (!streamed && makes_int8(layer, options)) add_int8_copy(prepared);
+    if (!streamed && makes_int8(layer, options)) {
+      try {
+        add_int8_copy(prepared);
+      } catch (const c10::OutOfMemoryError&) {
+        if (options.screening != Screening::automatic) throw;
+        prepared.int8 = prepared.int8_scale = at::Tensor();  // the bfloat16 screen needs none
+      }
+    }
   }
   return prepared;
 }
@@ -120,7 +129,7 @@ void add_bf16_copy(PreparedLayer& layer) {
   const at::Tensor& W_enc = layer.W_enc;
   layer.bf16 = allocate_copy(layer, layer.hidden_size, at::kBFloat16);
   at::Tensor error = at::empty({W_enc.size(0)}, W_enc.options().dtype(at::kDouble));
-  by_blocks(W_enc, [&](int64_t first, int64_t count) {
+  by_blocks(W_enc, W_enc.size(1), [&](int64_t first, int64_t count) {
     const at::Tensor rows = W_enc.narrow(0, first, count);
     at::Tensor copy = layer.bf16.narrow(0, first, count);
     copy.copy_(rows);
@@ -142,7 +151,7 @@ void add_int8_copy(PreparedLayer& layer) {
   at::Tensor error = at::empty({layer.features}, layer.bias.options().dtype(at::kDouble)),
              squares = at::empty_like(error);
   const at::Tensor flips = signs(layer.hidden_size, layer.device);
-  by_blocks(layer.W_enc, [&](int64_t first, int64_t count) {
+  by_blocks(layer.W_enc, inputs, [&](int64_t first, int64_t count) {
     const at::Tensor rows = layer.W_enc.narrow(0, first, count).to(at::kDouble) * flips;
     const at::Tensor z = mix(at::constant_pad_nd(rows, {0, inputs - layer.hidden_size}));
     at::Tensor scale = (z.abs().amax(1) / 127).to(at::kFloat);
