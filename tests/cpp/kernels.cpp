@@ -155,52 +155,42 @@ TEST(kernels_widen_every_size) {
     }
 }
 
+namespace {
+
+// Every set's product of random rows and features, against float64. Nothing is written behind it.
+void check_product(int type, int64_t rows, int64_t count, int64_t size) {
+  const Elements x = make(Dtype::float32, rows * size), w = make(Dtype(type), count * size);
+  for (const KernelTable& kernels : runnable_kernels()) {
+    std::vector<float> scores(rows * count + 1, quiet_nan);
+    scores.back() = 12345;
+    kernels.product[type](floats(x), rows, w.at(0), count, size, scores.data());
+    EXPECT_EQUAL(scores.back(), 12345);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t f = 0; f < count; ++f) {
+        double exact = 0, xx = 0, ww = 0;
+        for (int64_t i = 0; i < size; ++i) {
+          const double a = x.value[r * size + i], b = w.value[f * size + i];
+          exact += a * b, xx += a * a, ww += b * b;
+        }
+        EXPECT(std::fabs(scores[r * count + f] - exact) <=
+               product_rounding(size) * std::sqrt(xx * ww));
+      }
+  }
+}
+
+}  // namespace
+
 TEST(kernels_product_within_its_bound) {
   for (int type = 0; type < 3; ++type)
     for (const int64_t size : sizes)
       for (int64_t rows = 1; rows <= 9; ++rows)
-        for (int64_t count = 1; count <= 10; count += 1 + (size > 64)) {
-          Elements x = make(Dtype::float32, rows * size), w = make(Dtype(type), count * size);
-          const double rounding = product_rounding(size);
-          for (const KernelTable& kernels : runnable_kernels()) {
-            std::vector<float> scores(rows * count + 1, quiet_nan);
-            scores.back() = 12345;
-            kernels.product[type](floats(x), rows, w.at(0), count, size, scores.data());
-            EXPECT_EQUAL(scores.back(), 12345);
-            for (int64_t r = 0; r < rows; ++r)
-              for (int64_t f = 0; f < count; ++f) {
-                double exact = 0, xx = 0, ww = 0;
-                for (int64_t i = 0; i < size; ++i) {
-                  const double a = x.value[r * size + i], b = w.value[f * size + i];
-                  exact += a * b, xx += a * a, ww += b * b;
-                }
-                EXPECT(std::fabs(scores[r * count + f] - exact) <= rounding * std::sqrt(xx * ww));
-              }
-          }
-        }
+        for (int64_t count = 1; count <= 10; count += 1 + (size > 64))
+          check_product(type, rows, count, size);
 }
 
 // More rows than any set keeps in its caches, and a last few that fill no block.
 TEST(kernels_product_of_many_rows) {
-  constexpr int64_t rows = 75, count = 6, size = 577;
-  for (int type = 0; type < 3; ++type) {
-    const Elements x = make(Dtype::float32, rows * size), w = make(Dtype(type), count * size);
-    for (const KernelTable& kernels : runnable_kernels()) {
-      std::vector<float> scores(rows * count + 1, quiet_nan);
-      kernels.product[type](floats(x), rows, w.at(0), count, size, scores.data());
-      EXPECT(std::isnan(scores.back()));
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t f = 0; f < count; ++f) {
-          double exact = 0, xx = 0, ww = 0;
-          for (int64_t i = 0; i < size; ++i) {
-            const double a = x.value[r * size + i], b = w.value[f * size + i];
-            exact += a * b, xx += a * a, ww += b * b;
-          }
-          EXPECT(std::fabs(scores[r * count + f] - exact) <=
-                 product_rounding(size) * std::sqrt(xx * ww));
-        }
-    }
-  }
+  for (int type = 0; type < 3; ++type) check_product(type, 75, 6, 577);
 }
 
 namespace {
