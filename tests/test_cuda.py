@@ -769,6 +769,19 @@ def test_out_of_memory_says_what_to_do(limited, where, options, named):
     check_all(encode(build(layers), hidden), hidden, layers)
 
 
+@pytest.mark.alone
+def test_auto_does_without_an_int8_copy_that_finds_no_room(limited):
+    weights = TranscoderWeights(
+        torch.zeros(160 * 1024, 4096, dtype=torch.bfloat16, device=DEVICE),
+        torch.zeros(160 * 1024, dtype=torch.bfloat16, device=DEVICE),
+    )
+    limited(512 << 20)  # the copy needs 640 MiB
+    encoder = SparseTranscoderEncoder({0: weights}, TOP_K)
+    assert encoder.memory()["screening_bytes"] == 0
+    with pytest.raises(torch.OutOfMemoryError, match='screening "int16" makes none of int8'):
+        SparseTranscoderEncoder({0: weights}, TOP_K, screening="int8")
+
+
 # What the margin of the bfloat16 screen stands on
 
 
