@@ -30,6 +30,7 @@ class Batch {
       : blocks_(blocks),
         workspace_(workspace),
         threads_(threads),
+        awake_(threads),
         workers_(call_workers(workspace.plan)),
         row_count_(blocks.back().workspace_row + blocks.back().row_count),
         ranges_per_block_(ranges_per_block > 0 ? ranges_per_block : choose_ranges()) {}
@@ -98,6 +99,7 @@ class Batch {
   const std::vector<RowBlock>& blocks_;
   const Workspace& workspace_;
   ThreadPool& threads_;
+  const ThreadPool::Awake awake_;  // from one stage to the next
   const int64_t workers_, row_count_, ranges_per_block_;
 };
 

@@ -97,11 +97,10 @@ class PanelScan {
         panel.count == panel_features ? ~uint64_t{0} : (uint64_t{1} << panel.count) - 1;
     const RowMargin* margins = &margin(workspace_, block(), 0);
     for (int64_t row = 0; row < block().row_count; ++row) {
-      uint64_t mask = margins[row].is_screened() ? buffers_.masks[row] & all
-                      : margins[row].is_finite() ? all
-                                                 : 0;
-      for (; mask != 0; mask &= mask - 1)
-        queue_.incoming().push({row, panel.first + __builtin_ctzll(mask), true});
+      const uint64_t mask = margins[row].is_screened() ? buffers_.masks[row] & all
+                            : margins[row].is_finite() ? all
+                                                       : 0;
+      queue_.incoming().push_bits(row, panel.first, mask);
     }
   }
 

@@ -41,6 +41,19 @@ struct SurvivorList {
 
   void push(Survivor pair) { pairs[size++] = pair; }
 
+  // Adds a row and the features first + bit, ambiguous, for every bit that is set. Most masks have
+  // few, in numbers that no processor foresees, so the first ones are added without a branch. That
+  // writes to the place behind the last pair, too.
+  void push_bits(int64_t row, int64_t first, uint64_t mask) {
+    constexpr int few = 4;
+    constexpr uint64_t last = uint64_t{1} << (panel_features - 1);
+    for (int i = 0; i < few; ++i, mask &= mask - 1) {
+      pairs[size] = {row, first + __builtin_ctzll(mask | last), true};
+      size += mask != 0;
+    }
+    for (; mask != 0; mask &= mask - 1) push({row, first + __builtin_ctzll(mask), true});
+  }
+
   // Moves the pairs, ordered by digit(pair) < digits. Pairs with one digit keep their order.
   // positions [digits] is scratch.
   template <typename Digit>

@@ -3,19 +3,31 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <system_error>
 
 #include "floating_point.h"
 
 namespace sparse_transcoder::cpu {
+namespace {
+
+// Returns when a condition holds, or after a moment.
+template <typename Condition>
+void wait_awake(const Condition& holds) {
+  constexpr std::chrono::microseconds moment(50);
+  const auto end = std::chrono::steady_clock::now() + moment;
+  while (!holds() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+}
+
+}  // namespace
 
 struct ThreadPool::Call {
   const Body& body;
   const int64_t workers, task_count;
   std::atomic<int64_t> next_task{0};
-  // The mutex guards these two.
-  int64_t joined = 1;  // workers that were ever inside; the caller is the first
-  int64_t inside = 0;  // threads of the pool that are inside now
+  // The mutex is held where these two change.
+  int64_t joined = 1;              // workers that were ever inside; the caller is the first
+  std::atomic<int64_t> inside{0};  // threads of the pool that are inside now
 
   void work_as(int64_t worker) {
     const DefaultFloatingPoint environment;
@@ -57,12 +69,23 @@ void ThreadPool::run(int64_t workers, int64_t task_count, const Body& body) {
   {
     std::lock_guard lock(state.mutex);
     state.calls.push_back(&call);
+    state.wanted = true;
   }
   for (int64_t worker = 1; worker < call.workers; ++worker) state.work.notify_one();
   call.work_as(0);
   std::unique_lock lock(state.mutex);
-  state.calls.erase(std::remove(state.calls.begin(), state.calls.end(), &call), state.calls.end());
+  state.remove(&call);
+  if (call.inside > 0) {
+    lock.unlock();
+    wait_awake([&call] { return call.inside == 0; });
+    lock.lock();
+  }
   state.done.wait(lock, [&call] { return call.inside == 0; });
+}
+
+void ThreadPool::State::remove(const Call* call) {
+  calls.erase(std::remove(calls.begin(), calls.end(), call), calls.end());
+  wanted = !calls.empty();
 }
 
 void ThreadPool::work(State& state) {
@@ -72,14 +95,18 @@ void ThreadPool::work(State& state) {
     if (state.stop) return;
     Call* call = state.calls.front();
     const int64_t worker = call->joined++;
-    if (call->joined == call->workers) state.calls.erase(state.calls.begin());
+    if (call->joined == call->workers) state.remove(call);
     ++call->inside;
     lock.unlock();
     call->work_as(worker);
     lock.lock();
-    // A call with no task left must not be joined again.
-    state.calls.erase(std::remove(state.calls.begin(), state.calls.end(), call), state.calls.end());
+    state.remove(call);  // with no task left it must not be joined again
     if (--call->inside == 0) state.done.notify_all();
+    if (state.awake > 0) {
+      lock.unlock();
+      wait_awake([&state] { return state.wanted || state.awake == 0; });
+      lock.lock();
+    }
   }
 }
 

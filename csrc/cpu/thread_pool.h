@@ -29,12 +29,29 @@ class ThreadPool {
   // alone. Every worker has the default floating-point environment, whatever the caller's is.
   void run(int64_t workers, int64_t task_count, const Body& body);
 
+  // While one of these lives, run is about to be called again. Threads then wait awake for a
+  // moment, because waking one takes as long as some calls do.
+  class Awake {
+   public:
+    explicit Awake(ThreadPool& pool) : count_(pool.state_->awake) { ++count_; }
+    ~Awake() { --count_; }
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
+
+   private:
+    std::atomic<int64_t>& count_;
+  };
+
  private:
   struct Call;
   struct State {
+    void remove(const Call* call);
+
     std::mutex mutex;
     std::condition_variable work, done;
-    std::vector<Call*> calls;  // those that another thread may join
+    std::vector<Call*> calls;         // those that another thread may join
+    std::atomic<bool> wanted{false};  // whether there are any
+    std::atomic<int64_t> awake{0};
     bool stop = false;
     std::vector<std::thread> threads;
   };

@@ -36,7 +36,7 @@ struct Plan {
   bool lanes_chosen = false;
 
   int64_t survivor_capacity() const {
-    return std::max(max_block_rows * panel_features, tile_features);
+    return std::max(max_block_rows * panel_features, tile_features) + 1;  // push_bits
   }
   int64_t product_count() const { return int16_stride == 0 ? 0 : survivor_capacity(); }
   // Entries of a sparse result that a worker holds: that many per row are few enough to be found
