@@ -10,41 +10,41 @@
 namespace sparse_transcoder::cpu {
 namespace {
 
-// x[i] = hidden[row][i] in float32, from any dtype and strides.
-void widen_row(const Hidden& hidden, int64_t size, int64_t row, float* x) {
+// normed[i] = hidden[row][i] in float32, from any dtype and strides.
+void widen_row(const Hidden& hidden, int64_t size, int64_t row, float* normed) {
   const int64_t* strides = hidden.strides;
   const auto bytes = static_cast<int64_t>(c10::elementSize(hidden.dtype));
   const int64_t offset = row / hidden.tokens * strides[0] + row % hidden.tokens * strides[1];
   const auto* source = static_cast<const char*>(hidden.data) + offset * bytes;
   const auto widen = active_kernels().widen[static_cast<int>(dtype_of(hidden.dtype))];
   if (strides[2] == 1)
-    widen(source, x, size);
+    widen(source, normed, size);
   else
-    for (int64_t i = 0; i < size; ++i) widen(source + i * strides[2] * bytes, x + i, 1);
+    for (int64_t i = 0; i < size; ++i) widen(source + i * strides[2] * bytes, normed + i, 1);
 }
 
-void subtract_bias(const float* bias, int64_t size, float* x) {
-  for (int64_t i = 0; i < size; ++i) x[i] -= bias[i];
+void subtract_bias(const float* bias, int64_t size, float* normed) {
+  for (int64_t i = 0; i < size; ++i) normed[i] -= bias[i];
 }
 
-void layer_norm(const float* weight, const float* bias, int64_t size, float* x) {
+void layer_norm(const float* weight, const float* bias, int64_t size, float* normed) {
   double sum = 0, squares = 0;
-  for (int64_t i = 0; i < size; ++i) sum += x[i];
+  for (int64_t i = 0; i < size; ++i) sum += normed[i];
   const double mean = sum / size;
-  for (int64_t i = 0; i < size; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  for (int64_t i = 0; i < size; ++i) squares += (normed[i] - mean) * (normed[i] - mean);
   const double scale = 1 / std::sqrt(squares / size + 1e-5);
   for (int64_t i = 0; i < size; ++i)
-    x[i] = static_cast<float>((x[i] - mean) * scale * weight[i] + bias[i]);
+    normed[i] = static_cast<float>((normed[i] - mean) * scale * weight[i] + bias[i]);
 }
 
 // What the encoder multiplies: the hidden state after the layer's own input bias and LayerNorm.
-void load_row(const PreparedLayer& layer, const Hidden& hidden, int64_t row, float* x) {
-  widen_row(hidden, layer.hidden_size, row, x);
+void load_row(const PreparedLayer& layer, const Hidden& hidden, int64_t row, float* normed) {
+  widen_row(hidden, layer.hidden_size, row, normed);
   if (layer.input_bias.defined())
-    subtract_bias(layer.input_bias.const_data_ptr<float>(), layer.hidden_size, x);
+    subtract_bias(layer.input_bias.const_data_ptr<float>(), layer.hidden_size, normed);
   if (layer.ln_weight.defined())
     layer_norm(layer.ln_weight.const_data_ptr<float>(), layer.ln_bias.const_data_ptr<float>(),
-               layer.hidden_size, x);
+               layer.hidden_size, normed);
 }
 
 // Bound on |float32 product - exact| per unit of ||w||. It is NaN for a row that is not finite, and
@@ -59,18 +59,18 @@ float product_margin(const PreparedLayer& layer, double squared_norm) {
   return static_cast<float>(rounding * norm * round_up);
 }
 
-// Makes the copies of x that the block's screens read, and the margins of their scores.
+// Makes the copies of a normed row that the block's screens read, and the margins of their scores.
 void quantise_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const KernelTable& kernels = active_kernels();
   const int64_t size = block.layer->hidden_size;
-  const float* x = normed_row(workspace, block, row);
+  const float* normed = normed_row(workspace, block, row);
   RowMargin& margin = cpu::margin(workspace, block, row);
   if (block.screen.sparse == ScreenType::int8)
-    kernels.quantise_row(Int8Layout(size), x, block.screen.planes, int8_row(workspace, block, row),
-                         workspace.workers[worker].rotated);
+    kernels.quantise_row(Int8Layout(size), normed, block.screen.planes,
+                         int8_row(workspace, block, row), workspace.workers[worker].rotated);
   if (block.layer->copies.int16.defined()) {
     Int16Scale& scale = int16_scale(workspace, block, row);
-    scale = kernels.quantise_int16(x, size, int16_row(workspace, block, row));
+    scale = kernels.quantise_int16(normed, size, int16_row(workspace, block, row));
     if (margin.is_screened()) margin.int16 = {scale.error, scale.norm};
   }
 }
@@ -88,10 +88,10 @@ void empty_reservoirs(const Workspace& workspace, const RowBlock& block, int64_t
 
 void prepare_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const PreparedLayer& layer = *block.layer;
-  float* x = normed_row(workspace, block, row);
-  load_row(layer, block.request->hidden, block.first_row + row, x);
+  float* normed = normed_row(workspace, block, row);
+  load_row(layer, block.request->hidden, block.first_row + row, normed);
   double squared_norm;
-  active_kernels().dot[static_cast<int>(Dtype::float32)](&x, 1, x, layer.hidden_size,
+  active_kernels().dot[static_cast<int>(Dtype::float32)](&normed, 1, normed, layer.hidden_size,
                                                          &squared_norm);
   const float per_norm = product_margin(layer, squared_norm);
   margin(workspace, block, row) = {{per_norm, 0}, {per_norm, 0}};
