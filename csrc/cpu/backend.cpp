@@ -49,10 +49,11 @@ constexpr int64_t max_reservoir_bytes = 32 << 20;
 // Whether a top-k coder drops some of the features that pass.
 bool drops_features(const Layer& layer) { return layer.max_active < layer.features; }
 
-Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Options& options) {
+Plan plan_workspace(const std::map<int64_t, PreparedLayer>& layers, const Options& options,
+                    int64_t workers) {
   Plan plan = {};
   plan.lanes_chosen = options.lanes > 0;
-  plan.workers = plan.lanes_chosen ? options.lanes : at::get_num_threads();
+  plan.workers = workers;
   for (const auto& [id, layer] : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer.hidden_size);
     // encode_sparse keeps all that a top-k coder keeps.
@@ -88,12 +89,13 @@ class CpuBackend : public Backend {
  public:
   CpuBackend(const std::vector<const Layer*>& layers, const Options& options)
       : crossovers_(active_crossovers()) {
+    const int64_t workers = options.lanes > 0 ? options.lanes : at::get_num_threads();
+    threads_ = std::make_unique<ThreadPool>(workers - 1, options.lanes == 0);
     for (const Layer* layer : layers)
-      layers_.emplace(layer->id, prepare_layer(*layer, options.screening));
-    const Plan plan = plan_workspace(layers_, options);
+      layers_.emplace(layer->id, prepare_layer(*layer, options.screening, workers, *threads_));
+    const Plan plan = plan_workspace(layers_, options, workers);
     workspaces_ =
         std::make_unique<Pool<CallBuffers>>([plan] { return std::make_unique<CallBuffers>(plan); });
-    threads_ = std::make_unique<ThreadPool>(plan.workers - 1);
   }
 
   void encode(const std::vector<Request>& requests, Explanation* explanation) const override;

@@ -1,5 +1,8 @@
 #include "cpu/thread_pool.h"
 
+#include <ATen/ATen.h>
+#include <ATen/TensorIterator.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,6 +22,16 @@ void wait_awake(const Condition& holds) {
   while (!holds() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
 }
 
+std::unique_ptr<at::TensorIterator> elements(int64_t count) {
+  at::Tensor memory = at::empty({count}, at::kByte);
+  return std::make_unique<at::TensorIterator>(at::TensorIterator::nullary_op(memory));
+}
+
+const std::thread::id loader = std::this_thread::get_id();
+bool is_child = false;  // whether this process was forked since: torch's threads did not follow
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { is_child = true; });
+
 }  // namespace
 
 struct ThreadPool::Call {
@@ -36,7 +49,10 @@ struct ThreadPool::Call {
   }
 };
 
-ThreadPool::ThreadPool(int64_t threads) : process_(getpid()), state_(std::make_unique<State>()) {
+ThreadPool::ThreadPool(int64_t threads, bool with_torch)
+    : process_(getpid()),
+      on_torch_(with_torch ? elements(threads + 1) : nullptr),
+      state_(std::make_unique<State>()) {
   try {
     for (int64_t i = 0; i < threads; ++i)
       state_->threads.emplace_back([&state = *state_] { work(state); });
@@ -65,6 +81,7 @@ bool ThreadPool::forked() const { return getpid() != process_; }
 void ThreadPool::run(int64_t workers, int64_t task_count, const Body& body) {
   Call call{body, std::min(workers, task_count), task_count};
   if (call.workers <= 1 || forked()) return call.work_as(0);
+  if (on_torch_ && !is_child && std::this_thread::get_id() == loader) return run_on_torch(call);
   State& state = *state_;
   {
     std::lock_guard lock(state.mutex);
@@ -81,6 +98,16 @@ void ThreadPool::run(int64_t workers, int64_t task_count, const Body& body) {
     lock.lock();
   }
   state.done.wait(lock, [&call] { return call.inside == 0; });
+}
+
+void ThreadPool::run_on_torch(Call& call) {
+  std::atomic<int64_t> joined{0};
+  on_torch_->for_each(
+      [&](char**, const int64_t*, int64_t columns, int64_t rows) {
+        for (int64_t i = 0; i < columns * rows; ++i)
+          if (const int64_t worker = joined++; worker < call.workers) call.work_as(worker);
+      },
+      1);
 }
 
 void ThreadPool::State::remove(const Call* call) {

@@ -10,6 +10,10 @@
 #include <thread>
 #include <vector>
 
+namespace at {
+struct TensorIterator;
+}
+
 namespace sparse_transcoder::cpu {
 
 class ThreadPool {
@@ -19,7 +23,12 @@ class ThreadPool {
   using Body = std::function<void(int64_t worker, int64_t task)>;
 
   // Starts this many threads, or as many as the system gives.
-  explicit ThreadPool(int64_t threads);
+  //
+  // with_torch: calls of the thread that loaded this library, usually a process's main thread, run
+  // on torch's threads instead. These stay awake for some milliseconds after a model's pass, and
+  // others would have to share the processors with them. Calls of other threads do not, because
+  // torch starts as many threads again for each of its callers.
+  explicit ThreadPool(int64_t threads, bool with_torch = false);
   ~ThreadPool();
 
   // Calls body for every task in [0, task_count) on at most `workers` threads, the caller's among
@@ -56,9 +65,11 @@ class ThreadPool {
     std::vector<std::thread> threads;
   };
   static void work(State& state);
+  void run_on_torch(Call& call);
   bool forked() const;
 
   const int process_;
+  const std::unique_ptr<at::TensorIterator> on_torch_;  // an element for each worker, or null
   std::unique_ptr<State> state_;
 };
 

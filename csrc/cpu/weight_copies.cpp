@@ -1,14 +1,12 @@
 #include "cpu/weight_copies.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <sys/mman.h>
 
 #include <cmath>
 #include <vector>
 
 #include "bounds.h"
-#include "floating_point.h"
 
 namespace sparse_transcoder::cpu {
 namespace {
@@ -81,47 +79,44 @@ void copy_as_int16(const WeightCopies& copies, const float* w, int64_t size, int
       scale.error + scale.norm * static_cast<float>(int16_score_rounding(int16_part_count(size)));
 }
 
-}  // namespace
-
-WeightCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who,
-                         at::Tensor& norms) {
+// Fills the copies, and norms [F]: those of the rows of W_enc, NaN or Inf where one is not finite.
+void make_copies(const at::Tensor& W_enc, const WeightCopies& copies, double* norms,
+                 int64_t workers, ThreadPool& threads) {
   const KernelTable& kernels = active_kernels();
   const int64_t features = W_enc.size(0), size = W_enc.size(1);
   const Int8Layout layout(size);
   const auto widen = kernels.widen[static_cast<int>(dtype_of(W_enc.scalar_type()))];
-  const WeightCopies copies = allocate_copies(W_enc, screening, who);
-  norms = at::empty({features}, at::kDouble);
-  double* norm = norms.mutable_data_ptr<double>();
   const auto* weights = static_cast<const char*>(W_enc.const_data_ptr());
   const int64_t row_bytes = size * W_enc.element_size();
   const int64_t panels = (features + panel_features - 1) / panel_features;
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    const DefaultFloatingPoint environment;
-    std::vector<float> wide(panel_features * size);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * panel_features;
-      const int64_t count = std::min(panel_features, features - first);
-      widen(weights + first * row_bytes, wide.data(), count * size);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* w = wide.data() + i * size;
-        double squares;
-        kernels.dot[static_cast<int>(Dtype::float32)](&w, 1, w, size, &squares);
-        norm[first + i] = std::sqrt(squares);
-        if (copies.int16.defined()) copy_as_int16(copies, w, size, first + i);
-      }
-      if (copies.int8.defined())
-        kernels.quantise_panel(
-            layout, wide.data(), count,
-            copies.int8.mutable_data_ptr<uint8_t>() + panel * layout.panel_bytes());
+  std::vector<std::vector<float>> wide_panels(workers, std::vector<float>(panel_features * size));
+  threads.run(workers, panels, [&](int64_t worker, int64_t panel) {
+    float* wide = wide_panels[worker].data();
+    const int64_t first = panel * panel_features;
+    const int64_t count = std::min(panel_features, features - first);
+    widen(weights + first * row_bytes, wide, count * size);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* w = wide + i * size;
+      double squares;
+      kernels.dot[static_cast<int>(Dtype::float32)](&w, 1, w, size, &squares);
+      norms[first + i] = std::sqrt(squares);
+      if (copies.int16.defined()) copy_as_int16(copies, w, size, first + i);
     }
+    if (copies.int8.defined())
+      kernels.quantise_panel(
+          layout, wide, count,
+          copies.int8.mutable_data_ptr<uint8_t>() + panel * layout.panel_bytes());
   });
-  return copies;
 }
 
-PreparedLayer prepare_layer(const Layer& layer, Screening screening) {
+}  // namespace
+
+PreparedLayer prepare_layer(const Layer& layer, Screening screening, int64_t workers,
+                            ThreadPool& threads) {
   const at::Tensor W_enc = layer.declared.W_enc.detach().contiguous();
-  at::Tensor norms;
-  const WeightCopies copies = make_copies(W_enc, screening, layer.name(), norms);
+  const WeightCopies copies = allocate_copies(W_enc, screening, layer.name());
+  const at::Tensor norms = at::empty({layer.features}, at::kDouble);
+  make_copies(W_enc, copies, norms.mutable_data_ptr<double>(), workers, threads);
   return {layer, W_enc, copies, LayerBounds(layer, norms)};
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels/kernels.h"
+#include "cpu/thread_pool.h"
 #include "layer.h"
 
 namespace sparse_transcoder::cpu {
@@ -42,11 +43,6 @@ struct WeightCopies {
   int64_t bytes() const;
 };
 
-// Copies of W_enc [F, H] that `screening` asks for, made on all of torch's threads; and its row
-// norms, [F] float64, NaN or Inf where the row is not finite. `who` names the layer in errors.
-WeightCopies make_copies(const at::Tensor& W_enc, Screening screening, const std::string& who,
-                         at::Tensor& norms);
-
 // A layer as this backend encodes it.
 struct PreparedLayer : Layer {
   at::Tensor W_enc;  // [F, H] contiguous
@@ -54,6 +50,8 @@ struct PreparedLayer : Layer {
   LayerBounds bounds;
 };
 
-PreparedLayer prepare_layer(const Layer& layer, Screening screening);
+// The copies are made by so many workers.
+PreparedLayer prepare_layer(const Layer& layer, Screening screening, int64_t workers,
+                            ThreadPool& threads);
 
 }  // namespace sparse_transcoder::cpu

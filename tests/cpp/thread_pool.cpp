@@ -2,6 +2,7 @@
 // waiting.
 #include "cpu/thread_pool.h"
 
+#include <ATen/Parallel.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -52,6 +53,40 @@ TEST(thread_pool_runs_every_task_once) {
     for (const int64_t workers : {1, 2, 4, 9})
       for (const int64_t tasks : {0, 1, 2, 3, 50, 1000}) run_checked(pool, workers, tasks);
   }
+}
+
+// The test program loads the library on its main thread, which runs the tests.
+TEST(thread_pool_runs_every_task_once_on_torchs_threads) {
+  const int before = at::get_num_threads();
+  for (const int torch_threads : {1, 2, 4}) {
+    at::set_num_threads(torch_threads);
+    for (const int64_t threads : {1, 3, 8}) {
+      ThreadPool pool(threads, true);
+      for (const int64_t workers : {1, 2, 4, 9})
+        for (const int64_t tasks : {0, 1, 2, 50, 1000}) run_checked(pool, workers, tasks);
+    }
+  }
+  at::set_num_threads(before);
+}
+
+TEST(thread_pool_has_torchs_threads_for_one_caller) {
+  ThreadPool pool(3, true);
+  const auto runs_on_torch = [&pool] {
+    std::atomic<int> on_torch{0};
+    pool.run(4, 4, [&](int64_t, int64_t) { on_torch += at::in_parallel_region(); });
+    EXPECT(on_torch == 0 || on_torch == 4);
+    return on_torch == 4;
+  };
+  const int before = at::get_num_threads();
+  at::set_num_threads(2);
+  EXPECT(runs_on_torch());
+  std::thread([&] { EXPECT(!runs_on_torch()); }).join();
+  EXPECT(ends_in_child([&] {  // whose threads of torch are gone
+    EXPECT(!runs_on_torch());
+    ThreadPool own(3, true);
+    run_checked(own, 4, 50);
+  }));
+  at::set_num_threads(before);
 }
 
 TEST(thread_pool_uses_its_threads) {

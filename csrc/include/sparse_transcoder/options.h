@@ -26,8 +26,8 @@ struct Options {
   // tau: a feature is kept when its activation is positive and at least this.
   float activation_threshold = 1.0f;
   int64_t chunk_size = 512;  // rows worked on at a time: bounds the workspace, not the result
-  // CPU: workers of one call, whatever torch's thread count; 0 takes torch's thread count. CUDA:
-  // streams; 0 takes up to 4.
+  // CPU: workers of one call, on threads of the engine's own; 0 takes torch's thread count, and on
+  // a process's main thread torch's threads. CUDA: streams; 0 takes up to 4.
   int64_t lanes = 0;
   Screening screening = Screening::automatic;
   // CUDA: calls whose shapes were seen before are replayed as a graph where rows are few.
