@@ -312,7 +312,7 @@ class _Found:
         self.clamped = 0
 
     def add(self, rows: _C.SparseRows) -> None:
-        self.counts.append(rows.features.row_begin.diff().cpu().numpy())
+        self.counts.append(np.diff(rows.features.row_begin.cpu().numpy()))
         self.features.append(rows.features.features.cpu().numpy())
         self.activations.append(rows.features.activations.cpu().numpy())
         self.clamped += rows.clamped
