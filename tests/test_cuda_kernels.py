@@ -23,7 +23,7 @@ def kernels(tmp_path_factory):
     wing = ("backend", "chunk", "streams", "weight_copy")
     files += [ROOT / f"csrc/cuda/{name}.cpp" for name in wing]
     files += [ROOT / f"csrc/{name}.cpp" for name in ("check_weights", "layer", "stamp")]
-    steps = ("prepare", "product_few_rows", "product_int8", "select")
+    steps = ("prepare", "product_few_rows", "product_int8", "product_tensor", "select")
     files += [ROOT / f"csrc/cuda/kernels/{name}.cu" for name in steps]
     places = ("tests/cuda_on_cpu", "csrc", "csrc/include")
     folders = [*(ROOT / place for place in places), TORCH / "include"]
@@ -252,8 +252,8 @@ def unrotated(y, size):
 
 
 def draw(kind, size, features, seed):
-    """Rows [8, size] and weights [features, size] that are hard for the screen."""
-    x, W = normal(8, size, seed=seed), normal(features, size, seed=seed + 1)
+    """Rows [64, size] and weights [features, size] that are hard for the screen."""
+    x, W = normal(64, size, seed=seed), normal(features, size, seed=seed + 1)
     inputs = (size + 127) // 128 * 128
     if kind == "heavy tails":
         x, W = x**5, W**5
@@ -261,10 +261,10 @@ def draw(kind, size, features, seed):
         x[:, 3] *= 1e4
         W[::2, 5] *= 1e3
     if kind == "weights' errors":  # rows that lie along what int8 takes from a feature
-        x = unrotated(errors_of(W)[:8], size)
+        x = unrotated(errors_of(W)[:64], size)
     if kind == "rows' errors":  # one large number, whose scale takes all others from the row
-        y = torch.full((8, inputs), 0.45 / 32512)
-        y[:, 0] = torch.arange(1, 9)
+        y = torch.full((64, inputs), 0.45 / 32512)
+        y[:, 0] = torch.arange(1, 65)
         y[:, 1:] *= y[:, :1]
         z = torch.ones(features, inputs)
         z[:, 0] = 0
@@ -272,11 +272,11 @@ def draw(kind, size, features, seed):
     if kind == "largest sums":
         z = torch.ones(features, inputs)
         z[1::2, 1:] = 0
-        x, W = unrotated(torch.ones(8, inputs), size), unrotated(z, size)
+        x, W = unrotated(torch.ones(64, inputs), size), unrotated(z, size)
         x[::2] *= -1
     if kind == "any scale":
-        powers = integers(8 + features, 1, low=-30, high=15, seed=seed)
-        x, W = x * 10 ** powers[:8], W * 10 ** powers[8:]
+        powers = integers(64 + features, 1, low=-30, high=15, seed=seed)
+        x, W = x * 10 ** powers[:64], W * 10 ** powers[64:]
     if kind == "below the normal range":
         x *= 1e-39
     return x, W
@@ -295,12 +295,14 @@ def draw(kind, size, features, seed):
         "below the normal range",
     ],
 )
-@pytest.mark.parametrize("size, rows", [(40, 1), (200, 2), (640, 4), (1024, 8)])
+@pytest.mark.parametrize(
+    "size, rows", [(40, 1), (200, 2), (640, 4), (1024, 8), (40, 9), (640, 16), (200, 33), (1024, 64)]
+)
 def test_int8_scores_stay_within_their_margins(kernels, kind, size, rows):
     for seed in (0, 10):
         x, W = draw(kind, size, 70, seed)
         x = x[:rows].contiguous()
-        scores, margin = kernels.int8_scores(x, W)
+        scores, margin = kernels.int8_scores(x, W, rows > 8)
         off = (scores.double() - x.double() @ W.double().T).abs()
         norms = x.double().norm(dim=1, keepdim=True) * W.double().norm(dim=1)
         worst = (off / (margin + (size + 128) * 2.0**-124)).max()

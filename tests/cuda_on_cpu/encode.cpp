@@ -106,9 +106,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   return {call.out.activations, call.out.indices, call.out.sparsity};
 }
 
-// What the int8 screen makes of at most eight rows: scores [rows, F], and the margins of features
-// that it compares with.
-std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const at::Tensor& W_enc) {
+// What the int8 screen makes of at most 64 rows: scores [rows, F], by tensor cores or else by the
+// product of few rows, and the margins of features that it compares with.
+std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const at::Tensor& W_enc,
+                                               bool tensor_cores) {
   Options options;
   options.screening = Screening::int8;
   LayerWeights weights;
@@ -129,11 +130,23 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
                 {cuda::int8_rounding, 0, layer.bounds.max_norm, cuda::int8_share},
                 buffers.hidden.mutable_data_ptr<float>(), nullptr, int8, margins,
                 buffers.lists(1, 1, 1), at_once);
-  cuda::product_int8(int8.rows, rows, layer.int8.const_data_ptr<int8_t>(),
-                     layer.int8_scale.const_data_ptr<float>(), 0, layer.features, inputs,
-                     scores.mutable_data_ptr<float>(), at_once);
+  const auto multiply_int8 = tensor_cores ? cuda::product_tensor_int8 : cuda::product_int8;
+  multiply_int8(int8.rows, rows, layer.int8.const_data_ptr<int8_t>(),
+                layer.int8_scale.const_data_ptr<float>(), 0, layer.features, inputs,
+                scores.mutable_data_ptr<float>(), at_once);
   for (int64_t r = 0; r < rows; ++r) margin[r][0] = static_cast<double>(margins[r].per_norm);
   return {scores, margin * layer.int8_error};
+}
+
+// x [rows, H] times W_enc [F, H], both bfloat16, on tensor cores: scores of features from `first`
+// on, in a tensor that has one number more.
+at::Tensor bf16_scores(const at::Tensor& x, const at::Tensor& W_enc, int64_t first) {
+  const int64_t rows = x.size(0), count = W_enc.size(0) - first;
+  const at::Tensor scores = at::full({rows * count + 1}, -1.0f);
+  cuda::Queue at_once;
+  cuda::product_tensor_bf16(x.const_data_ptr(), rows, W_enc.const_data_ptr(), first, count,
+                            x.size(1), scores.mutable_data_ptr<float>(), at_once);
+  return scores;
 }
 
 // Bytes of the screening copies of a layer that is on the device, or may take so much of it.
@@ -276,8 +289,10 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       "lists) -> (Tensor, Tensor, "
       "Tensor)",
       &sparse_transcoder::encode);
-  library.def("int8_scores(Tensor hidden, Tensor W_enc) -> (Tensor, Tensor)",
+  library.def("int8_scores(Tensor hidden, Tensor W_enc, bool tensor_cores) -> (Tensor, Tensor)",
               &sparse_transcoder::int8_scores);
+  library.def("bf16_scores(Tensor x, Tensor W_enc, int first) -> Tensor",
+              &sparse_transcoder::bf16_scores);
   library.def("screening_bytes(Tensor W_enc, int screening, int device_weight_bytes) -> int",
               &sparse_transcoder::screening_bytes);
   library.def(

@@ -21,6 +21,14 @@ int product_int8(const int8_t*, int64_t, const int8_t*, const float*, int64_t, i
                  float*, Queue&) {
   return no_device;
 }
+int product_tensor_int8(const int8_t*, int64_t, const int8_t*, const float*, int64_t, int64_t,
+                        int64_t, float*, Queue&) {
+  return no_device;
+}
+int product_tensor_bf16(const void*, int64_t, const void*, int64_t, int64_t, int64_t, float*,
+                        Queue&) {
+  return no_device;
+}
 int select(const float*, const float*, const Margin*, int64_t, int64_t, int64_t, const Weights&,
            const CandidateLists&, Queue&) {
   return no_device;
