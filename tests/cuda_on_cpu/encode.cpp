@@ -138,9 +138,32 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
   return {scores, margin * layer.int8_error};
 }
 
-// x [rows, H] times W_enc [F, H], both bfloat16, on tensor cores: scores of features from `first`
-// on, in a tensor that has one number more.
-at::Tensor bf16_scores(const at::Tensor& x, const at::Tensor& W_enc, int64_t first) {
+// The int8 screen's product of rows 256 high + low [rows, inputs] and p [F, inputs], on tensor
+// cores or else by the product of few rows: scores of features from `first` on, in a tensor that
+// has one number more.
+at::Tensor int8_product(const at::Tensor& high, const at::Tensor& low, const at::Tensor& row_scale,
+                        const at::Tensor& p, const at::Tensor& scale, int64_t first,
+                        bool tensor_cores) {
+  const int64_t row_count = high.size(0), inputs = high.size(1), count = p.size(0) - first;
+  const at::Tensor rows = at::full(
+      {tensor_cores ? row_count : cuda::few_rows, int64_t{cuda::int8_row_bytes}}, 77, at::kChar);
+  for (int64_t r = 0; r < row_count; ++r) {
+    auto* row = rows[r].mutable_data_ptr<int8_t>();
+    std::copy_n(high[r].const_data_ptr<int8_t>(), inputs, row);
+    std::copy_n(low[r].const_data_ptr<int8_t>(), inputs, row + cuda::int8_plane_bytes);
+    *reinterpret_cast<float*>(row + 2 * cuda::int8_plane_bytes) = row_scale[r].item<float>();
+  }
+  const at::Tensor scores = at::full({row_count * count + 1}, -1.0f);
+  const auto multiply_int8 = tensor_cores ? cuda::product_tensor_int8 : cuda::product_int8;
+  cuda::Queue at_once;
+  multiply_int8(rows.const_data_ptr<int8_t>(), row_count, p.const_data_ptr<int8_t>(),
+                scale.const_data_ptr<float>(), first, count, inputs,
+                scores.mutable_data_ptr<float>(), at_once);
+  return scores;
+}
+
+// The same of x [rows, H] and W_enc [F, H], both bfloat16.
+at::Tensor bf16_product(const at::Tensor& x, const at::Tensor& W_enc, int64_t first) {
   const int64_t rows = x.size(0), count = W_enc.size(0) - first;
   const at::Tensor scores = at::full({rows * count + 1}, -1.0f);
   cuda::Queue at_once;
@@ -291,8 +314,12 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::encode);
   library.def("int8_scores(Tensor hidden, Tensor W_enc, bool tensor_cores) -> (Tensor, Tensor)",
               &sparse_transcoder::int8_scores);
-  library.def("bf16_scores(Tensor x, Tensor W_enc, int first) -> Tensor",
-              &sparse_transcoder::bf16_scores);
+  library.def(
+      "int8_product(Tensor high, Tensor low, Tensor row_scale, Tensor p, Tensor scale, int first, "
+      "bool tensor_cores) -> Tensor",
+      &sparse_transcoder::int8_product);
+  library.def("bf16_product(Tensor x, Tensor W_enc, int first) -> Tensor",
+              &sparse_transcoder::bf16_product);
   library.def("screening_bytes(Tensor W_enc, int screening, int device_weight_bytes) -> int",
               &sparse_transcoder::screening_bytes);
   library.def(

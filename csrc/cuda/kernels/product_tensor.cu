@@ -57,20 +57,29 @@ __global__ void __launch_bounds__(threads, (blocks_at_once<Sum, max_rows>))
   scores += block_first;
   unsigned char* memory = block_memory();
 
-  const auto begin_copies = [&](int stage) {
-    unsigned char* to = memory + stage % stages * stage_size<Sum, max_rows>;
-    const int first = threadIdx.x / pieces, of_line = threadIdx.x % pieces;
-    const int at = stage * stage_bytes + of_line * piece;
+  // A thread copies the same piece of some lines, stage by stage.
+  const int first_line = threadIdx.x / pieces, piece_of_line = threadIdx.x % pieces;
+  const char* copied_w = w + first_line * int64_t{width} + piece_of_line * piece;
+  const char* copied_rows = rows + piece_of_line * piece;
+  int bytes_left = width - piece_of_line * piece;
+  const auto begin_copies = [&](unsigned char* to) {
+    constexpr int lines = threads / pieces;  // between two of a thread
+    const char* from = copied_w;
 #pragma unroll
-    for (int line = first; line < block_features; line += threads / pieces)
-      copy_async(to + place(line, of_line), w + line * int64_t{width} + at,
-                 at < width && line < left);
+    for (int i = 0; i < block_features; i += lines, from += lines * width)
+      copy_async(to + place(first_line + i, piece_of_line), from,
+                 bytes_left > 0 && first_line + i < left);
 #pragma unroll
-    for (int line = first; line < planes<Sum> * max_rows; line += threads / pieces) {
-      const int row = line % max_rows;
-      const char* from = rows + row * row_bytes + line / max_rows * int8_plane_bytes + at;
-      copy_async(to + place(block_features + line, of_line), from, at < width && row < row_count);
+    for (int i = 0; i < planes<Sum> * max_rows; i += lines) {
+      const int line = first_line + i, row = line % max_rows, plane = line / max_rows;
+      if (planes<Sum> * max_rows % lines != 0 && plane >= planes<Sum>) break;
+      copy_async(to + place(block_features + line, piece_of_line),
+                 copied_rows + row * row_bytes + plane * int8_plane_bytes,
+                 bytes_left > 0 && row < row_count);
     }
+    copied_w += stage_bytes;
+    copied_rows += stage_bytes;
+    bytes_left -= stage_bytes;
   };
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -102,18 +111,22 @@ __global__ void __launch_bounds__(threads, (blocks_at_once<Sum, max_rows>))
   };
 
   const int stage_count = (width + stage_bytes - 1) / stage_bytes;
+  constexpr int size = stage_size<Sum, max_rows>;
 #pragma unroll
   for (int stage = 0; stage < stages - 1; ++stage) {
-    if (stage < stage_count) begin_copies(stage);
+    if (stage < stage_count) begin_copies(memory + stage * size);
     commit_copies();
   }
+  int slot = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stage_count; ++stage) {
     wait_copies<stages - 2>();
     __syncthreads();  // all copies of this stage are there, and nobody reads the one before it
-    if (stage + stages - 1 < stage_count) begin_copies(stage + stages - 1);
+    const int before = slot > 0 ? slot - size : (stages - 1) * size;
+    if (stage + stages - 1 < stage_count) begin_copies(memory + before);
     commit_copies();
-    multiply_stage(memory + stage % stages * stage_size<Sum, max_rows>);
+    multiply_stage(memory + slot);
+    slot = slot < (stages - 1) * size ? slot + size : 0;
   }
 
 #pragma unroll
