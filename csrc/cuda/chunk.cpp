@@ -36,7 +36,7 @@ float product_rounding(int64_t size, bool float32) {
   return static_cast<float>(sum / (1 - std::min(sum, 0.5)) + (float32 ? 0x1p-9 + 0x1p-20 : 0));
 }
 
-// Features of a tile of few rows: as many as a tile of scores holds, evenly.
+// Features of a tile of an own product: tiles are even, and as few as hold all features.
 int64_t even_tile_of(int64_t rows, int64_t features, const CudaPlan& plan) {
   const int64_t max_width = plan.scores / rows, tiles = (features + max_width - 1) / max_width,
                 block = cuda::tensor_features;

@@ -13,7 +13,7 @@
 namespace sparse_transcoder {
 namespace {
 
-constexpr size_t max_graphs = 64;      // further shapes run as they are
+constexpr size_t max_graphs = 128;     // further shapes run as they are
 constexpr int max_failures = 3;        // of making a shape's graph
 constexpr int64_t filling_rows = 256;  // from which on a product fills the device
 
