@@ -26,7 +26,7 @@ inline bool makes_int8(const Layer& layer, const Options& options) {
           layer.features * layer.hidden_size >= min_int8_weights);
 }
 
-// What multiplies for the screen of a call. A graph may hold all but what torch's library does.
+// What multiplies for the screen of a call: own kernels, which a graph can hold, or torch's.
 enum class Product { few_rows, int8, bf16, library };
 
 inline Product product_of(const PreparedLayer& layer, int64_t row_count) {

@@ -182,7 +182,7 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
   const c10::StreamGuard guard(first);
   std::vector<cuda::LayerPointers> values;
   Shape shape;
-  bool own = true;  // whether all that it needs is a graph's to hold: own kernels
+  bool own = true;  // whether the call needs own kernels alone, which a graph can hold
   for (const CudaRequest& request : requests) {
     const Hidden& h = request.hidden;
     values.push_back({h.data,
