@@ -2,7 +2,9 @@
 // off as their margin allows, or nearly: towards one side for even features, the other for odd
 // ones.
 #include <ATen/ATen.h>
+#include <sys/mman.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <deque>
 
@@ -138,6 +140,19 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
   return {scores, margin * layer.int8_error};
 }
 
+// A copy that ends where memory ends: reading beyond it stops the process.
+at::Tensor guarded(const at::Tensor& from) {
+  const size_t page = getpagesize(), bytes = (from.nbytes() + page - 1) / page * page;
+  void* memory =
+      mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK(memory != MAP_FAILED);
+  mprotect(static_cast<char*>(memory) + bytes, page, PROT_NONE);
+  const at::Tensor copy = at::from_blob(
+      static_cast<char*>(memory) + bytes - from.nbytes(), from.sizes(),
+      [memory, bytes, page](void*) { munmap(memory, bytes + page); }, from.options());
+  return copy.copy_(from);
+}
+
 // The int8 screen's product of rows 256 high + low [rows, inputs] and p [F, inputs], on tensor
 // cores or else by the product of few rows: scores of features from `first` on, in a tensor that
 // has one number more.
@@ -155,9 +170,10 @@ at::Tensor int8_product(const at::Tensor& high, const at::Tensor& low, const at:
   }
   const at::Tensor scores = at::full({row_count * count + 1}, -1.0f);
   const auto multiply_int8 = tensor_cores ? cuda::product_tensor_int8 : cuda::product_int8;
+  const at::Tensor left = guarded(rows), right = guarded(p), scales = guarded(scale);
   cuda::Queue at_once;
-  multiply_int8(rows.const_data_ptr<int8_t>(), row_count, p.const_data_ptr<int8_t>(),
-                scale.const_data_ptr<float>(), first, count, inputs,
+  multiply_int8(left.const_data_ptr<int8_t>(), row_count, right.const_data_ptr<int8_t>(),
+                scales.const_data_ptr<float>(), first, count, inputs,
                 scores.mutable_data_ptr<float>(), at_once);
   return scores;
 }
@@ -166,8 +182,9 @@ at::Tensor int8_product(const at::Tensor& high, const at::Tensor& low, const at:
 at::Tensor bf16_product(const at::Tensor& x, const at::Tensor& W_enc, int64_t first) {
   const int64_t rows = x.size(0), count = W_enc.size(0) - first;
   const at::Tensor scores = at::full({rows * count + 1}, -1.0f);
+  const at::Tensor left = guarded(x), right = guarded(W_enc);
   cuda::Queue at_once;
-  cuda::product_tensor_bf16(x.const_data_ptr(), rows, W_enc.const_data_ptr(), first, count,
+  cuda::product_tensor_bf16(left.const_data_ptr(), rows, right.const_data_ptr(), first, count,
                             x.size(1), scores.mutable_data_ptr<float>(), at_once);
   return scores;
 }
