@@ -579,6 +579,25 @@ def test_calls_without_products_of_torchs_are_replayed(kernels, rows, size, scre
         check({name: got[3 * i + n][None] for n, name in enumerate(names)}, x, layer, 5, 0.0)
 
 
+@pytest.mark.parametrize("screening", ["int16", "int8"])
+def test_a_device_without_tensor_cores(kernels, screening):
+    layer = make_layer(130, 64, dtype=torch.bfloat16)
+    layer["b_enc"][:] = 0
+    launches = []
+    for rows, have in ((8, False), (9, False), (9, True)):
+        hidden = [normal(rows, 64, seed=call)[None] for call in range(2)]
+        options = (5, 64, True, 1, -1, SCREENINGS.index(screening))
+        kernels.fail_graphs(0)
+        kernels.set_tensor_cores(have)
+        got = kernels.encode_calls([layer["W_enc"]], [0], hidden, [1, 1], *options)
+        kernels.set_tensor_cores(True)
+        launches.append(kernels.launched_graphs())
+        for i, x in enumerate(hidden):
+            names = ("activations", "indices", "sparsity")
+            check({name: got[3 * i + n][None] for n, name in enumerate(names)}, x, layer, 5, 0.0)
+    assert launches == [1, 0, 1]
+
+
 def test_graphs_that_cannot_be_made(kernels):
     """Such calls are enqueued as they are; after three failures a shape is not tried again."""
     layer, calls = make_layer(64, 16), 8

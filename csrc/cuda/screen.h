@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <sparse_transcoder/options.h>
 
+#include <algorithm>
+
 #include "cuda/kernels/kernels.h"
 #include "cuda/weight_copy.h"
 #include "layer.h"
@@ -30,13 +32,13 @@ inline bool makes_int8(const Layer& layer, const Options& options) {
 enum class Product { few_rows, int8, bf16, library };
 
 inline Product product_of(const PreparedLayer& layer, int64_t row_count) {
-  if (layer.int8.defined() && row_count <= max_int8_rows) return Product::int8;
+  const int64_t max_rows = layer.tensor_cores ? max_tensor_rows : few_rows;
+  if (layer.int8.defined() && row_count <= std::min(max_int8_rows, max_rows)) return Product::int8;
   if (row_count <= few_rows) return Product::few_rows;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : layer.W_enc;
   const bool aligned = layer.hidden_size % tensor_inputs == 0 &&
                        reinterpret_cast<uintptr_t>(screened.const_data_ptr()) % 16 == 0;
-  return layer.bf16_screen && aligned && row_count <= max_tensor_rows ? Product::bf16
-                                                                      : Product::library;
+  return layer.bf16_screen && aligned && row_count <= max_rows ? Product::bf16 : Product::library;
 }
 
 }  // namespace sparse_transcoder::cuda

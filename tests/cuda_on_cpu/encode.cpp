@@ -365,5 +365,6 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
     failing_graphs = count;
     launched_graphs = 0;
   });
+  library.def("set_tensor_cores(bool have) -> ()", [](bool have) { tensor_cores = have; });
   library.def("launched_graphs() -> int", [] { return launched_graphs; });
 }

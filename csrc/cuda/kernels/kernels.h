@@ -143,7 +143,8 @@ constexpr float few_rows_rounding(int64_t size) {
 int product_int8(const int8_t* rows, int64_t row_count, const int8_t* w, const float* scale,
                  int64_t first, int64_t count, int64_t inputs, float* scores, Queue& queue);
 
-// The same scores as product_int8's, bit for bit, for at most max_tensor_rows rows.
+// The same scores as product_int8's, bit for bit, for at most max_tensor_rows rows. This one and
+// the next are for devices with has_tensor_cores.
 int product_tensor_int8(const int8_t* rows, int64_t row_count, const int8_t* w, const float* scale,
                         int64_t first, int64_t count, int64_t inputs, float* scores, Queue& queue);
 
@@ -179,6 +180,8 @@ bool built();
 
 // Of the current device.
 int multiprocessors(int* count);
+// Whether the products on tensor cores run on the current device: from compute capability 8.0 on.
+int has_tensor_cores(bool* has);
 // Host memory that the device reads directly.
 int allocate_pinned(void** memory, int64_t bytes);
 void free_pinned(void* memory);

@@ -13,6 +13,17 @@ __device__ inline unsigned char* block_memory() {
   return memory;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Devices that has_tensor_cores denies: nothing of this runs there.
+__device__ inline void copy_async(void*, const void*, bool) {}
+__device__ inline void commit_copies() {}
+template <int>
+__device__ void wait_copies() {}
+__device__ inline void load_matrices(unsigned (&)[4], const void*) {}
+__device__ inline void multiply_add(int (&)[4], const unsigned (&)[4], unsigned, unsigned) {}
+__device__ inline void multiply_add(float (&)[4], const unsigned (&)[4], unsigned, unsigned) {}
+#else
+
 __device__ inline unsigned shared_address(const void* shared) {
   return unsigned(__cvta_generic_to_shared(shared));
 }
@@ -63,6 +74,7 @@ __device__ inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], un
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+#endif
 
 }  // namespace
 }  // namespace sparse_transcoder::cuda
