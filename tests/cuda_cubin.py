@@ -15,7 +15,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90a")
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", f"-I{Path(__file__).resolve().parent.parent / 'csrc'}")
 
 # Kernel; registers, of which a multiprocessor has 65536: 64 leave room for four blocks of 256
-# threads, 80 for three, 96 for two; the 16-byte loads from global memory that its PTX has at least.
+# threads, 80 for three, 128 for two; the 16-byte loads from global memory that its PTX has, at
+# least.
 KERNELS = {
     r"set_layer_pointers_kernel": (32, 0),
     r"prepare_kernel<\w+>": (64, 0),
@@ -26,6 +27,10 @@ KERNELS = {
     r"product_int8_kernel<[12]>": (80, 6),  # of weights and rows; a scale has 4 bytes
     r"product_int8_kernel<4>": (80, 12),
     r"product_int8_kernel<8>": (80, 19),
+    r"product_tensor_kernel<float, (16|32|64)>": (80, "all"),
+    r"product_tensor_kernel<int, 16>": (80, 15),  # of weights and rows; a scale has 4 bytes
+    r"product_tensor_kernel<int, 32>": (80, 18),
+    r"product_tensor_kernel<int, 64>": (128, 24),
     r"select_kernel<\w+>": (64, 8),  # scores, also ahead, norms and bounds: two accesses each
     r"merge_kernel": (64, 0),
     r"compute_exact_kernel<\w+>": (96, 0),

@@ -36,6 +36,13 @@ float product_rounding(int64_t size, bool float32) {
   return static_cast<float>(sum / (1 - std::min(sum, 0.5)) + (float32 ? 0x1p-9 + 0x1p-20 : 0));
 }
 
+// Features of a tile of an own product: tiles are even, and as few as hold all features.
+int64_t even_tile_of(int64_t rows, int64_t features, const CudaPlan& plan) {
+  const int64_t max_width = plan.scores / rows, tiles = (features + max_width - 1) / max_width,
+                block = cuda::tensor_features;
+  return std::min(((features + tiles - 1) / tiles + block - 1) / block * block, max_width);
+}
+
 // Features of a tile: of those that a tile of scores holds, as many as leave the fewest
 // multiprocessors idle in the product's last round.
 int64_t tile_features_of(int64_t rows, int64_t features, const CudaPlan& plan) {
@@ -61,13 +68,14 @@ CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const 
                    int64_t max_k, int64_t multiprocessors) {
   CudaPlan plan = {};
   const int64_t k = std::max<int64_t>(max_k, 1);
+  bool int8 = false;
   for (const cuda::PreparedLayer* layer : layers) {
     plan.hidden_size = std::max(plan.hidden_size, layer->hidden_size);
     if (layer->bf16_screen)
       plan.rounded = std::max(plan.rounded, layer->hidden_size);
     else if (layer->dtype != Dtype::float32)
       plan.widened = std::max(tile_bytes / 4, plan.hidden_size);
-    if (layer->int8.defined()) plan.int8_rows = cuda::max_int8_rows * cuda::int8_row_bytes;
+    int8 |= layer->int8.defined();
   }
   plan.layers = static_cast<int64_t>(layers.size());
   // One layer's chunks use two, see CudaStreams::enqueue.
@@ -83,6 +91,9 @@ CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const 
       std::max(plan.rows, std::min(busy_blocks, list_bytes / (8 * (2 * plan.capacity + k))));
   plan.scores = std::max(tile_bytes / 4, plan.rows);
   plan.rounded *= plan.rows;
+  if (int8)
+    plan.int8_rows =
+        std::clamp(plan.rows, cuda::few_rows, cuda::max_int8_rows) * cuda::int8_row_bytes;
   return plan;
 }
 
@@ -96,8 +107,10 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue) {
   const cuda::PreparedLayer& layer = *request.prepared;
   const int64_t size = layer.hidden_size;
-  const bool few = request.row_count() <= cuda::few_rows, bf16 = layer.bf16_screen && !few,
-             int8 = layer.int8.defined() && request.row_count() <= cuda::max_int8_rows;
+  const cuda::Product product = cuda::product_of(layer, request.row_count());
+  const bool few = product == cuda::Product::few_rows, int8 = product == cuda::Product::int8,
+             library = product == cuda::Product::library,
+             bf16 = product == cuda::Product::bf16 || (library && layer.bf16_screen);
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : weights;
   cuda::ScreenErrors errors = {few ? cuda::few_rows_rounding(size) : product_rounding(size, !bf16),
                                layer.bf16_error, layer.bounds.max_norm};
@@ -121,21 +134,26 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
       {pointers, dtype_of(request.hidden.dtype), first, count, size, floats(layer.input_bias),
        floats(layer.ln_weight), floats(layer.ln_bias)},
       errors, x, bf16 ? left.mutable_data_ptr() : nullptr, int8_rows, margins, lists, queue));
-  const bool widen = !few && !bf16 && layer.dtype != Dtype::float32;
+  const bool widen = library && !bf16 && layer.dtype != Dtype::float32;
   const int64_t tile =
-      few     ? std::min(plan.scores / count, layer.features)
-      : widen ? std::min(tile_features_of(count, layer.features, plan), plan.widened / size)
-              : tile_features_of(count, layer.features, plan);
+      !library ? even_tile_of(count, layer.features, plan)
+      : widen  ? std::min(tile_features_of(count, layer.features, plan), plan.widened / size)
+               : tile_features_of(count, layer.features, plan);
   for (int64_t feature = 0; feature < layer.features; feature += tile) {
     const int64_t width = std::min(tile, layer.features - feature);
     if (int8) {
-      check_cuda(cuda::product_int8(int8_rows.rows, count, layer.int8.const_data_ptr<int8_t>(),
-                                    layer.int8_scale.const_data_ptr<float>(), feature, width,
-                                    int8_rows.inputs, scores, queue));
+      const auto multiply_int8 =
+          count <= cuda::few_rows ? cuda::product_int8 : cuda::product_tensor_int8;
+      check_cuda(multiply_int8(int8_rows.rows, count, layer.int8.const_data_ptr<int8_t>(),
+                               layer.int8_scale.const_data_ptr<float>(), feature, width,
+                               int8_rows.inputs, scores, queue));
     } else if (few) {
       check_cuda(cuda::product_few_rows(x, count, screened.const_data_ptr(),
                                         dtype_of(screened.scalar_type()), feature, width, size,
                                         scores, queue));
+    } else if (!library) {
+      check_cuda(cuda::product_tensor_bf16(left.const_data_ptr(), count, screened.const_data_ptr(),
+                                           feature, width, size, scores, queue));
     } else {
       at::Tensor right = screened.narrow(0, feature, width);
       if (widen) {

@@ -8,11 +8,12 @@
 #include <algorithm>
 
 #include "cuda/products.h"
+#include "cuda/screen.h"
 
 namespace sparse_transcoder {
 namespace {
 
-constexpr size_t max_graphs = 64;      // further shapes run as they are
+constexpr size_t max_graphs = 128;     // further shapes run as they are
 constexpr int max_failures = 3;        // of making a shape's graph
 constexpr int64_t filling_rows = 256;  // from which on a product fills the device
 
@@ -181,7 +182,7 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
   const c10::StreamGuard guard(first);
   std::vector<cuda::LayerPointers> values;
   Shape shape;
-  bool small = true;
+  bool own = true;  // whether the call needs own kernels alone, which a graph can hold
   for (const CudaRequest& request : requests) {
     const Hidden& h = request.hidden;
     values.push_back({h.data,
@@ -192,7 +193,8 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
                       request.out.sparsity});
     shape.insert(shape.end(),
                  {request.layer->id, request.row_count(), static_cast<int64_t>(h.dtype)});
-    small &= request.row_count() <= cuda::few_rows && !request.prepared->streamed;
+    own &= !request.prepared->streamed &&
+           cuda::product_of(*request.prepared, request.row_count()) != cuda::Product::library;
   }
   cuda::Queue queue = {native(first)};
   for (size_t i = 0; i < values.size(); i += cuda::max_layer_pointers)
@@ -204,8 +206,7 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
     done_.front().block(caller);
   };
   try {
-    // Own kernels alone can be put into a graph, and few rows need no others.
-    const bool may_repeat = use_graphs && small;
+    const bool may_repeat = use_graphs && own;
     void* graph = may_repeat ? graph_of(shape, requests) : nullptr;
     if (graph) {
       check_cuda(cuda::launch_graph(graph, queue.stream));

@@ -34,7 +34,7 @@ struct CudaPlan {
   int64_t rounded;      // rows in bfloat16; 0 where no layer is screened so
   int64_t scores;       // of a tile
   int64_t widened;      // weights of a tile; 0 where no layer needs it
-  int64_t int8_rows;    // bytes of few rows in int8; 0 where no layer is screened so
+  int64_t int8_rows;    // bytes of rows in int8; 0 where no layer is screened so
 };
 
 // max_k: of a request's k_filled.

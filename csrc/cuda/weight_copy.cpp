@@ -1,10 +1,12 @@
 #include "cuda/weight_copy.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "bounds.h"
 #include "cuda/products.h"
 #include "cuda/screen.h"
+#include "cuda/streams.h"
 
 namespace sparse_transcoder::cuda {
 namespace {
@@ -110,6 +112,8 @@ PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool str
   const at::Tensor W_enc = place(layer, options, streamed);
   PreparedLayer prepared = {layer, W_enc, streamed,
                             LayerBounds(layer, row_norms(W_enc).to(layer.device))};
+  const c10::DeviceGuard guard(layer.device);
+  check_cuda(has_tensor_cores(&prepared.tensor_cores));
   if (options.screening != Screening::off) {
     prepared.bf16_screen = layer.dtype == Dtype::bfloat16 || !streamed;
     if (prepared.bf16_screen && layer.dtype != Dtype::bfloat16) add_bf16_copy(prepared);

@@ -20,6 +20,7 @@ struct PreparedLayer : Layer {
   at::Tensor int8_scale = {};  // [F] float32: of int8, over int8_mixed
   at::Tensor int8_error = {};  // [F] float32, see ScreenErrors::share
   float int8_norm = 0;         // the largest norm of a feature's int8 numbers
+  bool tensor_cores = false;   // see has_tensor_cores
 
   int64_t screening_bytes() const;
 };

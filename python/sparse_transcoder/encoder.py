@@ -72,13 +72,13 @@ class SparseTranscoderEncoder:
             checkpoint.
         activation_threshold: the smallest activation that is kept, inclusive.
         use_compile: replay captured work for shapes seen before, on CUDA, where a layer has at most
-            8 rows. It has no effect on results.
+            64 rows. It has no effect on results.
         chunk_size: the number of rows worked on at a time. It bounds the workspace, not the result.
         screening: which low-precision copies of the encoders find the candidates. It has no effect
             on results. "auto" is the fastest on this machine: int8 and, for float32 weights, int16
             (1 + 2 bytes per weight). "int8" and "int16" are that copy alone. "off" makes no copy.
             On CUDA all but "off" are bfloat16: a copy of 2 bytes per weight where the weights are
-            not stored so. Up to 8 rows of a layer are screened by an int8 copy, 1 byte per weight:
+            not stored so. Up to 64 rows of a layer are screened by an int8 copy, 1 byte per weight:
             "int8" makes it of every layer whose weights stay on the device, and "auto" of large
             ones, unless device_weight_bytes bounds the memory.
         device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device,

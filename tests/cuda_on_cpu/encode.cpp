@@ -2,7 +2,9 @@
 // off as their margin allows, or nearly: towards one side for even features, the other for odd
 // ones.
 #include <ATen/ATen.h>
+#include <sys/mman.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <deque>
 
@@ -106,9 +108,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   return {call.out.activations, call.out.indices, call.out.sparsity};
 }
 
-// What the int8 screen makes of at most eight rows: scores [rows, F], and the margins of features
-// that it compares with.
-std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const at::Tensor& W_enc) {
+// What the int8 screen makes of at most 64 rows: scores [rows, F], by tensor cores or else by the
+// product of few rows, and the margins of features that it compares with.
+std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const at::Tensor& W_enc,
+                                               bool tensor_cores) {
   Options options;
   options.screening = Screening::int8;
   LayerWeights weights;
@@ -129,11 +132,61 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
                 {cuda::int8_rounding, 0, layer.bounds.max_norm, cuda::int8_share},
                 buffers.hidden.mutable_data_ptr<float>(), nullptr, int8, margins,
                 buffers.lists(1, 1, 1), at_once);
-  cuda::product_int8(int8.rows, rows, layer.int8.const_data_ptr<int8_t>(),
-                     layer.int8_scale.const_data_ptr<float>(), 0, layer.features, inputs,
-                     scores.mutable_data_ptr<float>(), at_once);
+  const auto multiply_int8 = tensor_cores ? cuda::product_tensor_int8 : cuda::product_int8;
+  multiply_int8(int8.rows, rows, layer.int8.const_data_ptr<int8_t>(),
+                layer.int8_scale.const_data_ptr<float>(), 0, layer.features, inputs,
+                scores.mutable_data_ptr<float>(), at_once);
   for (int64_t r = 0; r < rows; ++r) margin[r][0] = static_cast<double>(margins[r].per_norm);
   return {scores, margin * layer.int8_error};
+}
+
+// A copy that ends where memory ends: reading beyond it stops the process.
+at::Tensor guarded(const at::Tensor& from) {
+  const size_t page = getpagesize(), bytes = (from.nbytes() + page - 1) / page * page;
+  void* memory =
+      mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK(memory != MAP_FAILED);
+  mprotect(static_cast<char*>(memory) + bytes, page, PROT_NONE);
+  const at::Tensor copy = at::from_blob(
+      static_cast<char*>(memory) + bytes - from.nbytes(), from.sizes(),
+      [memory, bytes, page](void*) { munmap(memory, bytes + page); }, from.options());
+  return copy.copy_(from);
+}
+
+// The int8 screen's product of rows 256 high + low [rows, inputs] and p [F, inputs], on tensor
+// cores or else by the product of few rows: scores of features from `first` on, in a tensor that
+// has one number more.
+at::Tensor int8_product(const at::Tensor& high, const at::Tensor& low, const at::Tensor& row_scale,
+                        const at::Tensor& p, const at::Tensor& scale, int64_t first,
+                        bool tensor_cores) {
+  const int64_t row_count = high.size(0), inputs = high.size(1), count = p.size(0) - first;
+  const at::Tensor rows = at::full(
+      {tensor_cores ? row_count : cuda::few_rows, int64_t{cuda::int8_row_bytes}}, 77, at::kChar);
+  for (int64_t r = 0; r < row_count; ++r) {
+    auto* row = rows[r].mutable_data_ptr<int8_t>();
+    std::copy_n(high[r].const_data_ptr<int8_t>(), inputs, row);
+    std::copy_n(low[r].const_data_ptr<int8_t>(), inputs, row + cuda::int8_plane_bytes);
+    *reinterpret_cast<float*>(row + 2 * cuda::int8_plane_bytes) = row_scale[r].item<float>();
+  }
+  const at::Tensor scores = at::full({row_count * count + 1}, -1.0f);
+  const auto multiply_int8 = tensor_cores ? cuda::product_tensor_int8 : cuda::product_int8;
+  const at::Tensor left = guarded(rows), right = guarded(p), scales = guarded(scale);
+  cuda::Queue at_once;
+  multiply_int8(left.const_data_ptr<int8_t>(), row_count, right.const_data_ptr<int8_t>(),
+                scales.const_data_ptr<float>(), first, count, inputs,
+                scores.mutable_data_ptr<float>(), at_once);
+  return scores;
+}
+
+// The same of x [rows, H] and W_enc [F, H], both bfloat16.
+at::Tensor bf16_product(const at::Tensor& x, const at::Tensor& W_enc, int64_t first) {
+  const int64_t rows = x.size(0), count = W_enc.size(0) - first;
+  const at::Tensor scores = at::full({rows * count + 1}, -1.0f);
+  const at::Tensor left = guarded(x), right = guarded(W_enc);
+  cuda::Queue at_once;
+  cuda::product_tensor_bf16(left.const_data_ptr(), rows, right.const_data_ptr(), first, count,
+                            x.size(1), scores.mutable_data_ptr<float>(), at_once);
+  return scores;
 }
 
 // Bytes of the screening copies of a layer that is on the device, or may take so much of it.
@@ -276,8 +329,14 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       "lists) -> (Tensor, Tensor, "
       "Tensor)",
       &sparse_transcoder::encode);
-  library.def("int8_scores(Tensor hidden, Tensor W_enc) -> (Tensor, Tensor)",
+  library.def("int8_scores(Tensor hidden, Tensor W_enc, bool tensor_cores) -> (Tensor, Tensor)",
               &sparse_transcoder::int8_scores);
+  library.def(
+      "int8_product(Tensor high, Tensor low, Tensor row_scale, Tensor p, Tensor scale, int first, "
+      "bool tensor_cores) -> Tensor",
+      &sparse_transcoder::int8_product);
+  library.def("bf16_product(Tensor x, Tensor W_enc, int first) -> Tensor",
+              &sparse_transcoder::bf16_product);
   library.def("screening_bytes(Tensor W_enc, int screening, int device_weight_bytes) -> int",
               &sparse_transcoder::screening_bytes);
   library.def(
@@ -306,5 +365,6 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
     failing_graphs = count;
     launched_graphs = 0;
   });
+  library.def("set_tensor_cores(bool have) -> ()", [](bool have) { tensor_cores = have; });
   library.def("launched_graphs() -> int", [] { return launched_graphs; });
 }

@@ -109,6 +109,7 @@ const c10::impl::DeviceGuardImplInterface* before = nullptr;
 
 }  // namespace
 
+bool tensor_cores = true;
 int64_t failing_graphs = 0, launched_graphs = 0;
 
 Streams::Streams(std::optional<uint64_t> seed) {
@@ -169,6 +170,11 @@ bool built() { return true; }
 
 int multiprocessors(int* count) {
   *count = 3;
+  return 0;
+}
+
+int has_tensor_cores(bool* has) {
+  *has = tensor_cores;
   return 0;
 }
 

@@ -23,5 +23,8 @@ class Streams {
 // The native handle of torch's current stream; null where there are no Streams.
 void* current_stream();
 
+// Whether the device has tensor cores.
+extern bool tensor_cores;
+
 // How many of the next graphs cannot be made, and how many launches there were.
 extern int64_t failing_graphs, launched_graphs;

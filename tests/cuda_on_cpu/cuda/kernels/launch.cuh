@@ -10,10 +10,17 @@
 namespace sparse_transcoder::cuda {
 namespace {
 
+struct Grid {
+  Grid(dim3 blocks, unsigned memory_bytes = 0) : blocks(blocks), memory_bytes(memory_bytes) {}
+  dim3 blocks;
+  unsigned memory_bytes;
+};
+
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, Queue& queue,
+int launch(void (*kernel)(Parameters...), Grid grid, Queue& queue,
            std::type_identity_t<Parameters>... arguments) {
-  enqueue(queue, [=] { run(grid, threads, [=] { kernel(arguments...); }); });
+  enqueue(queue,
+          [=] { run(grid.blocks, threads, grid.memory_bytes, [=] { kernel(arguments...); }); });
   return 0;
 }
 
