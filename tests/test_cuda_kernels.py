@@ -434,6 +434,44 @@ def test_streams(kernels, rows, streamed, use_graphs, failing, seed, screening):
         check(result, x, layers[i % len(layers)], 5, 0.0)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "dtype, screening, streamed, failing",
+    [
+        (torch.bfloat16, "auto", False, None),
+        (torch.float32, "auto", False, None),
+        (torch.float16, "off", False, None),  # widened tiles
+        (torch.float16, "off", True, None),
+        (torch.bfloat16, "auto", True, None),
+        (torch.bfloat16, "auto", False, 2),  # a tile of the first call, on either stream
+        (torch.bfloat16, "auto", True, 3),
+    ],
+)
+def test_tiles_of_a_single_chunk(kernels, dtype, screening, streamed, failing, seed):
+    """They take turns on two streams: one selects while the other multiplies."""
+    layer = make_layer(120 + seed % 2 * 30, 16, dtype=dtype)  # 4 tiles, or 5
+    layer["b_enc"][:] = 0
+    rows = [9, 10, 9]
+    hidden = [normal(count, 16, seed=call)[None] for call, count in enumerate(rows)]
+    got = kernels.encode_tiles(
+        layer["W_enc"],
+        streamed,
+        hidden,
+        [call % 2 + 1 for call in range(len(rows))],
+        5,
+        300,
+        seed,
+        -1 if failing is None else failing,
+        SCREENINGS.index(screening),
+    )
+    for call, x in enumerate(hidden):
+        if failing is not None and call == 0:
+            continue
+        values, ids, sparsity = got[3 * call : 3 * call + 3]
+        result = {"activations": values[None], "indices": ids[None], "sparsity": sparsity[None]}
+        check(result, x, layer, 5, 0.0)
+
+
 def test_graphs_that_cannot_be_made(kernels):
     """Such calls are enqueued as they are; after three failures a shape is not tried again."""
     layer, calls = make_layer(64, 16), 8
