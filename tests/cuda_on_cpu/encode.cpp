@@ -2,6 +2,7 @@
 // off as their margin allows, or nearly: towards one side for even features, the other for odd
 // ones.
 #include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <deque>
@@ -136,8 +137,45 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
   return {scores, margin * layer.int8_error};
 }
 
+// The int8 screen's sums of rows q [rows, inputs] of up to 16 bits and p [F, inputs] in int8, each
+// rounded to float32.
+at::Tensor int8_sums(const at::Tensor& q, const at::Tensor& p) {
+  const int64_t count = q.size(0), inputs = q.size(1), features = p.size(0);
+  const at::Tensor rows = at::zeros({cuda::few_rows, cuda::int8_row_bytes}, at::kChar),
+                   high = at::floor_divide(q + 128, 256), scores = at::empty({count, features});
+  rows.narrow(0, 0, count).narrow(1, 0, inputs).copy_(high);
+  rows.narrow(0, 0, count).narrow(1, cuda::int8_plane_bytes, inputs).copy_(q - high * 256);
+  rows.narrow(1, 2 * cuda::int8_plane_bytes, 4).copy_(at::ones({1}).view(at::kChar));
+  cuda::Queue at_once;
+  cuda::product_int8(rows.const_data_ptr<int8_t>(), count, p.const_data_ptr<int8_t>(),
+                     at::ones({features}).const_data_ptr<float>(), 0, features, inputs,
+                     scores.mutable_data_ptr<float>(), at_once);
+  return scores;
+}
+
+// While it lives, memory comes from it; a request fails after so many, or none where it is
+// negative.
+class FailingAllocator final : public at::Allocator {
+ public:
+  explicit FailingAllocator(int64_t failing) : failing_(failing) { c10::SetCPUAllocator(this); }
+  ~FailingAllocator() override { c10::SetCPUAllocator(before_); }
+
+  at::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK_WITH(OutOfMemoryError, failing_-- != 0, "no memory\nis left");
+    return before_->allocate(bytes);
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    before_->copy_data(to, from, bytes);
+  }
+
+ private:
+  at::Allocator* const before_ = c10::GetCPUAllocator();
+  int64_t failing_;
+};
+
 // Bytes of the screening copies of a layer that is on the device, or may take so much of it.
-int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t device_weight_bytes) {
+int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t device_weight_bytes,
+                        int64_t failing) {
   Options options;
   options.screening = static_cast<Screening>(screening);
   options.device_weight_bytes = device_weight_bytes;
@@ -147,6 +185,7 @@ int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t devi
   const Layer layer = make_layer(0, weights, options);
   const bool streamed =
       device_weight_bytes >= 0 && cuda::resident_bytes(layer, options) > device_weight_bytes;
+  const FailingAllocator allocator(failing);
   return cuda::prepare_layer(layer, options, streamed).screening_bytes();
 }
 
@@ -327,8 +366,11 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::encode);
   library.def("int8_scores(Tensor hidden, Tensor W_enc) -> (Tensor, Tensor)",
               &sparse_transcoder::int8_scores);
-  library.def("screening_bytes(Tensor W_enc, int screening, int device_weight_bytes) -> int",
-              &sparse_transcoder::screening_bytes);
+  library.def("int8_sums(Tensor q, Tensor p) -> Tensor", &sparse_transcoder::int8_sums);
+  library.def(
+      "screening_bytes(Tensor W_enc, int screening, int device_weight_bytes, int failing=-1) -> "
+      "int",
+      &sparse_transcoder::screening_bytes);
   library.def(
       "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool "
       "streamed) "
