@@ -1,6 +1,8 @@
 """The CUDA path against the float64 oracle, on any machine: its threads run as CPU threads."""
 
+import functools
 import math
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -247,30 +249,32 @@ def test_layer_norm_and_input_bias(kernels, tokens, screening):
 # The int8 screen
 
 
-def rotation(size):
-    """R [inputs, size] in float64: signs, then Hadamard's matrix of 128 inputs at a time."""
-    inputs = (size + 127) // 128 * 128
-    mixed = torch.ones(1, 1, dtype=torch.float64)
-    while len(mixed) < 128:
-        mixed = torch.cat([torch.cat([mixed, mixed], 1), torch.cat([mixed, -mixed], 1)])
-    signs = []
-    for i in range(size):
-        hashed = i * 0x9E3779B1 & 0xFFFFFFFF
-        hashed = (hashed ^ hashed >> 15) * 0x85EBCA77
-        signs.append(-1.0 if hashed & 0x80000000 else 1.0)
-    whole = torch.block_diag(*[mixed] * (inputs // 128))
-    return whole[:, :size] * torch.tensor(signs, dtype=torch.float64)
+@functools.cache
+def signs(size):
+    """The signs that R flips, in float64."""
+    hashed = [i * 0x9E3779B1 & 0xFFFFFFFF for i in range(size)]
+    hashed = [(h ^ h >> 15) * 0x85EBCA77 for h in hashed]
+    return torch.tensor([-1.0 if h & 0x80000000 else 1.0 for h in hashed], dtype=torch.float64)
+
+
+def mixed(rows):
+    """The product with Hadamard's matrix, 128 inputs at a time."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < 128:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (rows.view(len(rows), -1, 128) @ matrix).view(len(rows), -1)
 
 
 def errors_of(W):
     """What int8 takes from rotated weights, [F, inputs]."""
-    z = W.double() @ rotation(W.shape[1]).T
+    size = W.shape[1]
+    z = mixed(torch.nn.functional.pad(W.double() * signs(size), (0, -size % 128)))
     scale = (z.abs().amax(1, keepdim=True) / 127).float().double()
     return z - scale * (z / scale).round()
 
 
 def unrotated(y, size):
-    return (y.double() @ rotation(size) / 128).float()
+    return (mixed(y.double())[:, :size] * signs(size) / 128).float()
 
 
 def draw(kind, size, features, seed):
@@ -319,11 +323,11 @@ def draw(kind, size, features, seed):
 )
 @pytest.mark.parametrize(
     "size, rows",
-    [(40, 1), (200, 2), (640, 4), (1024, 8), (40, 9), (640, 16), (200, 33), (1024, 64)],
+    [(40, 1), (200, 2), (640, 4), (1024, 8), (40, 9), (640, 16), (200, 33), (1024, 64), (65536, 3)],
 )
 def test_int8_scores_stay_within_their_margins(kernels, kind, size, rows):
-    for seed in (0, 10):
-        x, W = draw(kind, size, 70, seed)
+    for seed in (0, 10) if size <= 1024 else (0,):
+        x, W = draw(kind, size, 70 if size <= 1024 else 8, seed)
         x = x[:rows].contiguous()
         scores, margin = kernels.int8_scores(x, W, rows > 8)
         off = (scores.double() - x.double() @ W.double().T).abs()
@@ -332,7 +336,8 @@ def test_int8_scores_stay_within_their_margins(kernels, kind, size, rows):
         assert scores.isfinite().all() and margin.isfinite().all()
         assert worst <= 1, f"{worst:.3f} of the margin"
         if kind == "gaussian":
-            assert (margin <= 0.02 * norms).all() and worst > 0.05
+            assert (margin <= (0.02 if size <= 1024 else 0.05) * norms).all()
+            assert worst > 0.05 or size > 1024
         if kind == "below the normal range":  # such rows are all error
             assert (margin <= 200 * norms).all()
         if kind in ("weights' errors", "rows' errors") and size in (640, 1024):
@@ -447,6 +452,24 @@ def test_bytes_of_the_screening_copies(kernels, dtype, screening):
             want = (bf16 * weights + (copy + 8 * features) * int8) * fits
             got = kernels.screening_bytes(W, SCREENINGS.index(screening), room)
             assert got == want, (features, size, room)
+
+
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_out_of_memory_while_a_layer_is_prepared(kernels, screening):
+    """Whichever tensor finds no room: one line, or no int8 copy with "auto"."""
+    large = screening == "auto"  # which makes an int8 copy of large layers alone
+    W, where = torch.zeros(1 << 17 if large else 50, 128), SCREENINGS.index(screening)
+    whole, found = kernels.screening_bytes(W, where, -1), set()
+    for failing in (0, 256, 4096) if large else range(150):
+        try:
+            found.add(kernels.screening_bytes(W, where, -1, failing))
+        except torch.OutOfMemoryError as error:
+            text = str(error).splitlines()[0]
+            assert re.match(r"layer 0: out of memory: .* \d+ bytes on cpu, .* \"int16\"", text), (
+                text
+            )
+            found.add("error")
+    assert found == {"error", whole, *([2 * W.numel()] if large else [])}
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -596,6 +619,46 @@ def test_a_device_without_tensor_cores(kernels, screening):
             names = ("activations", "indices", "sparsity")
             check({name: got[3 * i + n][None] for n, name in enumerate(names)}, x, layer, 5, 0.0)
     assert launches == [1, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "dtype, screening, streamed, failing",
+    [
+        (torch.bfloat16, "auto", False, None),
+        (torch.float32, "auto", False, None),
+        (torch.float16, "off", False, None),  # widened tiles
+        (torch.float16, "off", True, None),
+        (torch.bfloat16, "auto", True, None),
+        (torch.bfloat16, "auto", False, 2),  # a tile of the first call, on either stream
+        (torch.bfloat16, "auto", True, 3),
+    ],
+)
+def test_tiles_of_a_single_chunk(kernels, dtype, screening, streamed, failing, seed):
+    """They take turns on two streams: one selects while the other multiplies."""
+    layer = make_layer(120 + seed % 2 * 30, 16, dtype=dtype)  # 4 tiles, or 5
+    layer["b_enc"][:] = 0
+    rows = [9, 10, 9]
+    hidden = [normal(count, 16, seed=call)[None] for call, count in enumerate(rows)]
+    kernels.set_tensor_cores(False)  # so that these rows have torch's product
+    got = kernels.encode_tiles(
+        layer["W_enc"],
+        streamed,
+        hidden,
+        [call % 2 + 1 for call in range(len(rows))],
+        5,
+        300,
+        seed,
+        -1 if failing is None else failing,
+        SCREENINGS.index(screening),
+    )
+    kernels.set_tensor_cores(True)
+    for call, x in enumerate(hidden):
+        if failing is not None and call == 0:
+            continue
+        values, ids, sparsity = got[3 * call : 3 * call + 3]
+        result = {"activations": values[None], "indices": ids[None], "sparsity": sparsity[None]}
+        check(result, x, layer, 5, 0.0)
 
 
 def test_graphs_that_cannot_be_made(kernels):

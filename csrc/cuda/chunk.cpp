@@ -2,6 +2,7 @@
 // exactly where the screen leaves a doubt, and written. Nothing waits on the host, and nothing is
 // allocated. Device-generic: no CUDA header.
 #include <ATen/ATen.h>
+#include <c10/core/StreamGuard.h>
 
 #include <algorithm>
 #include <bit>
@@ -104,7 +105,8 @@ int64_t chunk_rows(const CudaRequest& request, const CudaPlan& plan) {
 
 void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  const at::Tensor& weights, const cuda::LayerPointers* pointers,
-                 const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue) {
+                 const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue,
+                 SecondStream* second) {
   const cuda::PreparedLayer& layer = *request.prepared;
   const int64_t size = layer.hidden_size;
   const cuda::Product product = cuda::product_of(layer, request.row_count());
@@ -126,7 +128,7 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   const int64_t groups =
       std::clamp<int64_t>(std::min(busy_blocks, plan.lists) / count, 1, cuda::max_groups);
   const cuda::CandidateLists lists = buffers.lists(groups, plan.capacity, request.k_filled());
-  float *x = floats(buffers.hidden), *scores = floats(buffers.scores);
+  float* x = floats(buffers.hidden);
   auto* margins = static_cast<Margin*>(buffers.margins.mutable_data_ptr());
   const at::Tensor left =
       (bf16 ? buffers.rounded : buffers.hidden).narrow(0, 0, count * size).view({count, size});
@@ -139,32 +141,49 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
       !library ? even_tile_of(count, layer.features, plan)
       : widen  ? std::min(tile_features_of(count, layer.features, plan), plan.widened / size)
                : tile_features_of(count, layer.features, plan);
+  if (!library || tile >= layer.features) second = nullptr;
+  if (second) {
+    second->step.record(second->first);
+    second->step.block(second->second);
+  }
+  bool on_second = false;
   for (int64_t feature = 0; feature < layer.features; feature += tile) {
     const int64_t width = std::min(tile, layer.features - feature);
+    const CudaBuffers& own = on_second ? second->buffers : buffers;
+    cuda::Queue& own_queue = on_second ? second->queue : queue;
+    c10::OptionalStreamGuard guard;
+    if (on_second) guard.reset_stream(second->second);
+    float* scores = floats(own.scores);
     if (int8) {
       const auto multiply_int8 =
           count <= cuda::few_rows ? cuda::product_int8 : cuda::product_tensor_int8;
       check_cuda(multiply_int8(int8_rows.rows, count, layer.int8.const_data_ptr<int8_t>(),
                                layer.int8_scale.const_data_ptr<float>(), feature, width,
-                               int8_rows.inputs, scores, queue));
+                               int8_rows.inputs, scores, own_queue));
     } else if (few) {
       check_cuda(cuda::product_few_rows(x, count, screened.const_data_ptr(),
                                         dtype_of(screened.scalar_type()), feature, width, size,
-                                        scores, queue));
+                                        scores, own_queue));
     } else if (!library) {
       check_cuda(cuda::product_tensor_bf16(left.const_data_ptr(), count, screened.const_data_ptr(),
-                                           feature, width, size, scores, queue));
+                                           feature, width, size, scores, own_queue));
     } else {
       at::Tensor right = screened.narrow(0, feature, width);
       if (widen) {
-        const at::Tensor wide = buffers.widened.narrow(0, 0, width * size).view({width, size});
+        const at::Tensor wide = own.widened.narrow(0, 0, width * size).view({width, size});
         copy_to(wide, right);
         right = wide;
       }
-      multiply(buffers.scores.narrow(0, 0, count * width).view({count, width}), left, right);
+      multiply(own.scores.narrow(0, 0, count * width).view({count, width}), left, right);
     }
-    check_cuda(cuda::select(scores, x, margins, count, feature, width, exact, lists, queue));
+    // A row's lists are changed in place: selects run in the order of their tiles.
+    const c10::Stream* stream = !second ? nullptr : on_second ? &second->second : &second->first;
+    if (stream) second->step.block(*stream);
+    check_cuda(cuda::select(scores, x, margins, count, feature, width, exact, lists, own_queue));
+    if (stream) second->step.record(*stream);
+    on_second = second && !on_second;
   }
+  if (second) second->step.block(second->first);
   check_cuda(cuda::merge(margins, count, exact, lists, queue));
   check_cuda(cuda::compute_exact(x, margins, count, exact, lists, queue));
   check_cuda(cuda::finish(pointers, margins, first, count, layer.features, layer.max_active,

@@ -6,6 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "cuda/products.h"
 #include "cuda/screen.h"
@@ -127,7 +128,8 @@ CudaStreams::CudaStreams(const CudaPlan& plan, at::Device device)
       plan_(plan),
       device_(device),
       fork_(device.type()),
-      start_(device.type()) {
+      start_(device.type()),
+      step_(device.type()) {
   for (int64_t i = 0; i < plan.streams; ++i) streams_.push_back(new_stream(device));
   take_buffers();
 }
@@ -138,7 +140,8 @@ CudaStreams::CudaStreams(const CudaPlan& plan, const CudaStreams& others)
       device_(others.device_),
       streams_(others.streams_.begin(), others.streams_.begin() + plan.streams),
       fork_(device_.type()),
-      start_(device_.type()) {
+      start_(device_.type()),
+      step_(device_.type()) {
   take_buffers();
 }
 
@@ -246,9 +249,12 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
     most_rows = std::max(most_rows, rows);
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
-  // multiplies. More tiles of scores would not stay in L2.
-  const int64_t stream_count = std::min<int64_t>(
-      {static_cast<int64_t>(streams_.size()), chunks, most_rows >= filling_rows ? 2 : chunks});
+  // multiplies. More tiles of scores would not stay in L2. A chunk alone has both for its tiles.
+  const bool alone = chunks == 1 && most_rows > cuda::few_rows;
+  const int64_t useful = alone                       ? 2
+                         : most_rows >= filling_rows ? std::min<int64_t>(chunks, 2)
+                                                     : chunks,
+                stream_count = std::min(static_cast<int64_t>(streams_.size()), useful);
   const std::vector<c10::Stream> streams(streams_.begin(), streams_.begin() + stream_count);
   std::unique_lock<std::mutex> turn;
   if (weights) turn = std::unique_lock(weights->mutex);
@@ -260,6 +266,10 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
       done_[i].block(streams_.front());
     }
   };
+  std::optional<SecondStream> second;
+  if (alone && stream_count == 2)
+    second.emplace(
+        SecondStream{streams[0], streams[1], cuda::Queue{native(streams[1])}, buffers_[1], step_});
   try {
     int64_t next = 0;
     for (size_t i = 0; i < requests.size(); ++i) {
@@ -270,7 +280,7 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
         const c10::StreamGuard guard(streams[next]);
         cuda::Queue queue = {native(streams[next])};
         encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, pointers(i),
-                    buffers_[next], plan_, queue);
+                    buffers_[next], plan_, queue, second ? &*second : nullptr);
       }
       if (layer.streamed) weights->release(streams);
     }

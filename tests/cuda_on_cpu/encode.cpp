@@ -2,6 +2,7 @@
 // off as their margin allows, or nearly: towards one side for even features, the other for odd
 // ones.
 #include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 #include <unistd.h>
@@ -188,9 +189,29 @@ at::Tensor bf16_product(const at::Tensor& x, const at::Tensor& W_enc, int64_t fi
                             x.size(1), scores.mutable_data_ptr<float>(), at_once);
   return scores;
 }
+// While it lives, memory comes from it; a request fails after so many, or none where it is
+// negative.
+class FailingAllocator final : public at::Allocator {
+ public:
+  explicit FailingAllocator(int64_t failing) : failing_(failing) { c10::SetCPUAllocator(this); }
+  ~FailingAllocator() override { c10::SetCPUAllocator(before_); }
+
+  at::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK_WITH(OutOfMemoryError, failing_-- != 0, "no memory\nis left");
+    return before_->allocate(bytes);
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    before_->copy_data(to, from, bytes);
+  }
+
+ private:
+  at::Allocator* const before_ = c10::GetCPUAllocator();
+  int64_t failing_;
+};
 
 // Bytes of the screening copies of a layer that is on the device, or may take so much of it.
-int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t device_weight_bytes) {
+int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t device_weight_bytes,
+                        int64_t failing) {
   Options options;
   options.screening = static_cast<Screening>(screening);
   options.device_weight_bytes = device_weight_bytes;
@@ -200,6 +221,7 @@ int64_t screening_bytes(const at::Tensor& W_enc, int64_t screening, int64_t devi
   const Layer layer = make_layer(0, weights, options);
   const bool streamed =
       device_weight_bytes >= 0 && cuda::resident_bytes(layer, options) > device_weight_bytes;
+  const FailingAllocator allocator(failing);
   return cuda::prepare_layer(layer, options, streamed).screening_bytes();
 }
 
@@ -255,7 +277,52 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_into(const at::Tensor& hid
 
 // Calls of many layers, one after the other and none waited for; call c encodes hidden[c][i] with
 // layer i, on stream callers[c]. Hidden states are written by work on that stream just before, and
-// they and the results are overwritten just after.
+// they and the results are overwritten just after. `alive` must live until all work is done.
+template <typename Encode>
+std::vector<at::Tensor> run_calls(const std::deque<Layer>& layers, const Options& options,
+                                  const std::vector<std::vector<at::Tensor>>& hidden,
+                                  const std::vector<int64_t>& callers, const Streams& streams,
+                                  std::vector<at::Tensor>& alive, const Encode& encode) {
+  std::vector<at::Tensor> results;
+  for (size_t call = 0; call < hidden.size(); ++call) {
+    streams.set_current(streams.stream(callers[call]));
+    std::vector<Call> made;
+    std::vector<Request> requests;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const at::Tensor& rows = hidden[call][i];
+      const at::Tensor h = at::full_like(rows, std::numeric_limits<float>::quiet_NaN());
+      copy_to(h, rows);
+      made.emplace_back(layers[i], h, options);
+      requests.push_back(made.back().request);
+    }
+    try {
+      encode(requests);
+    } catch (const c10::Error&) {  // its results are whatever they are; those of the others must
+                                   // not be
+      TORCH_CHECK(products_left < 0);
+    }
+    for (const Call& one : made)
+      for (const at::Tensor& out : {one.out.activations, one.out.indices, one.out.sparsity}) {
+        alive.push_back(out);
+        results.push_back(at::full_like(out, -2));
+        copy_to(results.back(), out);
+        copy_to(out, at::full_like(out, -3));
+      }
+    for (const Call& one : made) {
+      copy_to(one.hidden, at::full_like(one.hidden, 1e9));
+      alive.push_back(one.hidden);
+    }
+  }
+  return results;
+}
+
+Layer layer_of(int64_t id, const at::Tensor& W_enc, const Options& options) {
+  LayerWeights weights;
+  weights.W_enc = W_enc;
+  weights.b_enc = at::zeros({W_enc.size(0)}, W_enc.options());
+  return make_layer(id, weights, options);
+}
+
 std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
                                      const std::vector<int64_t>& streamed,
                                      const std::vector<std::vector<at::Tensor>>& hidden,
@@ -272,47 +339,51 @@ std::vector<at::Tensor> encode_calls(const std::vector<at::Tensor>& W_enc,
   std::deque<Layer> layers;
   std::vector<const Layer*> pointers;
   for (size_t i = 0; i < W_enc.size(); ++i) {
-    LayerWeights weights;
-    weights.W_enc = W_enc[i];
-    weights.b_enc = at::zeros({W_enc[i].size(0)});
-    layers.push_back(make_layer(i, weights, options));
+    layers.push_back(layer_of(i, W_enc[i], options));
     pointers.push_back(&layers.back());
     if (!streamed[i]) options.device_weight_bytes += cuda::resident_bytes(layers.back(), options);
   }
-  std::vector<at::Tensor> results, alive;
+  std::vector<at::Tensor> alive, results;
   products_left = failing;
   const Streams streams(static_cast<uint64_t>(seed));
   {
     const std::unique_ptr<Backend> device = make_cuda_backend(pointers, options, at::kCPU);
-    for (size_t call = 0; call < hidden.size(); ++call) {
-      streams.set_current(streams.stream(callers[call]));
-      std::vector<Call> made;
-      std::vector<Request> requests;
-      for (size_t i = 0; i < layers.size(); ++i) {
-        const at::Tensor& rows = hidden[call][i];
-        const at::Tensor h = at::full_like(rows, std::numeric_limits<float>::quiet_NaN());
-        copy_to(h, rows);
-        made.emplace_back(layers[i], h, options);
-        requests.push_back(made.back().request);
-      }
-      try {
-        device->encode(requests);
-      } catch (const c10::Error&) {  // its results are whatever they are; those of the others must
-                                     // not be
-        TORCH_CHECK(products_left < 0);
-      }
-      for (const Call& one : made)
-        for (const at::Tensor& out : {one.out.activations, one.out.indices, one.out.sparsity}) {
-          alive.push_back(out);
-          results.push_back(at::full_like(out, -2));
-          copy_to(results.back(), out);
-          copy_to(out, at::full_like(out, -3));
-        }
-      for (const Call& one : made) {
-        copy_to(one.hidden, at::full_like(one.hidden, 1e9));
-        alive.push_back(one.hidden);
-      }
-    }
+    results = run_calls(layers, options, hidden, callers, streams, alive,
+                        [&](const std::vector<Request>& requests) { device->encode(requests); });
+    streams.run_all();
+  }
+  return results;
+}
+
+// The same of one layer, whose rows are one chunk and whose tiles have `scores` floats.
+std::vector<at::Tensor> encode_tiles(const at::Tensor& W_enc, bool streamed,
+                                     const std::vector<at::Tensor>& hidden,
+                                     const std::vector<int64_t>& callers, int64_t top_k,
+                                     int64_t scores, int64_t seed, int64_t failing,
+                                     int64_t screening) {
+  Options options;
+  options.top_k = top_k;
+  options.activation_threshold = 0;
+  options.chunk_size = 16;
+  options.screening = static_cast<Screening>(screening);
+  const std::deque<Layer> layers = {layer_of(0, W_enc, options)};
+  const cuda::PreparedLayer prepared = cuda::prepare_layer(layers[0], options, streamed);
+  CudaPlan plan = plan_cuda({&prepared}, options, top_k, 3);
+  plan.scores = std::max(scores, plan.rows);
+  plan.widened = plan.widened > 0 ? std::max(scores, plan.hidden_size) : 0;
+  plan.lists = plan.rows;
+  std::vector<std::vector<at::Tensor>> calls;
+  for (const at::Tensor& rows : hidden) calls.push_back({rows});
+  std::vector<at::Tensor> alive, results;
+  products_left = failing;
+  const Streams streams(static_cast<uint64_t>(seed));
+  {
+    CudaStreams device(plan, at::kCPU);
+    WeightStream weights(prepared.W_enc.nbytes(), at::kCPU);
+    results = run_calls(
+        layers, options, calls, callers, streams, alive, [&](const std::vector<Request>& requests) {
+          device.encode({{requests[0], &prepared}}, streamed ? &weights : nullptr, true);
+        });
     streams.run_all();
   }
   return results;
@@ -337,8 +408,10 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::int8_product);
   library.def("bf16_product(Tensor x, Tensor W_enc, int first) -> Tensor",
               &sparse_transcoder::bf16_product);
-  library.def("screening_bytes(Tensor W_enc, int screening, int device_weight_bytes) -> int",
-              &sparse_transcoder::screening_bytes);
+  library.def(
+      "screening_bytes(Tensor W_enc, int screening, int device_weight_bytes, int failing=-1) -> "
+      "int",
+      &sparse_transcoder::screening_bytes);
   library.def(
       "encode_sparse(Tensor hidden, Tensor W_enc, Tensor b_enc, int? k, float tau, int chunk, bool "
       "streamed) "
@@ -361,6 +434,10 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
         return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
                                                use_graphs, seed, failing, screening);
       });
+  library.def(
+      "encode_tiles(Tensor W_enc, bool streamed, Tensor[] hidden, int[] callers, int top_k, int "
+      "scores, int seed, int failing, int screening) -> Tensor[]",
+      &sparse_transcoder::encode_tiles);
   library.def("fail_graphs(int count) -> ()", [](int64_t count) {
     failing_graphs = count;
     launched_graphs = 0;

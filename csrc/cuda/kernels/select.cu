@@ -17,7 +17,13 @@
 namespace sparse_transcoder::cuda {
 namespace {
 
-constexpr int held = 8;                     // items that a thread keeps in registers
+// Items that a thread keeps in registers. With more, select_kernel would spill: for compute
+// capability 10 and later the compiler makes it of more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int held = 2;
+#else
+constexpr int held = 8;
+#endif
 constexpr int max_ranked = 2 * threads;     // keys that are sorted by counting
 constexpr int max_in_shared = 4 * threads;  // keys that a block sorts in shared memory
 constexpr int lane_scores = 8;              // that a lane compares at a time

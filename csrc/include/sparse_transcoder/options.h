@@ -5,7 +5,8 @@
 
 namespace sparse_transcoder {
 
-// Which approximate arithmetic finds the candidates. It never changes a result.
+// Which approximate arithmetic finds the candidates. It never changes a result. Rows of copies
+// are padded to multiples of 64 inputs, of int8 on CUDA to 128.
 enum class Screening {
   // The fastest. CPU: int8 and, for float32 weights, int16 copies: 1 + 2 bytes per weight. CUDA:
   // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for up to 64 rows
