@@ -141,7 +141,7 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
       !library ? even_tile_of(count, layer.features, plan)
       : widen  ? std::min(tile_features_of(count, layer.features, plan), plan.widened / size)
                : tile_features_of(count, layer.features, plan);
-  if (!library || tile >= layer.features) second = nullptr;
+  if (tile >= layer.features) second = nullptr;
   if (second) {
     second->step.record(second->first);
     second->step.block(second->second);

@@ -250,7 +250,9 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
   // multiplies. More tiles of scores would not stay in L2. A chunk alone has both for its tiles.
-  const bool alone = chunks == 1 && most_rows > cuda::few_rows;
+  const CudaRequest& only = requests.front();
+  const bool alone =
+      chunks == 1 && cuda::product_of(*only.prepared, only.row_count()) == cuda::Product::library;
   const int64_t useful = alone                       ? 2
                          : most_rows >= filling_rows ? std::min<int64_t>(chunks, 2)
                                                      : chunks,
