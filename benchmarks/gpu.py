@@ -74,7 +74,7 @@ def bf16(*shape, **options):
 
 
 # Those that share weights stand together, and the first matter most. A brief case has the bare
-# product beside it, and one of screens the encoder without an int8 copy.
+# product beside it, and one of screens the encoder with either screen by choice: ours has "auto".
 JOBS = [
     *(Job(bf16(T, 5120, 40960), compiled=T in (1, 256)) for T in (1, 256, 2048, 8)),
     *(Job(bf16(T, 5120, 40960, brief=True)) for T in (2, 4)),
@@ -84,7 +84,7 @@ JOBS = [
     *(
         Job(bf16(T, 5120, 40960, kind=kind, brief=True, screens=True))
         for kind in ("gaussian", "dense")
-        for T in (16, 32, 64)
+        for T in (1, 16, 32, 64)
     ),
     *(Job(Case(T, 5120, 40960)) for T in (1, 256)),
     *(Job(bf16(T, 5120, 40960, layers=4), streamed=True) for T in (1, 256)),
@@ -406,9 +406,10 @@ def run_job(job, clock, roofs, run):
     measured[OURS] = measure(clock, calls, PREPARE_S)
     others = {} if job.streamed else dense_calls(job, groups, rows, layers, run)
     if case.screens:
-        other = SparseTranscoderEncoder(make, case.top_k, THRESHOLD, screening="int16")
-        check_same(every, "int16", encode_every(other, rows), encode_every(encoder, rows))
-        others["ours int16"] = functools.partial(encoder_calls, other, groups, rows)
+        for screening in ("int8", "int16"):
+            other = SparseTranscoderEncoder(make, case.top_k, THRESHOLD, screening=screening)
+            check_same(every, screening, encode_every(other, rows), encode_every(encoder, rows))
+            others[f"ours {screening}"] = functools.partial(encoder_calls, other, groups, rows)
     case_s = min(run.case_s, BRIEF_S) if case.brief else run.case_s
     timed[OURS] = time_in_turns(clock, {OURS: calls}, case_s / 4)[OURS]
     for name, make_calls in others.items():
