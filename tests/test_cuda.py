@@ -891,6 +891,21 @@ def test_dense_rows(dtype, tokens, features, size):
         check_all(encode(build(layers, top_k=top_k, tau=0.0), hidden), hidden, layers, top_k, 0.0)
 
 
+@pytest.mark.parametrize("use_compile", [True, False])
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_dense_rows_of_large_layers(tokens, use_compile):
+    """Features crowd at their gates: "auto" leaves the int8 screen, and tries it again."""
+    layers = {i: make_layer(4096, 4096, seed=10 * i, dtype=torch.bfloat16) for i in range(2)}
+    encoder = build(layers, tau=1.0, use_compile=use_compile)
+    memory = encoder.memory()
+    assert memory["screening_bytes"] == 2 * 4096 * (4096 + 8), "auto makes int8 copies"
+    hidden = rows_of(layers, tokens)
+    for call in range(1, 301):
+        got = encode(encoder, hidden)
+        if call in (1, 2, 10, 257, 258, 300):  # the host waits here, and runs ahead of the others
+            check_all(got, hidden, layers, tau=1.0)
+
+
 @pytest.mark.parametrize("tokens", [1, 600])
 def test_every_feature_is_active(tokens):
     layer = make_layer(5001, 64)

@@ -676,3 +676,136 @@ def test_graphs_that_cannot_be_made(kernels):
             found = {name: got[3 * i + n][None] for n, name in enumerate(names)}
             check(found, x, layer, 5, 0.0)
     assert launches[0] > 3 and launches == [launches[0], launches[0] - 1, 0, launches[0]]
+
+
+# The int8 screen on trial: "auto" leaves it where features crowd at their gates
+
+
+def crowded_layer(size=128, crowd=250, others=50):
+    """A layer without a bias, of which `crowd` features are near copies of one direction."""
+    W = normal(crowd + others, size, seed=1) / math.sqrt(size)
+    W[:crowd] = 1 / math.sqrt(size) + 1e-3 * W[:crowd]
+    return {"W_enc": W, "b_enc": torch.zeros(len(W))}
+
+
+def crowded_rows(tokens, size=128, seed=5):
+    """Rows for which these features are at a gate of 1."""
+    return (1 + 1e-4 * normal(tokens, size, seed=seed)) / math.sqrt(size)
+
+
+def planted_rows(layer, tokens, crowd=250, seed=5):
+    """Rows of a few other features of the layer, well above a gate of 1."""
+    W = layer["W_enc"][crowd:]
+    x = sum(3 * W[integers(tokens, low=0, high=len(W), seed=seed + i).long()] for i in range(3))
+    return x - x.mean(1, keepdim=True)
+
+
+def encode_on_trial(kernels, layers, calls, period, use_graphs=True, seed=1, chunk=64, **options):
+    """Checks every result. [calls, layers] screened in int8, candidates [calls, layers, 64]."""
+    hidden = [rows[None] for call in calls for rows in call]
+    weights = [layer["W_enc"] for layer in layers]
+    got, seen = kernels.encode_on_trial(
+        weights, hidden, 5, 1.0, chunk, use_graphs, seed, period, **options
+    )
+    for i, x in enumerate(hidden):
+        values, ids, sparsity = got[3 * i : 3 * i + 3]
+        result = {"activations": values[None], "indices": ids[None], "sparsity": sparsity[None]}
+        check(result, x, layers[i % len(layers)], 5, 1.0)
+    return seen[..., 0] > 0, seen[..., 1:]
+
+
+@pytest.mark.parametrize("tokens, period", [(1, 6), (9, 3)])
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_crowded_rows_leave_the_int8_screen_and_try_it_again(kernels, tokens, period, use_graphs):
+    layer, count = crowded_layer(), 2 * period + 2
+    calls = [[crowded_rows(tokens, seed=call)] for call in range(count)]
+    kernels.fail_graphs(0)
+    used, _ = encode_on_trial(kernels, [layer], calls, period, use_graphs)
+    assert used[:, 0].nonzero().flatten().tolist() == [0, period, 2 * period]
+    # The first call of either screen is enqueued as it is.
+    assert kernels.launched_graphs() == (count - 2 if use_graphs else 0)
+
+
+def test_int8_by_choice_is_never_left(kernels):
+    calls = [[crowded_rows(2, seed=call)] for call in range(4)]
+    used, _ = encode_on_trial(kernels, [crowded_layer()], calls, 0)
+    assert used.all()
+
+
+def test_rows_that_no_longer_crowd_come_back_for_good(kernels):
+    layer = crowded_layer()
+    calls = [[crowded_rows(1)]] + [[planted_rows(layer, 1, seed=9 * call)] for call in range(16)]
+    used, _ = encode_on_trial(kernels, [layer], calls, 6)
+    assert used[:, 0].tolist() == [True] + 5 * [False] + 11 * [True]
+
+
+def test_one_crowded_row_now_and_then_is_not_enough(kernels):
+    layer, crowded = crowded_layer(crowd=200, others=100), {1, 30}
+    calls = [
+        [crowded_rows(1) if call in crowded else planted_rows(layer, 1, 200, seed=9 * call)]
+        for call in range(33)
+    ]
+    used, candidates = encode_on_trial(kernels, [layer], calls, 50)
+    assert used.all()
+    assert all((candidates[call, 0, 0] >= 200) == (call in crowded) for call in range(33))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_layers_of_one_call_choose_for_themselves(kernels, seed):
+    layers = [crowded_layer(size) for size in (128, 256, 384)]  # their int8 inputs tell them apart
+    calls = [
+        [
+            crowded_rows(3, 256, seed=call) if i == 1 else planted_rows(layer, 3, seed=9 * call)
+            for i, layer in enumerate(layers)
+        ]
+        for call in range(5)
+    ]
+    kernels.fail_graphs(0)
+    used, _ = encode_on_trial(kernels, layers, calls, 3, seed=seed, chunk=2)
+    assert used[:, [0, 2]].all() and used[:, 1].nonzero().flatten().tolist() == [0, 3]
+    assert kernels.launched_graphs() == 3
+
+
+@pytest.mark.parametrize("room, lists", [(9999, 256), (0, 256), (0, 1)])
+def test_every_candidate_is_counted(kernels, room, lists):
+    """Where lists are full, they are computed when a feature is selected, and not at the end."""
+    layer = crowded_layer(16, 3000, 0)
+    rows = crowded_rows(3, 16)
+    rows[1, 2] = math.nan
+    calls = [[rows], [rows[:2]]]
+    _, candidates = encode_on_trial(
+        kernels, [layer], calls, 1, chunk=2, use_graphs=False, room=room, lists=lists
+    )
+    assert candidates[0, 0, :4].tolist() == [3000, 0, 3000, 0]
+    assert not candidates[1].any(), "they are read once"
+
+
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_int8_is_on_trial_with_auto_alone(kernels, screening):
+    for features, large in ((1 << 17, True), (300, False)):
+        W = torch.zeros(features, 128).bfloat16()
+        assert kernels.on_trial(W, SCREENINGS.index(screening)) == (large and screening == "auto")
+
+
+@pytest.mark.parametrize(
+    "rows, candidates, int8",
+    [
+        # Per row of 5120 x 40960 weights: planted, Gaussian and dense ones.
+        *((rows, 30, range(600)) for rows in (1, 9, 64)),
+        *((rows, 278, range(600)) for rows in (1, 16, 32)),
+        (1, 14134, [0, 1, 2, 256, 512]),
+        (8, 14134, [0, 1, 2, 256, 512]),
+        (16, 14134, [0, 1, 256, 512]),
+        (32, 14134, [0, 256, 512]),
+        (64, 14134, [0, 256, 512]),
+    ],
+)
+def test_calls_that_leave_int8_lose_by_it(kernels, rows, candidates, int8):
+    """Where int8 is slower on an H100, and only there."""
+    assert kernels.int8_calls(40960, [rows] * 600, [candidates] * 600) == list(int8)
+
+
+@pytest.mark.parametrize("candidates, calls", [(30, (5120, 5120)), (14134, (20, 80))])
+def test_threads_share_a_trial(kernels, candidates, calls):
+    got = kernels.int8_calls(40960, [16] * 2560, [candidates] * 2560, 2)
+    assert calls[0] <= len(got) <= calls[1]  # 20 periods

@@ -109,7 +109,7 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  SecondStream* second) {
   const cuda::PreparedLayer& layer = *request.prepared;
   const int64_t size = layer.hidden_size;
-  const cuda::Product product = cuda::product_of(layer, request.row_count());
+  const cuda::Product product = request.product;
   const bool few = product == cuda::Product::few_rows, int8 = product == cuda::Product::int8,
              library = product == cuda::Product::library,
              bf16 = product == cuda::Product::bf16 || (library && layer.bf16_screen);
@@ -119,11 +119,13 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.bounds.from(layer, 0),
                          layer.max_bias};
   cuda::Int8Rows int8_rows;
+  int* candidates = nullptr;
   if (int8) {
     errors = {cuda::int8_rounding, 0, layer.bounds.max_norm, cuda::int8_share};
     exact.bounds.norm = layer.int8_error.const_data_ptr<float>();
     int8_rows = {buffers.int8_rows.mutable_data_ptr<int8_t>(), static_cast<int>(layer.int8.size(1)),
                  layer.int8_norm};
+    if (layer.int8_trial) candidates = layer.int8_trial->candidates() + first;
   }
   const int64_t groups =
       std::clamp<int64_t>(std::min(busy_blocks, plan.lists) / count, 1, cuda::max_groups);
@@ -185,7 +187,7 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   }
   if (second) second->step.block(second->first);
   check_cuda(cuda::merge(margins, count, exact, lists, queue));
-  check_cuda(cuda::compute_exact(x, margins, count, exact, lists, queue));
+  check_cuda(cuda::compute_exact(x, margins, count, exact, lists, candidates, queue));
   check_cuda(cuda::finish(pointers, margins, first, count, layer.features, layer.max_active,
                           request.k_out, lists, queue));
 }

@@ -31,9 +31,12 @@ inline bool makes_int8(const Layer& layer, const Options& options) {
 // What multiplies for the screen of a call: own kernels, which a graph can hold, or torch's.
 enum class Product { few_rows, int8, bf16, library };
 
-inline Product product_of(const PreparedLayer& layer, int64_t row_count) {
+// Once per call of a layer, since its int8 screen may be on trial.
+inline Product choose_product(const PreparedLayer& layer, int64_t row_count) {
   const int64_t max_rows = layer.tensor_cores ? max_tensor_rows : few_rows;
-  if (layer.int8.defined() && row_count <= std::min(max_int8_rows, max_rows)) return Product::int8;
+  if (layer.int8.defined() && row_count <= std::min(max_int8_rows, max_rows) &&
+      (!layer.int8_trial || layer.int8_trial->next()))
+    return Product::int8;
   if (row_count <= few_rows) return Product::few_rows;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : layer.W_enc;
   const bool aligned = layer.hidden_size % tensor_inputs == 0 &&

@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "cuda/products.h"
-#include "cuda/screen.h"
 
 namespace sparse_transcoder {
 namespace {
@@ -39,7 +38,7 @@ void check_cuda(int status) {
 
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
-  return 4 * plan.rows * (plan.hidden_size + 2) + 2 * plan.rounded +
+  return 4 * plan.rows * (plan.hidden_size + 3) + 2 * plan.rounded +
          4 * (plan.scores + plan.widened) + plan.lists * list + 8 * plan.rows * plan.sorted +
          plan.int8_rows;
 }
@@ -62,6 +61,7 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
   exact_count = take(plan.lists, at::kInt);
   active_count = take(plan.lists, at::kInt);
   kth_best = take(plan.lists, at::kLong);
+  computed_count = take(plan.rows, at::kInt);
 }
 
 cuda::CandidateLists CudaBuffers::lists(int64_t groups, int64_t capacity, int64_t k) const {
@@ -76,6 +76,7 @@ cuda::CandidateLists CudaBuffers::lists(int64_t groups, int64_t capacity, int64_
           counts(exact_count),
           counts(active_count),
           keys(kth_best),
+          counts(computed_count),
           static_cast<int>(groups),
           static_cast<int>(capacity),
           static_cast<int>(k)};
@@ -195,9 +196,9 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
                       request.out.indices,
                       request.out.sparsity});
     shape.insert(shape.end(),
-                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.dtype)});
-    own &= !request.prepared->streamed &&
-           cuda::product_of(*request.prepared, request.row_count()) != cuda::Product::library;
+                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.dtype),
+                  static_cast<int64_t>(request.product)});
+    own &= !request.prepared->streamed && request.product != cuda::Product::library;
   }
   cuda::Queue queue = {native(first)};
   for (size_t i = 0; i < values.size(); i += cuda::max_layer_pointers)
@@ -250,9 +251,7 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
   // multiplies. More tiles of scores would not stay in L2. A chunk alone has both for its tiles.
-  const CudaRequest& only = requests.front();
-  const bool alone =
-      chunks == 1 && cuda::product_of(*only.prepared, only.row_count()) == cuda::Product::library;
+  const bool alone = chunks == 1 && requests.front().product == cuda::Product::library;
   const int64_t useful = alone                       ? 2
                          : most_rows >= filling_rows ? std::min<int64_t>(chunks, 2)
                                                      : chunks,

@@ -12,6 +12,7 @@
 
 #include "backend.h"
 #include "cuda/kernels/kernels.h"
+#include "cuda/screen.h"
 #include "cuda/weight_copy.h"
 #include "pool.h"
 
@@ -48,12 +49,14 @@ struct CudaBuffers {
   cuda::CandidateLists lists(int64_t groups, int64_t capacity, int64_t k) const;
 
   at::Tensor hidden, rounded, int8_rows, margins, scores, widened;
-  at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best;
+  at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best,
+      computed_count;
 };
 
-// A request, and its layer as this backend holds it.
+// A request, its layer as this backend holds it, and what multiplies for its screen.
 struct CudaRequest : Request {
   const cuda::PreparedLayer* prepared;
+  cuda::Product product;
 };
 
 // A second stream for a chunk. Tiles of features take turns on the two, so that one stream selects

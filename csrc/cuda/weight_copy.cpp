@@ -110,6 +110,8 @@ PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool str
           if (options.screening != Screening::automatic) throw;
           prepared.int8 = prepared.int8_scale = at::Tensor();  // the bfloat16 screen needs none
         }
+        if (prepared.int8.defined() && options.screening == Screening::automatic)
+          prepared.int8_trial = std::make_unique<Int8Trial>(layer.features);
       }
     }
     return prepared;

@@ -83,7 +83,8 @@ class SparseTranscoderEncoder:
             not stored so. Up to 64 rows of a layer are screened by an int8 copy, 1 byte per weight
             in rows padded to multiples of 128 inputs: "int8" makes it of every layer whose weights
             stay on the device, and "auto" of large ones, unless device_weight_bytes bounds the
-            memory.
+            memory. "auto" leaves it for a while where a layer's last calls showed that it does not
+            pay: where very many features are near their gates.
         device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device,
             also where they are larger than the device. Encoders that fit in this many bytes, in the
             order of the layers, are copied there. The others stay in pinned host memory and stream

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <deque>
+#include <thread>
 
 #include "backend.h"
 #include "cuda/products.h"
@@ -49,6 +50,10 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 Layer make_layer(int64_t id, const LayerWeights& weights, const Options& options) {
   return Layer(id, weights, at::kCPU, options.activation_threshold);
+}
+
+CudaRequest chosen(const Request& request, const cuda::PreparedLayer& layer) {
+  return {request, &layer, cuda::choose_product(layer, request.row_count())};
 }
 
 // A request with the tensors that it points to.
@@ -94,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(
   plan.lists = std::max(lists, plan.rows);
   const CudaBuffers buffers(plan, at::kCPU);
   const Call call(layer, hidden, options);
-  const CudaRequest request = {call.request, &layer};
+  const CudaRequest request = chosen(call.request, layer);
   const cuda::LayerPointers pointers = {hidden.const_data_ptr(),
                                         hidden.size(1),
                                         {hidden.stride(0), hidden.stride(1), hidden.stride(2)},
@@ -382,15 +387,116 @@ std::vector<at::Tensor> encode_tiles(const at::Tensor& W_enc, bool streamed,
     WeightStream weights(prepared.W_enc.nbytes(), at::kCPU);
     results = run_calls(
         layers, options, calls, callers, streams, alive, [&](const std::vector<Request>& requests) {
-          device.encode({{requests[0], &prepared}}, streamed ? &weights : nullptr, true);
+          device.encode({chosen(requests[0], prepared)}, streamed ? &weights : nullptr, true);
         });
     streams.run_all();
   }
   return results;
 }
 
+// Calls of layers with int8 copies, each done before the next one is chosen for. period: of an
+// Int8Trial; 0 for none. room: that of lists beyond k. Beside results: for each call and layer its
+// first chunk's int8 inputs, or 0 where it was screened otherwise, and then the candidates that its
+// rows are said to have.
+std::tuple<std::vector<at::Tensor>, at::Tensor> encode_on_trial(
+    const std::vector<at::Tensor>& W_enc, const std::vector<std::vector<at::Tensor>>& hidden,
+    int64_t top_k, double tau, int64_t chunk, bool use_graphs, int64_t seed, int64_t period,
+    int64_t room, int64_t lists) {
+  Options options;
+  options.top_k = top_k;
+  options.activation_threshold = static_cast<float>(tau);
+  options.chunk_size = chunk;
+  options.screening = Screening::int8;
+  std::deque<Layer> layers;
+  std::deque<cuda::PreparedLayer> prepared;
+  std::vector<const cuda::PreparedLayer*> pointers;
+  for (size_t i = 0; i < W_enc.size(); ++i) {
+    layers.push_back(layer_of(i, W_enc[i], options));
+    prepared.push_back(cuda::prepare_layer(layers.back(), options, false));
+    if (period > 0)
+      prepared.back().int8_trial =
+          std::make_unique<cuda::Int8Trial>(prepared.back().features, period);
+    pointers.push_back(&prepared.back());
+  }
+  CudaPlan plan = plan_cuda(pointers, options, top_k, 3);
+  plan.capacity = top_k + cuda::list_room + room;
+  plan.lists = std::max(lists, plan.rows);
+  const at::Tensor seen =
+      at::zeros({static_cast<int64_t>(hidden.size()), static_cast<int64_t>(layers.size()),
+                 1 + cuda::Int8Trial::rows},
+                at::kInt);
+  std::vector<at::Tensor> alive, results;
+  products_left = -1;
+  const Streams streams(static_cast<uint64_t>(seed));
+  {
+    CudaStreams device(plan, at::kCPU);
+    int64_t call = 0;
+    const std::vector<int64_t> callers(hidden.size(), 1);
+    results = run_calls(layers, options, hidden, callers, streams, alive,
+                        [&](const std::vector<Request>& requests) {
+                          std::vector<CudaRequest> all;
+                          for (size_t i = 0; i < requests.size(); ++i)
+                            all.push_back(chosen(requests[i], prepared[i]));
+                          int8_chunks.clear();
+                          device.encode(all, nullptr, use_graphs);
+                          streams.run_all();
+                          for (size_t i = 0; i < requests.size(); ++i) {
+                            int* numbers = seen[call][i].mutable_data_ptr<int>();
+                            const int64_t inputs = prepared[i].int8.size(1);
+                            if (std::ranges::count(int8_chunks, inputs))
+                              numbers[0] = static_cast<int>(inputs);
+                            if (prepared[i].int8_trial)
+                              std::copy_n(prepared[i].int8_trial->candidates(),
+                                          cuda::Int8Trial::rows, numbers + 1);
+                          }
+                          ++call;
+                        });
+    streams.run_all();
+  }
+  return {results, seen};
+}
+
+// Whether a layer's int8 screen is on trial.
+bool on_trial(const at::Tensor& W_enc, int64_t screening) {
+  Options options;
+  options.screening = static_cast<Screening>(screening);
+  return !!cuda::prepare_layer(layer_of(0, W_enc, options), options, false).int8_trial;
+}
+
+// Calls that a trial lets be screened in int8. Call c has candidates[c] in each of rows[c] rows.
+// All calls are made by each of so many threads.
+std::vector<int64_t> int8_calls(int64_t features, const std::vector<int64_t>& rows,
+                                const std::vector<int64_t>& candidates, int64_t threads) {
+  cuda::Int8Trial trial(features);
+  std::vector<std::vector<int64_t>> found(threads);
+  const auto work = [&](std::vector<int64_t>& mine) {
+    for (size_t call = 0; call < rows.size(); ++call) {
+      if (!trial.next()) continue;
+      mine.push_back(static_cast<int64_t>(call));
+      for (int64_t row = 0; row < rows[call]; ++row)
+        std::atomic_ref(trial.candidates()[row]).store(static_cast<int>(candidates[call]));
+    }
+  };
+  std::vector<std::thread> running;
+  for (int64_t t = 1; t < threads; ++t) running.emplace_back([&, t] { work(found[t]); });
+  work(found[0]);
+  for (std::thread& one : running) one.join();
+  std::vector<int64_t> all;
+  for (const auto& mine : found) all.insert(all.end(), mine.begin(), mine.end());
+  return all;
+}
+
 }  // namespace
 }  // namespace sparse_transcoder
+
+// Hidden states of `layers` layers per call.
+static std::vector<std::vector<at::Tensor>> by_call(const std::vector<at::Tensor>& hidden,
+                                                    size_t layers) {
+  std::vector<std::vector<at::Tensor>> calls;
+  for (size_t i = 0; i < hidden.size(); i += layers)
+    calls.emplace_back(hidden.begin() + i, hidden.begin() + i + layers);
+  return calls;
+}
 
 TORCH_LIBRARY(cuda_on_cpu, library) {
   library.def(
@@ -428,16 +534,26 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       [](const std::vector<at::Tensor>& W_enc, const std::vector<int64_t>& streamed,
          const std::vector<at::Tensor>& hidden, const std::vector<int64_t>& callers, int64_t top_k,
          int64_t chunk, bool use_graphs, int64_t seed, int64_t failing, int64_t screening) {
-        std::vector<std::vector<at::Tensor>> calls;
-        for (size_t i = 0; i < hidden.size(); i += W_enc.size())
-          calls.emplace_back(hidden.begin() + i, hidden.begin() + i + W_enc.size());
-        return sparse_transcoder::encode_calls(W_enc, streamed, calls, callers, top_k, chunk,
-                                               use_graphs, seed, failing, screening);
+        return sparse_transcoder::encode_calls(W_enc, streamed, by_call(hidden, W_enc.size()),
+                                               callers, top_k, chunk, use_graphs, seed, failing,
+                                               screening);
       });
   library.def(
       "encode_tiles(Tensor W_enc, bool streamed, Tensor[] hidden, int[] callers, int top_k, int "
       "scores, int seed, int failing, int screening) -> Tensor[]",
       &sparse_transcoder::encode_tiles);
+  library.def(
+      "encode_on_trial(Tensor[] W_enc, Tensor[] hidden, int top_k, float tau, int chunk, bool "
+      "use_graphs, int seed, int period, int room=9999, int lists=256) -> (Tensor[], Tensor)",
+      [](const std::vector<at::Tensor>& W_enc, const std::vector<at::Tensor>& hidden, int64_t top_k,
+         double tau, int64_t chunk, bool use_graphs, int64_t seed, int64_t period, int64_t room,
+         int64_t lists) {
+        return sparse_transcoder::encode_on_trial(W_enc, by_call(hidden, W_enc.size()), top_k, tau,
+                                                  chunk, use_graphs, seed, period, room, lists);
+      });
+  library.def("on_trial(Tensor W_enc, int screening) -> bool", &sparse_transcoder::on_trial);
+  library.def("int8_calls(int features, int[] rows, int[] candidates, int threads=1) -> int[]",
+              &sparse_transcoder::int8_calls);
   library.def("fail_graphs(int count) -> ()", [](int64_t count) {
     failing_graphs = count;
     launched_graphs = 0;

@@ -118,6 +118,7 @@ const c10::impl::DeviceGuardImplInterface* before = nullptr;
 
 bool tensor_cores = true;
 int64_t failing_graphs = 0, launched_graphs = 0;
+std::vector<int64_t> int8_chunks;
 
 Streams::Streams(std::optional<uint64_t> seed) {
   machine = std::make_unique<Machine>();

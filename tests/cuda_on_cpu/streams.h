@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 // While it lives, CPU tensors are on a device with streams. The seed decides the order of work;
 // with none it runs at once, for a host that waits for it.
@@ -28,3 +29,6 @@ extern bool tensor_cores;
 
 // How many of the next graphs cannot be made, and how many launches there were.
 extern int64_t failing_graphs, launched_graphs;
+
+// The int8 inputs of every chunk of rows that was screened in int8, in the order of their work.
+extern std::vector<int64_t> int8_chunks;

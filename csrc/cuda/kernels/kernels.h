@@ -106,6 +106,7 @@ struct CandidateLists {
   int* exact_count;     // [rows, groups]
   int* active_count;    // [rows, groups] features that are surely active
   uint64_t* kth_best;   // [rows, groups] k keys are at or above this; 0 while that is not known
+  int* computed_count;  // [rows] deferred features that select computed, for want of room
   int groups, capacity, k;
 };
 
@@ -166,9 +167,11 @@ int select(const float* scores, const float* x, const Margin* margins, int64_t r
 int merge(const Margin* margins, int64_t rows, const Weights& weights, const CandidateLists& lists,
           Queue& queue);
 
-// Replaces each deferred feature by its exact key, or by 0 where it is not active.
+// Replaces each deferred feature by its exact key, or by 0 where it is not active. candidates
+// [rows]: where not null, how many features of a row this and select compute. It may be pinned host
+// memory, since nothing waits for it.
 int compute_exact(const float* x, const Margin* margins, int64_t rows, const Weights& weights,
-                  const CandidateLists& lists, Queue& queue);
+                  const CandidateLists& lists, int* candidates, Queue& queue);
 
 // Writes top_k features per row: the k best, then the lowest features that are not among them.
 int finish(const LayerPointers* layer, const Margin* margins, int64_t first, int64_t rows,
@@ -182,7 +185,7 @@ bool built();
 int multiprocessors(int* count);
 // Whether the products on tensor cores run on the current device: from compute capability 8.0 on.
 int has_tensor_cores(bool* has);
-// Host memory that the device reads directly.
+// Host memory that the device reads and writes directly.
 int allocate_pinned(void** memory, int64_t bytes);
 void free_pinned(void* memory);
 

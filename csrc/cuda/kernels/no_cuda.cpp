@@ -36,7 +36,7 @@ int select(const float*, const float*, const Margin*, int64_t, int64_t, int64_t,
 int merge(const Margin*, int64_t, const Weights&, const CandidateLists&, Queue&) {
   return no_device;
 }
-int compute_exact(const float*, const Margin*, int64_t, const Weights&, const CandidateLists&,
+int compute_exact(const float*, const Margin*, int64_t, const Weights&, const CandidateLists&, int*,
                   Queue&) {
   return no_device;
 }

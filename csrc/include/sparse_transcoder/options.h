@@ -9,8 +9,10 @@ namespace sparse_transcoder {
 // are padded to multiples of 64 inputs, of int8 on CUDA to 128.
 enum class Screening {
   // The fastest. CPU: int8 and, for float32 weights, int16 copies: 1 + 2 bytes per weight. CUDA:
-  // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for up to 64 rows
-  // of large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory.
+  // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for up to 64
+  // rows
+  // of large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory. int8 is
+  // left for a while where a layer's last calls showed that it does not pay.
   automatic,
   // A float32 product of the stored weights: no copy of them is made.
   off,
