@@ -29,7 +29,7 @@ KERNELS = {
     r"product_int8_kernel<8>": (80, 19),
     r"product_tensor_kernel<float, (16|32|64)>": (80, "all"),
     r"product_tensor_kernel<int, 16>": (80, 15),  # of weights and rows; a scale has 4 bytes
-    r"product_tensor_kernel<int, 32>": (80, 18),
+    r"product_tensor_kernel<int, 32>": (80, 12),
     r"product_tensor_kernel<int, 64>": (128, 24),
     r"select_kernel<\w+>": (64, 8),  # scores, also ahead, norms and bounds: two accesses each
     r"merge_kernel": (64, 0),

@@ -63,6 +63,63 @@ int64_t tile_features_of(int64_t rows, int64_t features, const CudaPlan& plan) {
   return best;
 }
 
+// Whether tiles of weights are widened to float32 for torch's product.
+bool widens(const CudaRequest& request) {
+  const cuda::PreparedLayer& layer = *request.prepared;
+  return request.product == cuda::Product::library && !layer.bf16_screen &&
+         layer.dtype != Dtype::float32;
+}
+
+// Features of a tile of so many rows.
+int64_t tile_of(const CudaRequest& request, int64_t rows, const CudaPlan& plan) {
+  const int64_t features = request.layer->features;
+  if (request.product != cuda::Product::library) return even_tile_of(rows, features, plan);
+  const int64_t tile = tile_features_of(rows, features, plan);
+  return widens(request) ? std::min(tile, plan.widened / request.layer->hidden_size) : tile;
+}
+
+// Rows of a chunk, as the screen's products take them.
+struct ChunkRows {
+  int64_t count;
+  const float* x;
+  at::Tensor left;  // for tensor cores: x, or x in bfloat16
+  cuda::Int8Rows int8;
+};
+
+// Puts the product of a chunk's rows and a tile of W_enc into own.scores.
+void multiply_tile(const CudaRequest& request, const ChunkRows& rows, const at::Tensor& W_enc,
+                   int64_t first, int64_t width, const CudaBuffers& own, cuda::Queue& queue) {
+  const cuda::PreparedLayer& layer = *request.prepared;
+  const int64_t count = rows.count, size = layer.hidden_size;
+  float* scores = floats(own.scores);
+  switch (request.product) {
+    case cuda::Product::int8: {
+      const auto multiply_int8 =
+          count <= cuda::few_rows ? cuda::product_int8 : cuda::product_tensor_int8;
+      return check_cuda(multiply_int8(rows.int8.rows, count, layer.int8.const_data_ptr<int8_t>(),
+                                      layer.int8_scale.const_data_ptr<float>(), first, width,
+                                      rows.int8.inputs, scores, queue));
+    }
+    case cuda::Product::few_rows:
+      return check_cuda(cuda::product_few_rows(rows.x, count, W_enc.const_data_ptr(),
+                                               dtype_of(W_enc.scalar_type()), first, width, size,
+                                               scores, queue));
+    case cuda::Product::bf16:
+      return check_cuda(cuda::product_tensor_bf16(rows.left.const_data_ptr(), count,
+                                                  W_enc.const_data_ptr(), first, width, size,
+                                                  scores, queue));
+    case cuda::Product::library:
+      break;
+  }
+  at::Tensor right = W_enc.narrow(0, first, width);
+  if (widens(request)) {
+    const at::Tensor wide = own.widened.narrow(0, 0, width * size).view({width, size});
+    copy_to(wide, right);
+    right = wide;
+  }
+  multiply(own.scores.narrow(0, 0, count * width).view({count, width}), rows.left, right);
+}
+
 }  // namespace
 
 CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const Options& options,
@@ -103,6 +160,10 @@ int64_t chunk_rows(const CudaRequest& request, const CudaPlan& plan) {
   return (rows + chunks - 1) / chunks;
 }
 
+bool has_many_tiles(const CudaRequest& request, const CudaPlan& plan) {
+  return tile_of(request, chunk_rows(request, plan), plan) < request.layer->features;
+}
+
 void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  const at::Tensor& weights, const cuda::LayerPointers* pointers,
                  const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue,
@@ -111,8 +172,7 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   const int64_t size = layer.hidden_size;
   const cuda::Product product = request.product;
   const bool few = product == cuda::Product::few_rows, int8 = product == cuda::Product::int8,
-             library = product == cuda::Product::library,
-             bf16 = product == cuda::Product::bf16 || (library && layer.bf16_screen);
+             bf16 = !few && !int8 && layer.bf16_screen;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : weights;
   cuda::ScreenErrors errors = {few ? cuda::few_rows_rounding(size) : product_rounding(size, !bf16),
                                layer.bf16_error, layer.bounds.max_norm};
@@ -138,12 +198,8 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
       {pointers, dtype_of(request.hidden.dtype), first, count, size, floats(layer.input_bias),
        floats(layer.ln_weight), floats(layer.ln_bias)},
       errors, x, bf16 ? left.mutable_data_ptr() : nullptr, int8_rows, margins, lists, queue));
-  const bool widen = library && !bf16 && layer.dtype != Dtype::float32;
-  const int64_t tile =
-      !library ? even_tile_of(count, layer.features, plan)
-      : widen  ? std::min(tile_features_of(count, layer.features, plan), plan.widened / size)
-               : tile_features_of(count, layer.features, plan);
-  if (tile >= layer.features) second = nullptr;
+  const ChunkRows rows = {count, x, left, int8_rows};
+  const int64_t tile = tile_of(request, count, plan);
   if (second) {
     second->step.record(second->first);
     second->step.block(second->second);
@@ -155,33 +211,12 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
     cuda::Queue& own_queue = on_second ? second->queue : queue;
     c10::OptionalStreamGuard guard;
     if (on_second) guard.reset_stream(second->second);
-    float* scores = floats(own.scores);
-    if (int8) {
-      const auto multiply_int8 =
-          count <= cuda::few_rows ? cuda::product_int8 : cuda::product_tensor_int8;
-      check_cuda(multiply_int8(int8_rows.rows, count, layer.int8.const_data_ptr<int8_t>(),
-                               layer.int8_scale.const_data_ptr<float>(), feature, width,
-                               int8_rows.inputs, scores, own_queue));
-    } else if (few) {
-      check_cuda(cuda::product_few_rows(x, count, screened.const_data_ptr(),
-                                        dtype_of(screened.scalar_type()), feature, width, size,
-                                        scores, own_queue));
-    } else if (!library) {
-      check_cuda(cuda::product_tensor_bf16(left.const_data_ptr(), count, screened.const_data_ptr(),
-                                           feature, width, size, scores, own_queue));
-    } else {
-      at::Tensor right = screened.narrow(0, feature, width);
-      if (widen) {
-        const at::Tensor wide = own.widened.narrow(0, 0, width * size).view({width, size});
-        copy_to(wide, right);
-        right = wide;
-      }
-      multiply(own.scores.narrow(0, 0, count * width).view({count, width}), left, right);
-    }
+    multiply_tile(request, rows, screened, feature, width, own, own_queue);
     // A row's lists are changed in place: selects run in the order of their tiles.
     const c10::Stream* stream = !second ? nullptr : on_second ? &second->second : &second->first;
     if (stream) second->step.block(*stream);
-    check_cuda(cuda::select(scores, x, margins, count, feature, width, exact, lists, own_queue));
+    check_cuda(cuda::select(floats(own.scores), x, margins, count, feature, width, exact, lists,
+                            own_queue));
     if (stream) second->step.record(*stream);
     on_second = second && !on_second;
   }

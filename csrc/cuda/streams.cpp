@@ -251,7 +251,8 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
   // multiplies. More tiles of scores would not stay in L2. A chunk alone has both for its tiles.
-  const bool alone = chunks == 1 && requests.front().product == cuda::Product::library;
+  const bool alone = chunks == 1 && requests.front().product == cuda::Product::library &&
+                     has_many_tiles(requests.front(), plan_);
   const int64_t useful = alone                       ? 2
                          : most_rows >= filling_rows ? std::min<int64_t>(chunks, 2)
                                                      : chunks,

@@ -70,6 +70,8 @@ struct SecondStream {
 
 // Rows that are worked on at a time: as many as the buffers hold, evenly.
 int64_t chunk_rows(const CudaRequest& request, const CudaPlan& plan);
+// Whether the scores of a chunk do not fit a tile.
+bool has_many_tiles(const CudaRequest& request, const CudaPlan& plan);
 // Puts a chunk on the queue. Its stream, where it has one, is torch's current one. `weights` is the
 // layer's W_enc on the device. `second` is null where there is one stream; where it is used, the
 // first stream waits for it in the end, unless an error is thrown.
