@@ -76,7 +76,7 @@ def bf16(*shape, **options):
 # product beside it.
 JOBS = [
     *(Job(bf16(T, 5120, 40960), compiled=T in (1, 256)) for T in (1, 256, 2048, 8)),
-    *(Job(bf16(T, 5120, 40960, brief=True)) for T in (2, 4, 16, 64)),
+    *(Job(bf16(T, 5120, 40960, brief=True)) for T in (2, 4, 16, 32, 64)),
     *(Job(bf16(2048, 5120, 40960, brief=True), chunk_size=chunk) for chunk in (512, 1024, 2048)),
     *(Job(bf16(T, 5120, 40960, kind="gaussian")) for T in (1, 256)),
     *(Job(Case(T, 5120, 40960)) for T in (1, 256)),

@@ -12,7 +12,9 @@ endif()
 string(REGEX MATCH "^[0-9]+" cuda_major "${torch_cuda}")
 
 if(NOT EXISTS "${CMAKE_CUDA_COMPILER}")
-  unset(CMAKE_CUDA_COMPILER CACHE)  # An earlier run found none, or one that is gone by now.
+  # An earlier run found none, or one that is gone by now. CMake keeps what it learned of it.
+  unset(CMAKE_CUDA_COMPILER CACHE)
+  file(REMOVE ${CMAKE_PLATFORM_INFO_DIR}/CMakeCUDACompiler.cmake)
 endif()
 set(nvcc "${CMAKE_CUDA_COMPILER}")
 if(torch_cuda AND SPARSE_TRANSCODER_CUDA AND NOT nvcc)

@@ -41,8 +41,9 @@ def ptx(name, loads):
     return "\n".join([f".visible .entry {name}(", "\t.param .u64 first", ")", "{", *loads, "}", ""])
 
 
-def faults(ptxas, entries):
-    return cuda_cubin.faults(cuda_cubin.read_ptxas(ptxas), cuda_cubin.read_ptx(entries))
+def faults(ptxas, entries, architecture="sm_90a"):
+    read = cuda_cubin.read_ptxas(ptxas), cuda_cubin.read_ptx(entries)
+    return cuda_cubin.faults(*read, architecture)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +98,10 @@ def test_each_kernel_has_lines_of_its_own():
     ptxas = said(MERGE, 8, registers=48) + said(SELECT, registers=64) + said(MAKE_ROOM)
     entries = ptx(MERGE, NARROW) + ptx(SELECT, WIDE)
     assert faults(ptxas, entries) == ["merge_kernel: a stack frame of 8 bytes"]
+
+
+def test_a_few_bytes_may_spill_where_they_are_listed():
+    entries = ptx(PRODUCT, WIDE)
+    for stored, architecture, fine in ((16, "sm_100", 1), (17, "sm_100", 0), (16, "sm_90a", 0)):
+        lines = faults(said(PRODUCT, 8, stored, 16, registers=80), entries, architecture)
+        assert len(lines) == 1 - fine, (stored, architecture)

@@ -36,7 +36,8 @@ class CudaBackend : public Backend {
  private:
   void refuse_capture() const;
   CudaRequest prepared(const Request& request) const {
-    return {request, &layers_.at(request.layer->id)};
+    const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
+    return {request, &layer, cuda::choose_product(layer, request.row_count())};
   }
 
   SparseFeatures encode_sparse(const Request& request) const;
@@ -104,7 +105,7 @@ Features CudaBackend::encode_some(CudaStreams& streams, const cuda::PreparedLaye
   const Features out = {at::empty({some.size(1), k}, ranks),
                         at::empty({some.size(1), k}, ranks.dtype(at::kLong)),
                         at::empty({some.size(1)}, ranks)};
-  streams.encode({{{&layer, view_of(some), k, view_of(out)}, &layer}}, weights_.get(), false);
+  streams.encode({prepared({&layer, view_of(some), k, view_of(out)})}, weights_.get(), false);
   return out;
 }
 

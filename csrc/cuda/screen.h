@@ -1,16 +1,20 @@
-// Which screen finds the candidates of a call, and what the int8 screen's parts share.
+// Which screen finds the candidates of a call, what multiplies for it, and what the int8 screen's
+// parts share.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <sparse_transcoder/options.h>
 
+#include <algorithm>
+
 #include "cuda/kernels/kernels.h"
+#include "cuda/weight_copy.h"
 #include "layer.h"
 
 namespace sparse_transcoder::cuda {
 
 // Calls of at most so many rows are screened in int8 where the layer has such a copy.
-constexpr int64_t max_int8_rows = few_rows;
-static_assert(max_int8_rows <= few_rows);
+constexpr int64_t max_int8_rows = max_tensor_rows;
 // "auto" makes an int8 copy of encoders of at least so many weights: reading fewer takes less time
 // than the other steps.
 constexpr int64_t min_int8_weights = int64_t{1} << 24;
@@ -22,6 +26,22 @@ inline bool makes_int8(const Layer& layer, const Options& options) {
   return options.screening == Screening::int8 ||
          (options.screening == Screening::automatic && options.device_weight_bytes < 0 &&
           layer.features * layer.hidden_size >= min_int8_weights);
+}
+
+// What multiplies for the screen of a call: own kernels, which a graph can hold, or torch's.
+enum class Product { few_rows, int8, bf16, library };
+
+// Once per call of a layer, since its int8 screen may be on trial.
+inline Product choose_product(const PreparedLayer& layer, int64_t row_count) {
+  const int64_t max_rows = layer.tensor_cores ? max_tensor_rows : few_rows;
+  if (layer.int8.defined() && row_count <= std::min(max_int8_rows, max_rows) &&
+      (!layer.int8_trial || layer.int8_trial->next()))
+    return Product::int8;
+  if (row_count <= few_rows) return Product::few_rows;
+  const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : layer.W_enc;
+  const bool aligned = layer.hidden_size % tensor_inputs == 0 &&
+                       reinterpret_cast<uintptr_t>(screened.const_data_ptr()) % 16 == 0;
+  return layer.bf16_screen && aligned && row_count <= max_rows ? Product::bf16 : Product::library;
 }
 
 }  // namespace sparse_transcoder::cuda

@@ -6,13 +6,14 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "cuda/products.h"
 
 namespace sparse_transcoder {
 namespace {
 
-constexpr size_t max_graphs = 64;      // further shapes run as they are
+constexpr size_t max_graphs = 128;     // further shapes run as they are
 constexpr int max_failures = 3;        // of making a shape's graph
 constexpr int64_t filling_rows = 256;  // from which on a product fills the device
 
@@ -37,7 +38,7 @@ void check_cuda(int status) {
 
 int64_t CudaBuffers::bytes(const CudaPlan& plan) {
   const int64_t list = 8 * (2 * plan.capacity + plan.k) + 3 * 4 + 8;
-  return 4 * plan.rows * (plan.hidden_size + 2) + 2 * plan.rounded +
+  return 4 * plan.rows * (plan.hidden_size + 3) + 2 * plan.rounded +
          4 * (plan.scores + plan.widened) + plan.lists * list + 8 * plan.rows * plan.sorted +
          plan.int8_rows;
 }
@@ -60,6 +61,7 @@ CudaBuffers::CudaBuffers(const CudaPlan& plan, at::Device device) {
   exact_count = take(plan.lists, at::kInt);
   active_count = take(plan.lists, at::kInt);
   kth_best = take(plan.lists, at::kLong);
+  computed_count = take(plan.rows, at::kInt);
 }
 
 cuda::CandidateLists CudaBuffers::lists(int64_t groups, int64_t capacity, int64_t k) const {
@@ -74,6 +76,7 @@ cuda::CandidateLists CudaBuffers::lists(int64_t groups, int64_t capacity, int64_
           counts(exact_count),
           counts(active_count),
           keys(kth_best),
+          counts(computed_count),
           static_cast<int>(groups),
           static_cast<int>(capacity),
           static_cast<int>(k)};
@@ -126,7 +129,8 @@ CudaStreams::CudaStreams(const CudaPlan& plan, at::Device device)
       plan_(plan),
       device_(device),
       fork_(device.type()),
-      start_(device.type()) {
+      start_(device.type()),
+      step_(device.type()) {
   for (int64_t i = 0; i < plan.streams; ++i) streams_.push_back(new_stream(device));
   take_buffers();
 }
@@ -137,7 +141,8 @@ CudaStreams::CudaStreams(const CudaPlan& plan, const CudaStreams& others)
       device_(others.device_),
       streams_(others.streams_.begin(), others.streams_.begin() + plan.streams),
       fork_(device_.type()),
-      start_(device_.type()) {
+      start_(device_.type()),
+      step_(device_.type()) {
   take_buffers();
 }
 
@@ -181,7 +186,7 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
   const c10::StreamGuard guard(first);
   std::vector<cuda::LayerPointers> values;
   Shape shape;
-  bool small = true;
+  bool own = true;  // whether the call needs own kernels alone, which a graph can hold
   for (const CudaRequest& request : requests) {
     const Hidden& h = request.hidden;
     values.push_back({h.data,
@@ -191,8 +196,9 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
                       request.out.indices,
                       request.out.sparsity});
     shape.insert(shape.end(),
-                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.dtype)});
-    small &= request.row_count() <= cuda::few_rows && !request.prepared->streamed;
+                 {request.layer->id, request.row_count(), static_cast<int64_t>(h.dtype),
+                  static_cast<int64_t>(request.product)});
+    own &= !request.prepared->streamed && request.product != cuda::Product::library;
   }
   cuda::Queue queue = {native(first)};
   for (size_t i = 0; i < values.size(); i += cuda::max_layer_pointers)
@@ -204,8 +210,7 @@ void CudaStreams::encode(const std::vector<CudaRequest>& requests, WeightStream*
     done_.front().block(caller);
   };
   try {
-    // Own kernels alone can be put into a graph, and few rows need no others.
-    const bool may_repeat = use_graphs && small;
+    const bool may_repeat = use_graphs && own;
     void* graph = may_repeat ? graph_of(shape, requests) : nullptr;
     if (graph) {
       check_cuda(cuda::launch_graph(graph, queue.stream));
@@ -245,9 +250,13 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
     most_rows = std::max(most_rows, rows);
   }
   // Where a product fills the device a second stream is all that helps: one selects while the other
-  // multiplies. More tiles of scores would not stay in L2.
-  const int64_t stream_count = std::min<int64_t>(
-      {static_cast<int64_t>(streams_.size()), chunks, most_rows >= filling_rows ? 2 : chunks});
+  // multiplies. More tiles of scores would not stay in L2. A chunk alone has both for its tiles.
+  const bool alone = chunks == 1 && requests.front().product == cuda::Product::library &&
+                     has_many_tiles(requests.front(), plan_);
+  const int64_t useful = alone                       ? 2
+                         : most_rows >= filling_rows ? std::min<int64_t>(chunks, 2)
+                                                     : chunks,
+                stream_count = std::min(static_cast<int64_t>(streams_.size()), useful);
   const std::vector<c10::Stream> streams(streams_.begin(), streams_.begin() + stream_count);
   std::unique_lock<std::mutex> turn;
   if (weights) turn = std::unique_lock(weights->mutex);
@@ -259,6 +268,10 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
       done_[i].block(streams_.front());
     }
   };
+  std::optional<SecondStream> second;
+  if (alone && stream_count == 2)
+    second.emplace(
+        SecondStream{streams[0], streams[1], cuda::Queue{native(streams[1])}, buffers_[1], step_});
   try {
     int64_t next = 0;
     for (size_t i = 0; i < requests.size(); ++i) {
@@ -269,7 +282,7 @@ void CudaStreams::enqueue(const std::vector<CudaRequest>& requests, WeightStream
         const c10::StreamGuard guard(streams[next]);
         cuda::Queue queue = {native(streams[next])};
         encode_rows(requests[i], first, std::min(chunk, rows - first), W_enc, pointers(i),
-                    buffers_[next], plan_, queue);
+                    buffers_[next], plan_, queue, second ? &*second : nullptr);
       }
       if (layer.streamed) weights->release(streams);
     }

@@ -12,6 +12,7 @@
 
 #include "backend.h"
 #include "cuda/kernels/kernels.h"
+#include "cuda/screen.h"
 #include "cuda/weight_copy.h"
 #include "pool.h"
 
@@ -34,7 +35,7 @@ struct CudaPlan {
   int64_t rounded;      // rows in bfloat16; 0 where no layer is screened so
   int64_t scores;       // of a tile
   int64_t widened;      // weights of a tile; 0 where no layer needs it
-  int64_t int8_rows;    // bytes of few rows in int8; 0 where no layer is screened so
+  int64_t int8_rows;    // bytes of rows in int8; 0 where no layer is screened so
 };
 
 // max_k: of a request's k_filled.
@@ -48,21 +49,36 @@ struct CudaBuffers {
   cuda::CandidateLists lists(int64_t groups, int64_t capacity, int64_t k) const;
 
   at::Tensor hidden, rounded, int8_rows, margins, scores, widened;
-  at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best;
+  at::Tensor deferred, exact, sorted, deferred_count, exact_count, active_count, kth_best,
+      computed_count;
 };
 
-// A request, and its layer as this backend holds it.
+// A request, its layer as this backend holds it, and what multiplies for its screen.
 struct CudaRequest : Request {
   const cuda::PreparedLayer* prepared;
+  cuda::Product product;
+};
+
+// A second stream for a chunk. Tiles of features take turns on the two, so that one stream selects
+// while the other multiplies.
+struct SecondStream {
+  const c10::Stream &first, &second;
+  cuda::Queue queue;           // the second's
+  const CudaBuffers& buffers;  // the second's, of which it uses the tile
+  c10::Event& step;            // of the chunk, on either stream, that the next one waits for
 };
 
 // Rows that are worked on at a time: as many as the buffers hold, evenly.
 int64_t chunk_rows(const CudaRequest& request, const CudaPlan& plan);
+// Whether the scores of a chunk do not fit a tile.
+bool has_many_tiles(const CudaRequest& request, const CudaPlan& plan);
 // Puts a chunk on the queue. Its stream, where it has one, is torch's current one. `weights` is the
-// layer's W_enc on the device.
+// layer's W_enc on the device. `second` is null where there is one stream; where it is used, the
+// first stream waits for it in the end, unless an error is thrown.
 void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  const at::Tensor& weights, const cuda::LayerPointers* pointers,
-                 const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue);
+                 const CudaBuffers& buffers, const CudaPlan& plan, cuda::Queue& queue,
+                 SecondStream* second = nullptr);
 
 // Two device buffers that weights in pinned host memory pass through, in the order that calls ask
 // for them.
@@ -104,7 +120,7 @@ class CudaStreams {
  private:
   using Shape = std::vector<int64_t>;
 
-  // Chunk by chunk, layer after layer, on one stream after the other.
+  // Chunk by chunk, layer after layer, on one stream after the other; a single chunk on two.
   void enqueue(const std::vector<CudaRequest>& requests, WeightStream* weights);
   void take_buffers();
   // A graph for requests of this shape; null where they must be enqueued as they are.
@@ -119,7 +135,7 @@ class CudaStreams {
   std::vector<c10::Stream> streams_;
   std::vector<CudaBuffers> buffers_;
   at::Tensor pointers_;  // [layers] cuda::LayerPointers, as bytes
-  c10::Event fork_, start_;
+  c10::Event fork_, start_, step_;
   std::vector<c10::Event> done_;
   struct Graph {
     void* executable = nullptr;

@@ -1,10 +1,12 @@
 #include "cuda/weight_copy.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "bounds.h"
 #include "cuda/products.h"
 #include "cuda/screen.h"
+#include "cuda/streams.h"
 
 namespace sparse_transcoder::cuda {
 namespace {
@@ -30,21 +32,6 @@ at::Tensor row_norms(const at::Tensor& W_enc) {
     norm.narrow(0, first, count).copy_(at::linalg_vector_norm(rows, 2, {1}));
   });
   return norm;
-}
-
-// An uninitialised screening copy.
-at::Tensor allocate_copy(const PreparedLayer& layer, int64_t inputs, at::ScalarType type) {
-  const at::TensorOptions options = layer.W_enc.options().dtype(type);
-  try {
-    return at::empty({layer.features, inputs}, options);
-  } catch (const c10::OutOfMemoryError&) {
-    TORCH_CHECK_WITH(
-        OutOfMemoryError, false, layer.name(), ": out of memory: the screening copy needs ",
-        layer.features * inputs * options.dtype().itemsize(), " bytes on ", layer.W_enc.device(),
-        "; screening \"int16\" makes none of int8, \"off\" none at all, and a lower "
-        "device_weight_bytes needs less");
-  }
-  return {};
 }
 
 // 1 or -1 for each input: the signs that R flips.
@@ -108,26 +95,40 @@ int64_t PreparedLayer::screening_bytes() const {
 
 PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool streamed) {
   const at::Tensor W_enc = place(layer, options, streamed);
-  PreparedLayer prepared = {layer, W_enc, streamed,
-                            LayerBounds(layer, row_norms(W_enc).to(layer.device))};
-  if (options.screening != Screening::off) {
-    prepared.bf16_screen = layer.dtype == Dtype::bfloat16 || !streamed;
-    if (prepared.bf16_screen && layer.dtype != Dtype::bfloat16) add_bf16_copy(prepared);
-    if (!streamed && makes_int8(layer, options)) {
-      try {
-        add_int8_copy(prepared);
-      } catch (const c10::OutOfMemoryError&) {
-        if (options.screening != Screening::automatic) throw;
-        prepared.int8 = prepared.int8_scale = at::Tensor();  // the bfloat16 screen needs none
+  try {
+    PreparedLayer prepared = {layer, W_enc, streamed,
+                              LayerBounds(layer, row_norms(W_enc).to(layer.device))};
+    const c10::DeviceGuard guard(layer.device);
+    check_cuda(has_tensor_cores(&prepared.tensor_cores));
+    if (options.screening != Screening::off) {
+      prepared.bf16_screen = layer.dtype == Dtype::bfloat16 || !streamed;
+      if (prepared.bf16_screen && layer.dtype != Dtype::bfloat16) add_bf16_copy(prepared);
+      if (!streamed && makes_int8(layer, options)) {
+        try {
+          add_int8_copy(prepared);
+        } catch (const c10::OutOfMemoryError&) {
+          if (options.screening != Screening::automatic) throw;
+          prepared.int8 = prepared.int8_scale = at::Tensor();  // the bfloat16 screen needs none
+        }
+        if (prepared.int8.defined() && options.screening == Screening::automatic)
+          prepared.int8_trial = std::make_unique<Int8Trial>(layer.features);
       }
     }
+    return prepared;
+  } catch (const c10::OutOfMemoryError&) {
+    const int64_t copies =
+        streamed ? 0 : resident_bytes(layer, options) - static_cast<int64_t>(W_enc.nbytes());
+    TORCH_CHECK_WITH(OutOfMemoryError, false, layer.name(),
+                     ": out of memory: the screening copies need ", copies, " bytes on ",
+                     layer.device, ", and more while they and the bounds are made; ",
+                     "screening \"int16\" makes none of int8, \"off\" none at all, and a lower "
+                     "device_weight_bytes needs less");
   }
-  return prepared;
 }
 
 void add_bf16_copy(PreparedLayer& layer) {
   const at::Tensor& W_enc = layer.W_enc;
-  layer.bf16 = allocate_copy(layer, layer.hidden_size, at::kBFloat16);
+  layer.bf16 = at::empty_like(W_enc, at::kBFloat16);
   at::Tensor error = at::empty({W_enc.size(0)}, W_enc.options().dtype(at::kDouble));
   by_blocks(W_enc, W_enc.size(1), [&](int64_t first, int64_t count) {
     const at::Tensor rows = W_enc.narrow(0, first, count);
@@ -146,7 +147,7 @@ void add_bf16_copy(PreparedLayer& layer) {
 
 void add_int8_copy(PreparedLayer& layer) {
   const int64_t inputs = int8_inputs(layer.hidden_size);
-  layer.int8 = allocate_copy(layer, inputs, at::kChar);
+  layer.int8 = at::empty({layer.features, inputs}, layer.W_enc.options().dtype(at::kChar));
   layer.int8_scale = at::empty({layer.features}, layer.bias.options());
   at::Tensor error = at::empty({layer.features}, layer.bias.options().dtype(at::kDouble)),
              squares = at::empty_like(error);

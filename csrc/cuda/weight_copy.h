@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <sparse_transcoder/options.h>
 
+#include <memory>
+
+#include "cuda/int8_trial.h"
 #include "layer.h"
 
 namespace sparse_transcoder::cuda {
@@ -20,6 +23,9 @@ struct PreparedLayer : Layer {
   at::Tensor int8_scale = {};  // [F] float32: of int8, over int8_mixed
   at::Tensor int8_error = {};  // [F] float32, see ScreenErrors::share
   float int8_norm = 0;         // the largest norm of a feature's int8 numbers
+  bool tensor_cores = false;   // see has_tensor_cores
+  // Null where int8 is the user's choice, or there is no such copy.
+  std::unique_ptr<Int8Trial> int8_trial = {};
 
   int64_t screening_bytes() const;
 };

@@ -64,7 +64,8 @@ class SparseTranscoderEncoder:
     when it is built. After a change, every method that uses the layer raises ValueError: build a
     new encoder. Changes are seen by the tensors' version counters and by what they are. Inference
     tensors count nothing, nor does writing through ``.data`` or NumPy: this is seen on the CPU
-    where most of a tensor changes, and not on CUDA.
+    where most of a tensor changes, and not on CUDA. There features would be found by the copies and
+    bounds of the old weights, and their values computed from the new ones.
 
     Args:
         transcoders: {layer: weights}.
@@ -72,15 +73,18 @@ class SparseTranscoderEncoder:
             checkpoint.
         activation_threshold: the smallest activation that is kept, inclusive.
         use_compile: replay captured work for shapes seen before, on CUDA, where a layer has at most
-            8 rows. It has no effect on results.
+            64 rows. It has no effect on results.
         chunk_size: the number of rows worked on at a time. It bounds the workspace, not the result.
         screening: which low-precision copies of the encoders find the candidates. It has no effect
             on results. "auto" is the fastest on this machine: int8 and, for float32 weights, int16
-            (1 + 2 bytes per weight). "int8" and "int16" are that copy alone. "off" makes no copy.
+            (1 + 2 bytes per weight; rows are padded to multiples of 64 inputs). "int8" and "int16"
+            are that copy alone. "off" makes no copy.
             On CUDA all but "off" are bfloat16: a copy of 2 bytes per weight where the weights are
-            not stored so. Up to 8 rows of a layer are screened by an int8 copy, 1 byte per weight:
-            "int8" makes it of every layer whose weights stay on the device, and "auto" of large
-            ones, unless device_weight_bytes bounds the memory.
+            not stored so. Up to 64 rows of a layer are screened by an int8 copy, 1 byte per weight
+            in rows padded to multiples of 128 inputs: "int8" makes it of every layer whose weights
+            stay on the device, and "auto" of large ones, unless device_weight_bytes bounds the
+            memory. "auto" leaves it for a while where a layer's last calls showed that it does not
+            pay: where very many features are near their gates.
         device_weight_bytes: encode layers whose weights are on the CPU on the current CUDA device,
             also where they are larger than the device. Encoders that fit in this many bytes, in the
             order of the layers, are copied there. The others stay in pinned host memory and stream

@@ -43,6 +43,12 @@ using cudaStream_t = void*;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+inline void require(bool holds, const char* fault) {
+  if (holds) return;
+  std::fprintf(stderr, "%s\n", fault);
+  std::abort();
+}
+
 // The threads of a block take turns on one CPU thread, in an order drawn anew each time: one runs
 // until it must wait for others. That is as far apart as a device could let them come.
 class Block {
@@ -52,9 +58,12 @@ class Block {
     for (Fiber& fiber : fibers_) fiber.stack.resize(stack_bytes);
   }
 
-  void run(const std::function<void()>& kernel) {
+  void run(const std::function<void()>& kernel, unsigned memory_bytes) {
     kernel_ = &kernel;
     current_ = this;
+    memory.resize((memory_bytes + sizeof(Line) - 1) / sizeof(Line));
+    std::memset(memory.data(), undefined, memory.size() * sizeof(Line));
+    copies.assign(fibers_.size(), {{}});
     std::vector<unsigned> order(fibers_.size());
     for (unsigned t = 0; t < fibers_.size(); ++t) {
       order[t] = t;
@@ -67,10 +76,7 @@ class Block {
       makecontext(&fiber.context, &Block::enter, 0);
     }
     for (bool left = true, moved = true; left;) {
-      if (!moved) {
-        std::fputs("threads of a block wait at different barriers\n", stderr);
-        std::abort();
-      }
+      require(moved, "threads of a block wait at different barriers");
       left = moved = false;
       std::shuffle(order.begin(), order.end(), random_);
       for (const unsigned t : order) {
@@ -86,6 +92,8 @@ class Block {
 
   void sync() { wait(all_); }
   void sync_warp() { wait(warps_[threadIdx.x / 32]); }
+  // The last thread of the warp to come runs the work; then all go on.
+  void sync_warp(const std::function<void()>& work) { wait(warps_[threadIdx.x / 32], &work); }
 
  private:
   static constexpr size_t stack_bytes = 64 << 10;
@@ -104,10 +112,11 @@ class Block {
     (*block.kernel_)();
     block.fibers_[thread].done = true;
   }
-  void wait(Barrier& barrier) {
+  void wait(Barrier& barrier, const std::function<void()>* work = nullptr) {
     const unsigned before = barrier.passed, thread = threadIdx.x;
     moves_ = true;
     if (++barrier.arrived == barrier.threads) {
+      if (work) (*work)();
       barrier.arrived = 0;
       ++barrier.passed;
       return;
@@ -128,6 +137,19 @@ class Block {
  public:
   std::vector<double> lanes;
   int votes = 0;
+
+  // What a launch asks for beside the kernel's own shared memory.
+  struct alignas(128) Line {
+    unsigned char bytes[128];
+  };
+  static constexpr unsigned char undefined = 0xff;  // NaN in floating point
+  std::vector<Line> memory;
+  // Copies to it that are under way, of each thread, group by group; the last group is open.
+  struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+  };
+  std::vector<std::vector<std::vector<Copy>>> copies;
 
  private:
   Barrier all_;
@@ -200,13 +222,14 @@ inline int __ffs(unsigned bits) { return bits ? std::countr_zero(bits) + 1 : 0; 
 void enqueue(sparse_transcoder::cuda::Queue& queue, std::function<void()> work);
 void enqueue(void* stream, std::function<void()> work);
 
-inline void run(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
+inline void run(dim3 grid, unsigned threads, unsigned memory_bytes,
+                const std::function<void()>& kernel) {
   gridDim = grid;
   blockDim = dim3(threads);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
-      block().run(kernel);
+      block().run(kernel, memory_bytes);
     }
 }
 

@@ -12,18 +12,24 @@
 
 namespace {
 
+// Whether a stream has come to where an event was recorded.
+using Reached = std::shared_ptr<bool>;
+
+// Recording it again changes nothing for those that wait already.
 struct Event {
-  int64_t recorded = 0, done = 0;  // versions
+  Reached last;
 };
 
 struct Step {
   std::function<void()> work;
-  std::shared_ptr<Event> record, wait;
-  int64_t version = 0;
+  Reached record, wait;
 };
 
+// The ready stream of the highest rank goes on. A rank is drawn by lot and again now and then, so
+// that one stream gets far ahead of another.
 struct Stream {
   std::deque<Step> steps;
+  uint64_t rank = 0;
 };
 
 struct Machine {
@@ -36,33 +42,34 @@ struct Machine {
     stream.steps.push_back(std::move(step));
     if (at_once) run();
   }
-  void record(Stream& stream, const std::shared_ptr<Event>& event) {
-    push(stream, {{}, event, {}, ++event->recorded});
+  void record(Stream& stream, Event& event) {
+    event.last = std::make_shared<bool>(false);
+    push(stream, {{}, event.last, {}});
   }
-  void wait(Stream& stream, const std::shared_ptr<Event>& event) {
-    if (event->recorded > 0) push(stream, {{}, {}, event, event->recorded});
+  void wait(Stream& stream, const Event& event) {
+    if (event.last) push(stream, {{}, {}, event.last});
   }
 
   void run() {
     for (;;) {
-      std::vector<Stream*> ready;
+      Stream* next = nullptr;
       bool left = false;
       for (auto& [id, stream] : streams) {
         left |= !stream.steps.empty();
-        if (!stream.steps.empty() &&
-            !(stream.steps.front().wait &&
-              stream.steps.front().wait->done < stream.steps.front().version))
-          ready.push_back(&stream);
+        if (stream.steps.empty()) continue;
+        const Reached& wait = stream.steps.front().wait;
+        if (wait && !*wait) continue;
+        if (stream.rank == 0 || random() % 16 == 0) stream.rank = random();
+        if (!next || stream.rank > next->rank) next = &stream;
       }
-      if (ready.empty()) {
+      if (!next) {
         TORCH_CHECK(!left, "streams wait for each other");
         return;
       }
-      Stream& stream = *ready[random() % ready.size()];
-      const Step step = std::move(stream.steps.front());
-      stream.steps.pop_front();
+      const Step step = std::move(next->steps.front());
+      next->steps.pop_front();
       if (step.work) step.work();
-      if (step.record) step.record->done = std::max(step.record->done, step.version);
+      if (step.record) *step.record = true;
     }
   }
 };
@@ -92,14 +99,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void* getStreamNativeHandle(const c10::Stream stream) const override { return &queued(stream); }
   void record(void** event, const c10::Stream& stream, c10::DeviceIndex,
               c10::EventFlag) const override {
-    if (!*event) *event = new std::shared_ptr<Event>(std::make_shared<Event>());
-    machine->record(queued(stream), *static_cast<std::shared_ptr<Event>*>(*event));
+    if (!*event) *event = new Event;
+    machine->record(queued(stream), *static_cast<Event*>(*event));
   }
   void block(void* event, const c10::Stream& stream) const override {
-    if (event) machine->wait(queued(stream), *static_cast<std::shared_ptr<Event>*>(event));
+    if (event) machine->wait(queued(stream), *static_cast<Event*>(event));
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
-    delete static_cast<std::shared_ptr<Event>*>(event);
+    delete static_cast<Event*>(event);
   }
   bool queryEvent(void*) const override { return false; }
   void synchronizeStream(const c10::Stream&) const override { machine->run(); }
@@ -109,7 +116,9 @@ const c10::impl::DeviceGuardImplInterface* before = nullptr;
 
 }  // namespace
 
+bool tensor_cores = true;
 int64_t failing_graphs = 0, launched_graphs = 0;
+std::vector<int64_t> int8_chunks;
 
 Streams::Streams(std::optional<uint64_t> seed) {
   machine = std::make_unique<Machine>();
@@ -134,7 +143,7 @@ void* current_stream() { return machine ? &machine->streams[machine->current] : 
 
 void enqueue(void* stream, std::function<void()> work) {
   if (stream)
-    machine->push(*static_cast<Stream*>(stream), {std::move(work), {}, {}, 0});
+    machine->push(*static_cast<Stream*>(stream), {std::move(work), {}, {}});
   else
     work();
 }
@@ -172,6 +181,11 @@ int multiprocessors(int* count) {
   return 0;
 }
 
+int has_tensor_cores(bool* has) {
+  *has = tensor_cores;
+  return 0;
+}
+
 const char* error_name(int) { return "cudaErrorOfTheTests"; }
 const char* error_text(int) { return "a graph that fails"; }
 
@@ -190,16 +204,16 @@ int finish_graph(void* graph, void** executable) {
 // Each step runs on a stream of its own, so that only what the graph says orders them.
 int launch_graph(void* executable, void* stream) {
   Stream& launcher = *static_cast<Stream*>(stream);
-  const auto fork = std::make_shared<Event>();
+  Event fork;
   machine->record(launcher, fork);
-  std::vector<std::shared_ptr<Event>> done;
+  std::vector<Event> done;
   for (const auto& [work, before] : static_cast<Graph*>(executable)->steps) {
     Stream& own = machine->streams[machine->pool++];
     machine->wait(own, before < 0 ? fork : done[before]);
-    machine->push(own, {work, {}, {}, 0});
-    machine->record(own, done.emplace_back(std::make_shared<Event>()));
+    machine->push(own, {work, {}, {}});
+    machine->record(own, done.emplace_back());
   }
-  for (const auto& event : done) machine->wait(launcher, event);
+  for (const Event& event : done) machine->wait(launcher, event);
   ++launched_graphs;
   return 0;
 }

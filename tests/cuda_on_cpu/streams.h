@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 // While it lives, CPU tensors are on a device with streams. The seed decides the order of work;
 // with none it runs at once, for a host that waits for it.
@@ -23,5 +24,11 @@ class Streams {
 // The native handle of torch's current stream; null where there are no Streams.
 void* current_stream();
 
+// Whether the device has tensor cores.
+extern bool tensor_cores;
+
 // How many of the next graphs cannot be made, and how many launches there were.
 extern int64_t failing_graphs, launched_graphs;
+
+// The int8 inputs of every chunk of rows that was screened in int8, in the order of their work.
+extern std::vector<int64_t> int8_chunks;

@@ -36,6 +36,15 @@ int multiprocessors(int* count) {
              : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
+int has_tensor_cores(bool* has) {
+  int device = 0, major = 0;
+  int status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  *has = major >= 8;
+  return status;
+}
+
 int allocate_pinned(void** memory, int64_t bytes) {
   const int status = cudaHostAlloc(memory, size_t(bytes), cudaHostAllocDefault);
   if (status != cudaSuccess) cudaGetLastError();  // not left for another caller to find

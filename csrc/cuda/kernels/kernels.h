@@ -3,8 +3,8 @@
 // device memory. Steps run asynchronously; each returns the status of its launch (0: fine), which
 // error_name explains.
 //
-// A chunk of rows goes through prepare; then, tile by tile of features, a product (cuBLAS's,
-// product_few_rows or product_int8) and select; then merge, compute_exact and finish.
+// A chunk of rows goes through prepare; then, tile by tile of features, a product (cuBLAS's, or one
+// of the four here) and select; then merge, compute_exact and finish.
 #pragma once
 
 #include <cstdint>
@@ -106,12 +106,14 @@ struct CandidateLists {
   int* exact_count;     // [rows, groups]
   int* active_count;    // [rows, groups] features that are surely active
   uint64_t* kth_best;   // [rows, groups] k keys are at or above this; 0 while that is not known
+  int* computed_count;  // [rows] deferred features that select computed, for want of room
   int groups, capacity, k;
 };
 
-constexpr int list_room = 1024;  // a list's free places after features were dropped from it
-constexpr int max_groups = 32;   // that a row's features are split into where rows are few
-constexpr int64_t few_rows = 8;  // the most that product_few_rows takes
+constexpr int list_room = 1024;          // a list's free places after features were dropped from it
+constexpr int max_groups = 32;           // that a row's features are split into where rows are few
+constexpr int64_t few_rows = 8;          // the most that product_few_rows and product_int8 take
+constexpr int64_t max_tensor_rows = 64;  // the most that the products on tensor cores take
 constexpr int64_t max_layer_pointers = 48;  // per set_layer_pointers: arguments end at 4 KB
 
 // layers[i] = values[i]; values is host memory, read before this returns.
@@ -142,6 +144,18 @@ constexpr float few_rows_rounding(int64_t size) {
 int product_int8(const int8_t* rows, int64_t row_count, const int8_t* w, const float* scale,
                  int64_t first, int64_t count, int64_t inputs, float* scores, Queue& queue);
 
+// The same scores as product_int8's, bit for bit, for at most max_tensor_rows rows. This one and
+// the next are for devices with has_tensor_cores.
+int product_tensor_int8(const int8_t* rows, int64_t row_count, const int8_t* w, const float* scale,
+                        int64_t first, int64_t count, int64_t inputs, float* scores, Queue& queue);
+
+// scores as product_few_rows gives them, of bfloat16 x [rows, size] and w [.., size], for at most
+// max_tensor_rows rows. Both are aligned to 16 bytes, and size is a multiple of tensor_inputs.
+int product_tensor_bf16(const void* x, int64_t rows, const void* w, int64_t first, int64_t count,
+                        int64_t size, float* scores, Queue& queue);
+constexpr int64_t tensor_inputs = 8;
+constexpr int tensor_features = 128;  // of a block of either
+
 // Compares scores [rows, count] of features [first, first + count) with the features' bounds and
 // lists those that may be active and among the k best. Features that k others surely beat are
 // dropped from a list that is full; where too many are left they are computed and the k best kept.
@@ -153,9 +167,11 @@ int select(const float* scores, const float* x, const Margin* margins, int64_t r
 int merge(const Margin* margins, int64_t rows, const Weights& weights, const CandidateLists& lists,
           Queue& queue);
 
-// Replaces each deferred feature by its exact key, or by 0 where it is not active.
+// Replaces each deferred feature by its exact key, or by 0 where it is not active. candidates
+// [rows]: where not null, how many features of a row this and select compute. It may be pinned host
+// memory, since nothing waits for it.
 int compute_exact(const float* x, const Margin* margins, int64_t rows, const Weights& weights,
-                  const CandidateLists& lists, Queue& queue);
+                  const CandidateLists& lists, int* candidates, Queue& queue);
 
 // Writes top_k features per row: the k best, then the lowest features that are not among them.
 int finish(const LayerPointers* layer, const Margin* margins, int64_t first, int64_t rows,
@@ -167,7 +183,9 @@ bool built();
 
 // Of the current device.
 int multiprocessors(int* count);
-// Host memory that the device reads directly.
+// Whether the products on tensor cores run on the current device: from compute capability 8.0 on.
+int has_tensor_cores(bool* has);
+// Host memory that the device reads and writes directly.
 int allocate_pinned(void** memory, int64_t bytes);
 void free_pinned(void* memory);
 

@@ -21,6 +21,14 @@ int product_int8(const int8_t*, int64_t, const int8_t*, const float*, int64_t, i
                  float*, Queue&) {
   return no_device;
 }
+int product_tensor_int8(const int8_t*, int64_t, const int8_t*, const float*, int64_t, int64_t,
+                        int64_t, float*, Queue&) {
+  return no_device;
+}
+int product_tensor_bf16(const void*, int64_t, const void*, int64_t, int64_t, int64_t, float*,
+                        Queue&) {
+  return no_device;
+}
 int select(const float*, const float*, const Margin*, int64_t, int64_t, int64_t, const Weights&,
            const CandidateLists&, Queue&) {
   return no_device;
@@ -28,7 +36,7 @@ int select(const float*, const float*, const Margin*, int64_t, int64_t, int64_t,
 int merge(const Margin*, int64_t, const Weights&, const CandidateLists&, Queue&) {
   return no_device;
 }
-int compute_exact(const float*, const Margin*, int64_t, const Weights&, const CandidateLists&,
+int compute_exact(const float*, const Margin*, int64_t, const Weights&, const CandidateLists&, int*,
                   Queue&) {
   return no_device;
 }
@@ -37,6 +45,7 @@ int finish(const LayerPointers*, const Margin*, int64_t, int64_t, int64_t, int64
   return no_device;
 }
 int multiprocessors(int*) { return no_device; }
+int has_tensor_cores(bool*) { return no_device; }
 int allocate_pinned(void**, int64_t) { return no_device; }
 void free_pinned(void*) {}
 const char* error_name(int) { return "cudaErrorNoDevice"; }

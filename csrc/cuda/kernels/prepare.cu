@@ -176,6 +176,7 @@ __device__ void empty_lists(const CandidateLists& lists) {
     lists.deferred_count[list] = lists.exact_count[list] = lists.active_count[list] = 0;
     lists.kth_best[list] = 0;
   }
+  if (threadIdx.x == 0) lists.computed_count[blockIdx.x] = 0;
 }
 
 // One block per row.

@@ -17,7 +17,13 @@
 namespace sparse_transcoder::cuda {
 namespace {
 
-constexpr int held = 8;                     // items that a thread keeps in registers
+// Items that a thread keeps in registers. With more, select_kernel would spill: for compute
+// capability 10 and later the compiler makes it of more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int held = 2;
+#else
+constexpr int held = 8;
+#endif
 constexpr int max_ranked = 2 * threads;     // keys that are sorted by counting
 constexpr int max_in_shared = 4 * threads;  // keys that a block sorts in shared memory
 constexpr int lane_scores = 8;              // that a lane compares at a time
@@ -379,7 +385,7 @@ struct OpenLists {
   uint64_t *deferred, *exact;
   int capacity, k;
   struct Counts {
-    int deferred, deferred_end, exact, active;
+    int deferred, deferred_end, exact, active, computed;
     uint64_t kth_best;
   }* counts;
 
@@ -429,7 +435,10 @@ __device__ void make_room(const OpenLists& lists, const float* x, float margin,
                                        lists.exact[atomicAdd(&counts.exact, 1)] = key;
                                    });
     __syncthreads();
-    if (threadIdx.x == 0) counts.deferred = 0;
+    if (threadIdx.x == 0) {
+      counts.computed += counts.deferred;
+      counts.deferred = 0;
+    }
     __syncthreads();
   }
 }
@@ -517,7 +526,7 @@ __global__ void __launch_bounds__(threads, 4)
   if (isnan(margin)) return;
   __shared__ uint8_t found[warps][warp_scores];
   __shared__ OpenLists::Counts counts;
-  if (threadIdx.x == 0) counts = {deferred_before, INT_MAX, exact_before, 0, kth_best_before};
+  if (threadIdx.x == 0) counts = {deferred_before, INT_MAX, exact_before, 0, 0, kth_best_before};
   const OpenLists open = {lists.deferred + list * lists.capacity,
                           lists.exact + list * (lists.k + lists.capacity), lists.capacity, lists.k,
                           &counts};
@@ -551,6 +560,7 @@ __global__ void __launch_bounds__(threads, 4)
     lists.exact_count[list] = counts.exact;
     lists.kth_best[list] = counts.kth_best;
     lists.active_count[list] += counts.active;
+    atomicAdd(&lists.computed_count[row], counts.computed);
   }
 }
 
@@ -607,9 +617,11 @@ __global__ void __launch_bounds__(threads)
 template <typename Weight>
 __global__ void __launch_bounds__(threads)
     compute_exact_kernel(const float* __restrict__ x, const Margin* __restrict__ margins,
-                         Weights weights, CandidateLists lists) {
+                         Weights weights, CandidateLists lists, int* candidates) {
   const int64_t row = blockIdx.x, list = row * lists.groups;
   const int count = lists.deferred_count[list];
+  if (candidates && blockIdx.y == 0 && threadIdx.x == 0)
+    candidates[row] = count + lists.computed_count[row];
   if (isnan(margins[row].per_norm)) return;
   uint64_t* deferred = lists.deferred + list * lists.capacity;
   const int warp = int(blockIdx.y * warps + threadIdx.x / 32), warp_count = int(gridDim.y * warps);
@@ -782,10 +794,10 @@ int merge(const Margin* margins, int64_t rows, const Weights& weights, const Can
 }
 
 int compute_exact(const float* x, const Margin* margins, int64_t rows, const Weights& weights,
-                  const CandidateLists& lists, Queue& queue) {
+                  const CandidateLists& lists, int* candidates, Queue& queue) {
   return for_dtype(weights.dtype, [&](auto type) {
     return launch(compute_exact_kernel<decltype(type)>, dim3(unsigned(rows), blocks_per_row(rows)),
-                  queue, x, margins, weights, lists);
+                  queue, x, margins, weights, lists, candidates);
   });
 }
 

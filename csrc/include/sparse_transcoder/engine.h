@@ -78,7 +78,9 @@ class SPARSE_TRANSCODER_API Engine {
 
   // Throws c10::ValueError where a tensor of the layer was changed since the engine was built, as
   // every call above does. What a tensor's version counter does not see (`.data`, other owners of
-  // its memory, inference mode) is seen on the CPU where most of it is changed, and not on CUDA.
+  // its memory, inference mode) is seen on the CPU where most of it is changed, and not on CUDA:
+  // there features would be found by copies and bounds of the old weights, and their values be
+  // computed from the new ones.
   void check_unchanged(int64_t layer) const;
 
   std::vector<int64_t> layers() const;

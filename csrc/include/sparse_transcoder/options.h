@@ -5,18 +5,21 @@
 
 namespace sparse_transcoder {
 
-// Which approximate arithmetic finds the candidates. It never changes a result.
+// Which approximate arithmetic finds the candidates. It never changes a result. Rows of copies
+// are padded to multiples of 64 inputs, of int8 on CUDA to 128.
 enum class Screening {
   // The fastest. CPU: int8 and, for float32 weights, int16 copies: 1 + 2 bytes per weight. CUDA:
-  // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for few rows of
-  // large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory.
+  // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for up to 64
+  // rows
+  // of large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory. int8 is
+  // left for a while where a layer's last calls showed that it does not pay.
   automatic,
   // A float32 product of the stored weights: no copy of them is made.
   off,
   // CPU: an int16 copy alone, 2 bytes per weight. CUDA: as automatic, without int8.
   int16,
-  // CPU: an int8 copy alone, 1 byte per weight. CUDA: as automatic, and int8 for few rows of every
-  // layer whose weights stay on the device.
+  // CPU: an int8 copy alone, 1 byte per weight. CUDA: as automatic, and int8 for up to 64 rows of
+  // every layer whose weights stay on the device.
   int8,
 };
 
@@ -30,7 +33,8 @@ struct Options {
   // a process's main thread torch's threads. CUDA: streams; 0 takes up to 4.
   int64_t lanes = 0;
   Screening screening = Screening::automatic;
-  // CUDA: calls whose shapes were seen before are replayed as a graph where rows are few.
+  // CUDA: calls whose shapes were seen before are replayed as a graph where a layer has up
+  // to 64 rows.
   bool use_graphs = true;
   // -1: every layer is encoded where its weights are. Otherwise layers whose weights are on the CPU
   // are encoded on the current CUDA device. Those whose encoders fit in this many bytes, in the
