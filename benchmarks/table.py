@@ -284,14 +284,33 @@ def corpus_speed(results):
 
 
 def gpu_screens(results):
-    """Microseconds of a call of few rows with the bfloat16 screen and with the int8 screen."""
+    """Microseconds of a call of few rows with each screen."""
     lines = []
     for case in results["screens"]:
-        name = "{T} x {H} x {F} {kind}".format(**case)
-        name += " bf16" if case["dtype"] == "bfloat16" else ""
+        if case["T"] not in (1, 8, 16, 32, 64):
+            continue
         us = case["us"]
-        lines.append([name, *map(number, (us["int16"], us["int8"], us["int16"] / us["int8"]))])
-    return markdown(["case", "bfloat16, us", "int8, us", "times faster"], lines)
+        times = [us[name] for name in ("int16", "int8", "auto")]
+        name = "{T} x {H} x {F} {kind}".format(**case)
+        lines.append([name, *map(number, (*times, us["int16"] / us["auto"]))])
+    titles = ["bf16 case", "bfloat16, us", "int8, us", "auto, us", "auto, times faster"]
+    return markdown(titles, lines)
+
+
+def gpu_products(results):
+    """The screen's product of few rows beside what reading its weights takes the card's copy."""
+    lines = []
+    for record in results["cases"]:
+        kernels = record["contenders"][OURS]["kernels"]
+        names = [name for name in kernels if name.startswith("product_")]
+        if len(names) != 1 or record["layers"] > 1 or record["kind"] != "planted":
+            continue
+        byte_count = record["F"] * record["H"] * (1 if "int" in names[0] else 2)
+        roof, us = byte_count / results["machine"]["copy_gb_per_s"] / 1e3, kernels[names[0]][0]
+        cells = [f"{byte_count / 1e6:.0f}", number(roof), number(us), f"{roof / us:.0%}"]
+        lines.append([record["case"], f"`{names[0]}`", *cells])
+    titles = ["case", "kernel", "MB of weights", "us at the copy's rate", "us", "share"]
+    return markdown(titles, lines)
 
 
 def corpus_memory(results):
@@ -363,17 +382,41 @@ def server_memory(results):
     return markdown(["", "MiB"], lines)
 
 
+def threads(results):
+    """Milliseconds of a call on torch's threads and on own ones."""
+    whens = ("after torch", "after a pause")
+    names = ("torch's threads", "own threads")
+    lines = []
+    for record in results["cases"]:
+        lines.append(
+            [record["case"], *(number(record[when][name]) for when in whens for name in names)]
+        )
+    return markdown(["ms", *(f"{when}: {name}" for when in whens for name in names)], lines)
+
+
 def tables():
     """{name: table} of every table in the documents."""
     read = {
         name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("cpu", "crossovers", "gpu", "gpu_decode", "attribution", "corpus", "server")
+        for name in (
+            "cpu",
+            "cpu_one_thread",
+            "threads",
+            "crossovers",
+            "gpu",
+            "gpu_screens",
+            "attribution",
+            "corpus",
+            "server",
+        )
     }
     cpu, crossovers, card = read["cpu"], read["crossovers"], read["gpu"]
     return {
         "short": short(cpu),
         "machine": machine(cpu),
         "speeds": speeds(cpu),
+        "one_thread": speeds(read["cpu_one_thread"]),
+        "threads": threads(read["threads"]),
         "survivors": survivors(cpu),
         "screens": screens(cpu),
         "phases": phases(cpu),
@@ -383,7 +426,8 @@ def tables():
         "adverse": adverse(crossovers),
         "gpu": gpu(card),
         "gpu_machine": gpu_machine(card),
-        "gpu_screens": gpu_screens(read["gpu_decode"]),
+        "gpu_products": gpu_products(card),
+        "gpu_screens": gpu_screens(read["gpu_screens"]),
         "corpus_speed": corpus_speed(read["corpus"]),
         "corpus_memory": corpus_memory(read["corpus"]),
         "attribution": attribution(read["attribution"]),
