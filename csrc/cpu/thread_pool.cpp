@@ -22,8 +22,10 @@ void wait_awake(const Condition& holds) {
   while (!holds() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
 }
 
-std::unique_ptr<at::TensorIterator> elements(int64_t count) {
-  at::Tensor memory = at::empty({count}, at::kByte);
+// What torch cuts among its threads for so many workers: many elements for each, so that every
+// thread gets some, however many threads there are.
+std::unique_ptr<at::TensorIterator> elements(int64_t workers) {
+  at::Tensor memory = at::empty({64 * workers}, at::kByte);
   return std::make_unique<at::TensorIterator>(at::TensorIterator::nullary_op(memory));
 }
 
@@ -103,9 +105,8 @@ void ThreadPool::run(int64_t workers, int64_t task_count, const Body& body) {
 void ThreadPool::run_on_torch(Call& call) {
   std::atomic<int64_t> joined{0};
   on_torch_->for_each(
-      [&](char**, const int64_t*, int64_t columns, int64_t rows) {
-        for (int64_t i = 0; i < columns * rows; ++i)
-          if (const int64_t worker = joined++; worker < call.workers) call.work_as(worker);
+      [&](char**, const int64_t*, int64_t, int64_t) {  // a thread's elements, all at once
+        if (const int64_t worker = joined++; worker < call.workers) call.work_as(worker);
       },
       1);
 }

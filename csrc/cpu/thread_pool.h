@@ -69,7 +69,7 @@ class ThreadPool {
   bool forked() const;
 
   const int process_;
-  const std::unique_ptr<at::TensorIterator> on_torch_;  // an element for each worker, or null
+  const std::unique_ptr<at::TensorIterator> on_torch_;  // null without torch
   std::unique_ptr<State> state_;
 };
 

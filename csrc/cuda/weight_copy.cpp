@@ -110,8 +110,12 @@ PreparedLayer prepare_layer(const Layer& layer, const Options& options, bool str
           if (options.screening != Screening::automatic) throw;
           prepared.int8 = prepared.int8_scale = at::Tensor();  // the bfloat16 screen needs none
         }
-        if (prepared.int8.defined() && options.screening == Screening::automatic)
-          prepared.int8_trial = std::make_unique<Int8Trial>(layer.features);
+        if (prepared.int8.defined() && options.screening == Screening::automatic) {
+          try {
+            prepared.int8_trial = std::make_unique<Int8Trial>(layer.features);
+          } catch (const c10::Error&) {  // no memory can be pinned: int8 is never left
+          }
+        }
       }
     }
     return prepared;

@@ -69,6 +69,21 @@ TEST(thread_pool_runs_every_task_once_on_torchs_threads) {
   at::set_num_threads(before);
 }
 
+TEST(thread_pool_uses_all_of_torchs_threads) {
+  ThreadPool pool(3, true);
+  const int before = at::get_num_threads();
+  at::set_num_threads(3);  // fewer than there were
+  std::mutex mutex;
+  std::condition_variable all_here;
+  int here = 0;
+  pool.run(3, 3, [&](int64_t, int64_t) {  // ends only when three threads are inside
+    std::unique_lock lock(mutex);
+    if (++here == 3) all_here.notify_all();
+    EXPECT(all_here.wait_for(lock, std::chrono::seconds(60), [&] { return here == 3; }));
+  });
+  at::set_num_threads(before);
+}
+
 TEST(thread_pool_has_torchs_threads_for_one_caller) {
   ThreadPool pool(3, true);
   const auto runs_on_torch = [&pool] {

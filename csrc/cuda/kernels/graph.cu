@@ -42,6 +42,12 @@ int has_tensor_cores(bool* has) {
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   *has = major >= 8;
+  // Also on such a device, kernels may be those that were compiled for an older one.
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, set_layer_pointers_kernel) == cudaSuccess)
+    *has &= attributes.ptxVersion >= 80;
+  else
+    cudaGetLastError();  // not left for another caller to find
   return status;
 }
 
