@@ -31,6 +31,18 @@ void run_checked(ThreadPool& pool, int64_t workers, int64_t tasks, int microseco
   for (const auto& count : busy) EXPECT_EQUAL(count.load(), 0);
 }
 
+// A call that ends only when so many threads are inside.
+void meet(ThreadPool& pool, int workers) {
+  std::mutex mutex;
+  std::condition_variable all_here;
+  int here = 0;
+  pool.run(workers, workers, [&](int64_t, int64_t) {
+    std::unique_lock lock(mutex);
+    if (++here == workers) all_here.notify_all();
+    EXPECT(all_here.wait_for(lock, std::chrono::seconds(60), [&] { return here == workers; }));
+  });
+}
+
 // Whether the body ends in time in a forked child, with no check failed there.
 template <typename Body>
 bool ends_in_child(Body body) {
@@ -73,14 +85,7 @@ TEST(thread_pool_uses_all_of_torchs_threads) {
   ThreadPool pool(3, true);
   const int before = at::get_num_threads();
   at::set_num_threads(3);  // fewer than there were
-  std::mutex mutex;
-  std::condition_variable all_here;
-  int here = 0;
-  pool.run(3, 3, [&](int64_t, int64_t) {  // ends only when three threads are inside
-    std::unique_lock lock(mutex);
-    if (++here == 3) all_here.notify_all();
-    EXPECT(all_here.wait_for(lock, std::chrono::seconds(60), [&] { return here == 3; }));
-  });
+  meet(pool, 3);
   at::set_num_threads(before);
 }
 
@@ -106,14 +111,7 @@ TEST(thread_pool_has_torchs_threads_for_one_caller) {
 
 TEST(thread_pool_uses_its_threads) {
   ThreadPool pool(3);
-  std::mutex mutex;
-  std::condition_variable all_here;
-  int here = 0;
-  pool.run(4, 4, [&](int64_t, int64_t) {  // ends only when four threads are inside
-    std::unique_lock lock(mutex);
-    if (++here == 4) all_here.notify_all();
-    EXPECT(all_here.wait_for(lock, std::chrono::seconds(60), [&] { return here == 4; }));
-  });
+  meet(pool, 4);
 }
 
 TEST(thread_pool_serves_many_callers_at_once) {

@@ -183,7 +183,8 @@ bool built();
 
 // Of the current device.
 int multiprocessors(int* count);
-// Whether the products on tensor cores run on the current device: from compute capability 8.0 on.
+// Whether the products on tensor cores run on the current device: from compute capability 8.0 on,
+// where this build has kernels for that.
 int has_tensor_cores(bool* has);
 // Host memory that the device reads and writes directly.
 int allocate_pinned(void** memory, int64_t bytes);

@@ -10,9 +10,8 @@ namespace sparse_transcoder {
 enum class Screening {
   // The fastest. CPU: int8 and, for float32 weights, int16 copies: 1 + 2 bytes per weight. CUDA:
   // bfloat16, a copy of 2 bytes per weight where the weights are not stored so; and for up to 64
-  // rows
-  // of large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory. int8 is
-  // left for a while where a layer's last calls showed that it does not pay.
+  // rows of large layers int8, 1 byte per weight, unless device_weight_bytes bounds the memory.
+  // int8 is left for a while where a layer's last calls showed that it does not pay.
   automatic,
   // A float32 product of the stored weights: no copy of them is made.
   off,
@@ -33,8 +32,8 @@ struct Options {
   // a process's main thread torch's threads. CUDA: streams; 0 takes up to 4.
   int64_t lanes = 0;
   Screening screening = Screening::automatic;
-  // CUDA: calls whose shapes were seen before are replayed as a graph where a layer has up
-  // to 64 rows.
+  // CUDA: calls whose shapes were seen before are replayed as a graph where a layer has up to 64
+  // rows.
   bool use_graphs = true;
   // -1: every layer is encoded where its weights are. Otherwise layers whose weights are on the CPU
   // are encoded on the current CUDA device. Those whose encoders fit in this many bytes, in the
