@@ -27,10 +27,12 @@ KERNELS = {
     r"product_int8_kernel<[12]>": (80, 6),  # of weights and rows; a scale has 4 bytes
     r"product_int8_kernel<4>": (80, 12),
     r"product_int8_kernel<8>": (80, 19),
-    r"product_tensor_kernel<float, (16|32|64)>": (80, "all"),
-    r"product_tensor_kernel<int, 16>": (80, 15),  # of weights and rows; a scale has 4 bytes
-    r"product_tensor_kernel<int, 32>": (80, 12),
-    r"product_tensor_kernel<int, 64>": (128, 24),
+    r"product_tensor_kernel<float, \d+, \d, 3>": (80, "all"),
+    r"product_tensor_kernel<float, \d+, \d, 2>": (128, "all"),
+    r"product_tensor_kernel<int, 16, 3, 3>": (80, 15),  # of weights and rows; a scale has 4 bytes
+    r"product_tensor_kernel<int, 32, 2, 3>": (80, 12),
+    r"product_tensor_kernel<int, 32, 3, 2>": (128, 18),
+    r"product_tensor_kernel<int, 64, 3, 2>": (128, 24),
     r"select_kernel<\w+>": (64, 8),  # scores, also ahead, norms and bounds: two accesses each
     r"merge_kernel": (64, 0),
     r"compute_exact_kernel<\w+>": (128, 0),

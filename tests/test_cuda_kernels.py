@@ -375,6 +375,8 @@ def check_int8_product(kernels, q, p, first, tensor_cores):
         (63, 128, 129, 0),
         (64, 512, 257, 128),
         (3, 640, 257, 128),
+        (5, 128, 129, 0),
+        (20, 384, 1000, 1),  # so many blocks that three at once are better than two
     ],
 )
 @pytest.mark.parametrize("tensor_cores", [False, True])
@@ -412,7 +414,15 @@ def test_int8_sums_may_leave_int32_on_the_way(kernels, tensor_cores):
 @pytest.mark.parametrize("kind", ["random", "same sign", "cancelling", "one large product"])
 @pytest.mark.parametrize(
     "rows, size, features, first",
-    [(9, 8, 128, 0), (16, 40, 131, 3), (17, 72, 260, 129), (33, 1000, 40, 0), (64, 264, 257, 128)],
+    [
+        (5, 264, 129, 0),
+        (9, 8, 128, 0),
+        (16, 40, 131, 3),
+        (17, 72, 260, 129),
+        (33, 1000, 40, 0),
+        (64, 264, 257, 128),
+        (50, 264, 1000, 1),  # so many blocks that three at once are better than two
+    ],
 )
 def test_bfloat16_products_stay_within_their_bound(kernels, kind, rows, size, features, first):
     x, W = normal(rows, size, seed=1), normal(features, size, seed=2)
@@ -600,6 +610,28 @@ def test_calls_without_products_of_torchs_are_replayed(kernels, rows, size, scre
     for i, x in enumerate(hidden):
         names = ("activations", "indices", "sparsity")
         check({name: got[3 * i + n][None] for n, name in enumerate(names)}, x, layer, 5, 0.0)
+
+
+@pytest.mark.parametrize(
+    "dtype, size, screening, few, tensor",
+    [
+        (torch.bfloat16, 64, "int16", "few_rows", "tensor_bf16"),
+        (torch.float32, 64, "int16", "few_rows", "tensor_bf16"),
+        (torch.bfloat16, 65, "int16", "few_rows", "library"),  # a row's bytes are no multiple of 16
+        (torch.float32, 64, "off", "few_rows", "library"),
+        (torch.float16, 65, "int8", "few_rows_int8", "tensor_int8"),
+    ],
+)
+def test_what_multiplies(kernels, dtype, size, screening, few, tensor):
+    names = ("few_rows", "few_rows_int8", "tensor_bf16", "tensor_int8", "library")
+    rows = (1, 4, 5, 8, 9, 64, 65)
+    W, number = torch.zeros(130, size, dtype=dtype), SCREENINGS.index(screening)
+    with_them, without = (
+        [names[n] for n in kernels.products(W, number, have, rows)] for have in (True, False)
+    )
+    of_five = few if tensor == "library" else tensor
+    assert with_them == [few, few, of_five, of_five, tensor, tensor, "library"]
+    assert without == [few] * 4 + ["library"] * 3
 
 
 @pytest.mark.parametrize("screening", ["int16", "int8"])

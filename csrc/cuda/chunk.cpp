@@ -93,9 +93,11 @@ void multiply_tile(const CudaRequest& request, const ChunkRows& rows, const at::
   const int64_t count = rows.count, size = layer.hidden_size;
   float* scores = floats(own.scores);
   switch (request.product) {
-    case cuda::Product::int8: {
-      const auto multiply_int8 =
-          count <= cuda::few_rows ? cuda::product_int8 : cuda::product_tensor_int8;
+    case cuda::Product::few_rows_int8:
+    case cuda::Product::tensor_int8: {
+      const auto multiply_int8 = request.product == cuda::Product::tensor_int8
+                                     ? cuda::product_tensor_int8
+                                     : cuda::product_int8;
       return check_cuda(multiply_int8(rows.int8.rows, count, layer.int8.const_data_ptr<int8_t>(),
                                       layer.int8_scale.const_data_ptr<float>(), first, width,
                                       rows.int8.inputs, scores, queue));
@@ -104,7 +106,7 @@ void multiply_tile(const CudaRequest& request, const ChunkRows& rows, const at::
       return check_cuda(cuda::product_few_rows(rows.x, count, W_enc.const_data_ptr(),
                                                dtype_of(W_enc.scalar_type()), first, width, size,
                                                scores, queue));
-    case cuda::Product::bf16:
+    case cuda::Product::tensor_bf16:
       return check_cuda(cuda::product_tensor_bf16(rows.left.const_data_ptr(), count,
                                                   W_enc.const_data_ptr(), first, width, size,
                                                   scores, queue));
@@ -151,7 +153,7 @@ CudaPlan plan_cuda(const std::vector<const cuda::PreparedLayer*>& layers, const 
   plan.rounded *= plan.rows;
   if (int8)
     plan.int8_rows =
-        std::clamp(plan.rows, cuda::few_rows, cuda::max_int8_rows) * cuda::int8_row_bytes;
+        std::clamp(plan.rows, cuda::few_rows, cuda::max_tensor_rows) * cuda::int8_row_bytes;
   return plan;
 }
 
@@ -171,7 +173,9 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
   const cuda::PreparedLayer& layer = *request.prepared;
   const int64_t size = layer.hidden_size;
   const cuda::Product product = request.product;
-  const bool few = product == cuda::Product::few_rows, int8 = product == cuda::Product::int8,
+  const bool few = product == cuda::Product::few_rows,
+             int8 =
+                 product == cuda::Product::few_rows_int8 || product == cuda::Product::tensor_int8,
              bf16 = !few && !int8 && layer.bf16_screen;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : weights;
   cuda::ScreenErrors errors = {few ? cuda::few_rows_rounding(size) : product_rounding(size, !bf16),

@@ -13,8 +13,6 @@
 
 namespace sparse_transcoder::cuda {
 
-// Calls of at most so many rows are screened in int8 where the layer has such a copy.
-constexpr int64_t max_int8_rows = max_tensor_rows;
 // "auto" makes an int8 copy of encoders of at least so many weights: reading fewer takes less time
 // than the other steps.
 constexpr int64_t min_int8_weights = int64_t{1} << 24;
@@ -29,19 +27,22 @@ inline bool makes_int8(const Layer& layer, const Options& options) {
 }
 
 // What multiplies for the screen of a call: own kernels, which a graph can hold, or torch's.
-enum class Product { few_rows, int8, bf16, library };
+enum class Product { few_rows, few_rows_int8, tensor_bf16, tensor_int8, library };
+// From so many rows on tensor cores are as fast as the kernels of few rows on an H100, or faster.
+constexpr int64_t min_tensor_rows = 5;
 
 // Once per call of a layer, since its int8 screen may be on trial.
 inline Product choose_product(const PreparedLayer& layer, int64_t row_count) {
-  const int64_t max_rows = layer.tensor_cores ? max_tensor_rows : few_rows;
-  if (layer.int8.defined() && row_count <= std::min(max_int8_rows, max_rows) &&
-      (!layer.int8_trial || layer.int8_trial->next()))
-    return Product::int8;
-  if (row_count <= few_rows) return Product::few_rows;
+  const bool few = row_count <= few_rows, tensor = layer.tensor_cores &&
+                                                   row_count >= min_tensor_rows &&
+                                                   row_count <= max_tensor_rows;
+  if (layer.int8.defined() && (few || tensor) && (!layer.int8_trial || layer.int8_trial->next()))
+    return tensor ? Product::tensor_int8 : Product::few_rows_int8;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : layer.W_enc;
   const bool aligned = layer.hidden_size % tensor_inputs == 0 &&
                        reinterpret_cast<uintptr_t>(screened.const_data_ptr()) % 16 == 0;
-  return layer.bf16_screen && aligned && row_count <= max_rows ? Product::bf16 : Product::library;
+  if (tensor && layer.bf16_screen && aligned) return Product::tensor_bf16;
+  return few ? Product::few_rows : Product::library;
 }
 
 }  // namespace sparse_transcoder::cuda

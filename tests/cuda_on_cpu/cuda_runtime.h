@@ -40,6 +40,7 @@ struct alignas(16) int4 {
   int x, y, z, w;
 };
 using cudaStream_t = void*;
+constexpr int cudaSuccess = 0;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -146,6 +146,22 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
   return {scores, margin * layer.int8_error};
 }
 
+// What multiplies for calls of so many rows of a layer.
+std::vector<int64_t> products(const at::Tensor& W_enc, int64_t screening, bool tensor_cores,
+                              const std::vector<int64_t>& rows) {
+  Options options;
+  options.screening = static_cast<Screening>(screening);
+  const at::Tensor b_enc = at::zeros({W_enc.size(0)});
+  const Layer layer = make_layer(0, {W_enc, b_enc}, options);
+  ::tensor_cores = tensor_cores;
+  const cuda::PreparedLayer prepared = cuda::prepare_layer(layer, options, false);
+  ::tensor_cores = true;
+  std::vector<int64_t> result;
+  for (const int64_t count : rows)
+    result.push_back(static_cast<int64_t>(cuda::choose_product(prepared, count)));
+  return result;
+}
+
 // A copy that ends where memory ends: reading beyond it stops the process.
 at::Tensor guarded(const at::Tensor& from) {
   const size_t page = getpagesize(), bytes = (from.nbytes() + page - 1) / page * page;
@@ -514,6 +530,8 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::int8_product);
   library.def("bf16_product(Tensor x, Tensor W_enc, int first) -> Tensor",
               &sparse_transcoder::bf16_product);
+  library.def("products(Tensor W_enc, int screening, bool tensor_cores, int[] rows) -> int[]",
+              &sparse_transcoder::products);
   library.def(
       "screening_bytes(Tensor W_enc, int screening, int device_weight_bytes, int failing=-1) -> "
       "int",

@@ -181,6 +181,11 @@ int multiprocessors(int* count) {
   return 0;
 }
 
+int shared_memory(int* bytes) {
+  *bytes = 228 << 10;
+  return 0;
+}
+
 int has_tensor_cores(bool* has) {
   *has = tensor_cores;
   return 0;

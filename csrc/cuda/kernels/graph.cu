@@ -17,6 +17,12 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x < count) layers[threadIdx.x] = batch.values[threadIdx.x];
 }
 
+int ask_device(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  const int status = cudaGetDevice(&device);
+  return status != cudaSuccess ? status : cudaDeviceGetAttribute(value, attribute, device);
+}
+
 }  // namespace
 
 int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers* layers,
@@ -28,19 +34,15 @@ int set_layer_pointers(const LayerPointers* values, int64_t count, LayerPointers
 
 bool built() { return true; }
 
-int multiprocessors(int* count) {
-  int device = 0;
-  const int status = cudaGetDevice(&device);
-  return status != cudaSuccess
-             ? status
-             : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+int multiprocessors(int* count) { return ask_device(cudaDevAttrMultiProcessorCount, count); }
+
+int shared_memory(int* bytes) {
+  return ask_device(cudaDevAttrMaxSharedMemoryPerMultiprocessor, bytes);
 }
 
 int has_tensor_cores(bool* has) {
-  int device = 0, major = 0;
-  int status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  int major = 0;
+  const int status = ask_device(cudaDevAttrComputeCapabilityMajor, &major);
   *has = major >= 8;
   // Also on such a device, kernels may be those that were compiled for an older one.
   cudaFuncAttributes attributes;

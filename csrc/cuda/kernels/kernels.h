@@ -181,8 +181,9 @@ int finish(const LayerPointers* layer, const Margin* margins, int64_t first, int
 // Whether this build has these kernels.
 bool built();
 
-// Of the current device.
+// Of the current device; shared memory is that of a multiprocessor.
 int multiprocessors(int* count);
+int shared_memory(int* bytes);
 // Whether the products on tensor cores run on the current device: from compute capability 8.0 on,
 // where this build has kernels for that.
 int has_tensor_cores(bool* has);

@@ -28,29 +28,20 @@ constexpr int planes = is_int8<Sum> ? 2 : 1;
 template <typename Sum, int max_rows>
 constexpr int stage_size = (block_features + planes<Sum> * max_rows) * stage_bytes;
 
-// That shared memory holds: one is multiplied, the others come. As an H100 was fastest.
-template <typename Sum, int max_rows>
-constexpr int stage_slots = planes<Sum> * max_rows == 64 ? 2 : 3;
-
 // Where a line's piece is in its stage. Eight lines at the same piece lie in different banks.
 __device__ int place(int line, int piece_of_line) {
   constexpr int lines_of_banks = 128 / stage_bytes;
   return line * stage_bytes + (piece_of_line ^ (line / lines_of_banks) % pieces) * piece;
 }
 
-// Two blocks per multiprocessor where their sums take half of its registers.
-template <typename Sum, int max_rows>
-constexpr int blocks_at_once = planes<Sum> * max_rows > 64 ? 2 : 3;
-
-// A block for block_features features. width: the bytes of a feature and of a row's plane, a
-// multiple of 16. Rows from row_count on and features from `count` on are taken as zeros and not
-// written.
-template <typename Sum, int max_rows>
-__global__ void __launch_bounds__(threads, (blocks_at_once<Sum, max_rows>))
+// A block for block_features features. Shared memory holds so many stages: one is multiplied, the
+// others come. width: the bytes of a feature and of a row's plane, a multiple of 16. Rows from
+// row_count on and features from `count` on are taken as zeros and not written.
+template <typename Sum, int max_rows, int stages, int blocks_at_once>
+__global__ void __launch_bounds__(threads, blocks_at_once)
     product_tensor_kernel(const char* __restrict__ rows, int row_count, const char* __restrict__ w,
                           const float* __restrict__ scale, int64_t count, int width,
                           float* __restrict__ scores) {
-  constexpr int stages = stage_slots<Sum, max_rows>;
   constexpr int row_warps = max_rows > side ? 2 : 1;
   constexpr int warp_rows = max_rows / row_warps;
   constexpr int warp_features = block_features * row_warps / warps;
@@ -155,13 +146,40 @@ __global__ void __launch_bounds__(threads, (blocks_at_once<Sum, max_rows>))
   }
 }
 
+// Whether the multiprocessor with the most of the grid's blocks has fewer of them where it works on
+// three at once than where it works on two, which share `memory` bytes of it.
+int third_block_pays(int64_t blocks, int memory, bool* pays) {
+  constexpr int of_system = 1024;  // bytes of a block's
+  int sms = 0, all_memory = 0, status = multiprocessors(&sms);
+  if (status == cudaSuccess) status = shared_memory(&all_memory);
+  if (status != cudaSuccess) return status;
+  const auto most = [&](int64_t at_once) {
+    return (blocks + at_once * sms - 1) / (at_once * sms) * at_once;
+  };
+  *pays = most(3) < most(2) || memory + 2 * of_system > all_memory;
+  return status;
+}
+
+// With as many stages and blocks at once as an H100 was fastest with.
 template <typename Sum, int max_rows>
 int multiply_rows(const void* rows, int64_t row_count, const void* w, const float* scale,
                   int64_t count, int64_t width, float* scores, Queue& queue) {
-  const Grid grid(unsigned((count + block_features - 1) / block_features),
-                  stage_slots<Sum, max_rows> * stage_size<Sum, max_rows>);
-  return launch(product_tensor_kernel<Sum, max_rows>, grid, queue, static_cast<const char*>(rows),
-                int(row_count), static_cast<const char*>(w), scale, count, int(width), scores);
+  constexpr int lines = planes<Sum> * max_rows, bytes = stage_size<Sum, max_rows>;
+  const int64_t blocks = (count + block_features - 1) / block_features;
+  auto kernel = product_tensor_kernel<Sum, max_rows, 3, (lines < 64 ? 3 : 2)>;
+  int stages = 3;
+  if constexpr (lines == 64) {
+    bool three = false;
+    const int status = third_block_pays(blocks, 2 * stages * bytes, &three);
+    if (status != cudaSuccess) return status;
+    if (three) {
+      kernel = product_tensor_kernel<Sum, max_rows, 2, 3>;
+      stages = 2;
+    }
+  }
+  return launch(kernel, Grid(unsigned(blocks), unsigned(stages * bytes)), queue,
+                static_cast<const char*>(rows), int(row_count), static_cast<const char*>(w), scale,
+                count, int(width), scores);
 }
 
 template <typename Sum>
