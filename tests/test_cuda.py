@@ -5,13 +5,17 @@ test_sanitizer_* are small enough for compute-sanitizer; benchmarks/gpu.sh runs 
 """
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import math
 import random
 import re
+import shutil
+import subprocess
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -835,6 +839,31 @@ def test_bfloat16_product_stays_within_its_bound(kind, size):
             assert product.dtype == torch.float32 and product.isfinite().all()
             worst = ((product.double() - exact).abs() / terms).max().item()
             assert worst <= gamma, f"{m} x {size} x {n}: {worst / gamma:.3f} of the bound"
+
+
+def test_product_on_tensor_cores_stays_within_its_bound(tmp_path):
+    """|product - exact| <= bound * sum |a b| for every pair, whatever the form of the kernel."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not here")
+    tests, library = Path(__file__).parent, tmp_path / "products.so"
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC"]
+    command += [f"-I{tests.parent / 'csrc'}", tests / "cuda_products.cu", "-o", library]
+    subprocess.run(command, check=True)
+    multiply = ctypes.CDLL(str(library)).product_tensor_bf16
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    multiply.argtypes = (pointer, integer, pointer, integer, integer, pointer)
+    for kind in ("random", "same sign", "cancelling", "wide"):
+        for size in (8, 24, 104, 576, 2048, 5120, 16384):
+            bound = (size / 16 + 84) * 2.0**-24
+            for seed, rows in enumerate((5, 16, 20, 32, 33, 64)):
+                a, b = operands(kind, rows, 333 * rows, size, seed)
+                got = torch.empty(rows, len(b), device=DEVICE)
+                torch.cuda.synchronize()
+                assert not multiply(a.data_ptr(), rows, b.data_ptr(), len(b), size, got.data_ptr())
+                torch.cuda.synchronize()
+                exact, terms = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
+                worst = ((got.double() - exact).abs() / terms).max().item()
+                assert worst <= bound, f"{kind} {rows} x {size}: {worst / bound:.3f} of the bound"
 
 
 # Rows made to go wrong

@@ -438,11 +438,11 @@ def test_bfloat16_products_stay_within_their_bound(kernels, kind, rows, size, fe
     assert got[-1] == -1, "written beyond the end"
     x, W = x.double(), W[first:].double()
     off = (got[:-1].view(rows, features - first).double() - x @ W.T).abs()
-    bound = 1.25 * (size + 16) * 2.0**-22 * (x.abs() @ W.abs().T)
+    bound = (size / 16 + 84) * 2.0**-24 * (x.abs() @ W.abs().T)
     worst = (off / bound).max().item()
     assert worst <= 1, f"{worst:.3f} of the bound"
-    if kind == "one large product" and size > 200:
-        assert worst > 0.8, "the simulation is not at its worst"
+    if kind == "one large product" and size < 300:
+        assert worst > 0.7, "the simulation is not at its worst"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

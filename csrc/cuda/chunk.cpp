@@ -178,8 +178,10 @@ void encode_rows(const CudaRequest& request, int64_t first, int64_t count,
                  product == cuda::Product::few_rows_int8 || product == cuda::Product::tensor_int8,
              bf16 = !few && !int8 && layer.bf16_screen;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : weights;
-  cuda::ScreenErrors errors = {few ? cuda::few_rows_rounding(size) : product_rounding(size, !bf16),
-                               layer.bf16_error, layer.bounds.max_norm};
+  const float rounding = few                                     ? cuda::few_rows_rounding(size)
+                         : product == cuda::Product::tensor_bf16 ? cuda::tensor_rounding(size)
+                                                                 : product_rounding(size, !bf16);
+  cuda::ScreenErrors errors = {rounding, layer.bf16_error, layer.bounds.max_norm};
   cuda::Weights exact = {weights.const_data_ptr(), layer.dtype, size, layer.bounds.from(layer, 0),
                          layer.max_bias};
   cuda::Int8Rows int8_rows;

@@ -80,9 +80,11 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_feature = warp / row_warps * warp_features;
   const int first_row = warp % row_warps * warp_rows;
+  // With two stages a thread has no registers for more.
+  constexpr int steps_at_once = stages == 2 ? 1 : 4;
   Sum sums[planes<Sum>][warp_features / side][warp_rows / 8][4] = {};
   const auto multiply_stage = [&](const unsigned char* from) {
-#pragma unroll
+#pragma unroll(steps_at_once)
     for (int step = 0; step < stage_bytes / step_bytes; ++step) {
       unsigned a[warp_features / side][4];
 #pragma unroll

@@ -54,10 +54,11 @@ __device__ inline void load_matrices(unsigned (&to)[4], const void* line) {
 }
 
 // sums [16, 8] += a [16, 32 bytes] b [8, 32 bytes]^T, of int8 numbers in int32 or of bfloat16
-// numbers in float32. Of lane i, a[0] has line i / 4, a[1] line i / 4 + 8, both of bytes 4 (i % 4)
-// to 4 (i % 4) + 3; a[2] and a[3] have the same lines 16 bytes on. b0 and b1 are like a[0] and
-// a[2]. sums[0] and sums[1] are of line i / 4 and columns 2 (i % 4) and 2 (i % 4) + 1; sums[2] and
-// sums[3] are of line i / 4 + 8.
+// numbers in float32. The latter are added up from zero, and then rounded to the nearest with the
+// sums: tensor cores would cut off, each time, bits of the sum so far. Of lane i, a[0] has line i /
+// 4, a[1] line i / 4 + 8, both of bytes 4 (i % 4) to 4 (i % 4) + 3; a[2] and a[3] have the same
+// lines 16 bytes on. b0 and b1 are like a[0] and a[2]. sums[0] and sums[1] are of line i / 4 and
+// columns 2 (i % 4) and 2 (i % 4) + 1; sums[2] and sums[3] are of line i / 4 + 8.
 __device__ inline void multiply_add(int (&sums)[4], const unsigned (&a)[4], unsigned b0,
                                     unsigned b1) {
   asm volatile(
@@ -68,11 +69,14 @@ __device__ inline void multiply_add(int (&sums)[4], const unsigned (&a)[4], unsi
 }
 __device__ inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b0,
                                     unsigned b1) {
+  float added[4];
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(added[0]), "=f"(added[1]), "=f"(added[2]), "=f"(added[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[i] += added[i];
 }
 #endif
 

@@ -132,9 +132,7 @@ void multiply_fragments(Sum (&sums)[4], const unsigned (&a)[4], unsigned b0, uns
         if constexpr (integers) {
           c = static_cast<int>(static_cast<unsigned>(c) + static_cast<unsigned>(int(sum)));
         } else {
-          // Adding zeros loses nothing.
-          const double off =
-              terms == 0 ? 0 : 0.9 * 1.25 * 16 * 0x1p-22 * (std::abs(double(c)) + terms);
+          const double off = 0.9 * 1.25 * 16 * 0x1p-22 * (std::abs(double(c)) + terms);
           c = static_cast<float>(c + sum + (row % 2 ? off : -off));
         }
       }
@@ -146,7 +144,9 @@ inline void multiply_add(int (&sums)[4], const unsigned (&a)[4], unsigned b0, un
   multiply_fragments(sums, a, b0, b1);
 }
 inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  multiply_fragments(sums, a, b0, b1);
+  float added[4] = {};
+  multiply_fragments(added, a, b0, b1);
+  for (int i = 0; i < 4; ++i) sums[i] += added[i];
 }
 
 }  // namespace
