@@ -67,6 +67,7 @@ TEST(thread_pool_runs_every_task_once) {
   }
 }
 
+#ifndef __SANITIZE_THREAD__  // see main.cpp
 // The test program loads the library on its main thread, which runs the tests.
 TEST(thread_pool_runs_every_task_once_on_torchs_threads) {
   const int before = at::get_num_threads();
@@ -108,6 +109,7 @@ TEST(thread_pool_has_torchs_threads_for_one_caller) {
   }));
   at::set_num_threads(before);
 }
+#endif
 
 TEST(thread_pool_uses_its_threads) {
   ThreadPool pool(3);
