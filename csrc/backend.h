@@ -20,6 +20,12 @@ struct Hidden {
   at::ScalarType dtype;
   int64_t batch, tokens;
   int64_t strides[3];  // in elements, any
+
+  // Input i of one of the batch * tokens rows.
+  const void* at(int64_t row, int64_t i = 0) const {
+    const int64_t element = row / tokens * strides[0] + row % tokens * strides[1] + i * strides[2];
+    return static_cast<const char*>(data) + element * static_cast<int64_t>(c10::elementSize(dtype));
+  }
 };
 
 inline at::Tensor tensor_of(const Hidden& hidden, int64_t size, at::Device device) {

@@ -112,8 +112,8 @@ class CpuBackend : public Backend {
   void for_batches(const std::vector<Request>& requests, const Workspace& workspace,
                    int64_t max_block_rows, std::vector<RowBlock>& batch, const Run& run) const;
 
-  void encode(const std::vector<Request>& requests, CallBuffers& buffers) const;
-  void encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
+  void encode_batches(const std::vector<Request>& requests, CallBuffers& buffers) const;
+  void encode_batch(const std::vector<RowBlock>& blocks, const Workspace& workspace) const;
   std::vector<SparseFeatures> encode_sparse(std::vector<Request> requests,
                                             const Workspace& workspace) const;
   std::vector<SparseRows> encode_rows(const std::vector<RowBlock>& blocks,
@@ -172,7 +172,41 @@ void refuse_contradictions(const Workspace& workspace) {
   if (layer != nullptr) TORCH_CHECK_VALUE(false, layer->changed());
 }
 
-void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffers) const {
+// Adds what the call that used the workspace did.
+void add_counters(const std::vector<Request>& requests, const Workspace& workspace,
+                  Explanation& explanation) {
+  explanation.workers = call_workers(workspace.plan);
+  for (const Request& request : requests) {
+    explanation.rows += request.row_count();
+    explanation.features += request.layer->features;
+  }
+  for (const WorkerBuffers& worker : workspace.workers) {
+    const Counters& counters = *worker.counters;
+    explanation.fallback_rows += counters.fallback_rows;
+    explanation.pairs_float32 += counters.pairs[static_cast<int>(ScreenType::float32)];
+    explanation.pairs_int16 += counters.pairs[static_cast<int>(ScreenType::int16)];
+    explanation.pairs_int8 += counters.pairs[static_cast<int>(ScreenType::int8)];
+    explanation.survivors += counters.survivors;
+    explanation.ambiguous += counters.ambiguous;
+    explanation.computed += counters.computed;
+    explanation.prepare_ms += counters.ms[prepare_phase];
+    explanation.screen_ms += counters.ms[screen_phase];
+    explanation.rescreen_ms += counters.ms[rescreen_phase];
+    explanation.compute_ms += counters.ms[compute_phase];
+    explanation.finish_ms += counters.ms[finish_phase];
+  }
+}
+
+void CpuBackend::encode(const std::vector<Request>& requests, Explanation* explanation) const {
+  const auto workspace = workspaces_->borrow();
+  if (explanation)
+    for (const WorkerBuffers& worker : workspace->workers) *worker.counters = {};
+  workspace->timed = explanation != nullptr;
+  encode_batches(requests, *workspace);
+  if (explanation) add_counters(requests, *workspace, *explanation);
+}
+
+void CpuBackend::encode_batches(const std::vector<Request>& requests, CallBuffers& buffers) const {
   // Largest first, so that no worker is left alone with a large layer at the end.
   buffers.requests.assign(requests.begin(), requests.end());
   std::sort(buffers.requests.begin(), buffers.requests.end(),
@@ -183,31 +217,16 @@ void CpuBackend::encode(const std::vector<Request>& requests, CallBuffers& buffe
               return size(*a.layer) > size(*b.layer);
             });
   for_batches(buffers.requests, buffers, buffers.plan.max_block_rows, buffers.batch,
-              [&](const std::vector<RowBlock>& blocks) { encode(blocks, buffers); });
+              [&](const std::vector<RowBlock>& blocks) { encode_batch(blocks, buffers); });
   refuse_contradictions(buffers);
 }
 
-void prepare_rows(const Batch& batch, const Workspace& workspace) {
-  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
-    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
-    for (int64_t row = first; row < last; ++row) prepare_row(workspace, block, row, worker);
-    watch.add_to(prepare_phase);
-  });
-}
-
-void CpuBackend::encode(const std::vector<RowBlock>& blocks, const Workspace& workspace) const {
+void CpuBackend::encode_batch(const std::vector<RowBlock>& blocks,
+                              const Workspace& workspace) const {
   const Batch batch(blocks, workspace, *threads_);
   prepare_rows(batch, workspace);
-  batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    PanelScan<TopKCollector>(workspace, range, worker).run();
-  });
-  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
-    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
-    merge_rows(workspace, block, first, last, worker);
-    watch.add_to(compute_phase);
-    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row, worker);
-    watch.add_to(finish_phase);
-  });
+  scan<TopKCollector>(batch, workspace);
+  finish_rows(batch, workspace);
 }
 
 // row_begin[1 + row] becomes the row's number of entries.
@@ -215,9 +234,7 @@ void CpuBackend::count_active(const std::vector<RowBlock>& blocks,
                               const Workspace& workspace) const {
   const Batch batch(blocks, workspace, *threads_);
   prepare_rows(batch, workspace);
-  batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    PanelScan<CountCollector>(workspace, range, worker).run();
-  });
+  scan<CountCollector>(batch, workspace);
   for (const RowBlock& block : blocks) {
     int64_t* counts = block.request->sparse.row_begin.mutable_data_ptr<int64_t>() + 1;
     for (int64_t row = 0; row < block.row_count; ++row)
@@ -233,12 +250,10 @@ void CpuBackend::write_active(const std::vector<RowBlock>& blocks,
   // One range per block gives a WriteCollector all features of a row.
   const Batch batch(blocks, workspace, *threads_, top_k ? 0 : 1);
   prepare_rows(batch, workspace);
-  batch.for_features([&](int64_t worker, const FeatureRange& range) {
-    if (top_k)
-      PanelScan<TopKCollector>(workspace, range, worker).run();
-    else
-      PanelScan<WriteCollector>(workspace, range, worker).run();
-  });
+  if (top_k)
+    scan<TopKCollector>(batch, workspace);
+  else
+    scan<WriteCollector>(batch, workspace);
   batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
     if (top_k) merge_rows(workspace, block, first, last, worker);
     for (int64_t row = first; row < last; ++row) finish_sparse_row(workspace, block, row, worker);
@@ -396,36 +411,6 @@ void CpuBackend::write_rows(const RowBlock& block, const Workspace& workspace,
   for (int64_t i = 0; i < found.features.numel(); ++i)
     out.write(i, found.features.const_data_ptr<int64_t>()[i],
               found.activations.const_data_ptr<float>()[i]);
-}
-
-void CpuBackend::encode(const std::vector<Request>& requests, Explanation* told) const {
-  const auto workspace = workspaces_->borrow();
-  if (told)
-    for (const WorkerBuffers& worker : workspace->workers) *worker.counters = {};
-  workspace->timed = told != nullptr;
-  encode(requests, *workspace);
-  if (!told) return;
-  Explanation& explanation = *told;
-  explanation.workers = call_workers(workspace->plan);
-  for (const Request& request : requests) {
-    explanation.rows += request.row_count();
-    explanation.features += request.layer->features;
-  }
-  for (const WorkerBuffers& worker : workspace->workers) {
-    const Counters& counters = *worker.counters;
-    explanation.fallback_rows += counters.fallback_rows;
-    explanation.pairs_float32 += counters.pairs[static_cast<int>(ScreenType::float32)];
-    explanation.pairs_int16 += counters.pairs[static_cast<int>(ScreenType::int16)];
-    explanation.pairs_int8 += counters.pairs[static_cast<int>(ScreenType::int8)];
-    explanation.survivors += counters.survivors;
-    explanation.ambiguous += counters.ambiguous;
-    explanation.computed += counters.computed;
-    explanation.prepare_ms += counters.ms[prepare_phase];
-    explanation.screen_ms += counters.ms[screen_phase];
-    explanation.rescreen_ms += counters.ms[rescreen_phase];
-    explanation.compute_ms += counters.ms[compute_phase];
-    explanation.finish_ms += counters.ms[finish_phase];
-  }
 }
 
 }  // namespace

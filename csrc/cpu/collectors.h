@@ -51,7 +51,7 @@ class TopKCollector {
         prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
       const int64_t feature = deferred[i].feature;
       const float value = exact_.activation(row, feature);
-      if (value > 0)
+      if (exact_.is_active(feature, value))
         reservoir.add(make_key(value, feature));
       else  // it was surely active
         counters.contradicted = block_.layer;

@@ -20,6 +20,7 @@ class ExactDot {
         normed_(normed_row(workspace, block, 0)),
         weights_(static_cast<const char*>(block.layer->W_enc.const_data_ptr())),
         bias_(block.layer->bias.const_data_ptr<float>()),
+        min_active_(block.layer->bounds.from(*block.layer, 0).min_active),
         size_(block.layer->hidden_size),
         row_bytes_(size_ * block.layer->W_enc.element_size()) {}
 
@@ -45,6 +46,11 @@ class ExactDot {
     return value;
   }
 
+  // What alone decides whether a feature is active.
+  bool is_active(int64_t feature, float activation) const {
+    return activation >= min_active_[feature];
+  }
+
   const char* weights(int64_t feature) const { return weights_ + feature * row_bytes_; }
   int64_t row_bytes() const { return row_bytes_; }
 
@@ -63,6 +69,7 @@ class ExactDot {
   const float* normed_;
   const char* weights_;
   const float* bias_;
+  const float* min_active_;
   int64_t size_, row_bytes_;
 };
 

@@ -35,7 +35,7 @@ class DeferredPairs {
     Counters& counters = *buffers_.counters;
     counters.computed += pairs_.size;
     exact_.compute(pairs_, true, [&](const Survivor& pair, float value) {
-      if (value > 0)
+      if (exact_.is_active(pair.feature(), value))
         reservoir(workspace_, block_, pair.row(), 0).add(make_key(value, pair.feature()));
       else  // it was surely active
         counters.contradicted = block_.layer;
@@ -109,22 +109,7 @@ void write_not_finite(const Ranks& out) {
   for (int64_t rank = 0; rank < out.count; ++rank) out.indices[rank] = rank;
 }
 
-}  // namespace
-
-int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t row) {
-  int64_t count = 0;
-  for (int64_t worker = 0; worker < workspace.plan.workers; ++worker)
-    count += reservoir(workspace, block, row, worker).active_count;
-  return std::min(count, block.layer->max_active);
-}
-
-void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first, int64_t last,
-                int64_t worker) {
-  DeferredPairs deferred(workspace, block, worker);
-  for (int64_t row = first; row < last; ++row) merge_row(workspace, block, row, worker, deferred);
-  deferred.compute();
-}
-
+// Writes one merged row of request.out.
 void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const Output& output = block.request->out;
   const int64_t k = block.request->k_out, output_row = block.first_row + row;
@@ -147,6 +132,32 @@ void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, 
   const int64_t active = active_count(workspace, block, row);
   sparsity = static_cast<float>(static_cast<double>(active) / block.layer->features);
   if (output.active) output.active[output_row] = active;
+}
+
+}  // namespace
+
+int64_t active_count(const Workspace& workspace, const RowBlock& block, int64_t row) {
+  int64_t count = 0;
+  for (int64_t worker = 0; worker < workspace.plan.workers; ++worker)
+    count += reservoir(workspace, block, row, worker).active_count;
+  return std::min(count, block.layer->max_active);
+}
+
+void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first, int64_t last,
+                int64_t worker) {
+  DeferredPairs deferred(workspace, block, worker);
+  for (int64_t row = first; row < last; ++row) merge_row(workspace, block, row, worker, deferred);
+  deferred.compute();
+}
+
+void finish_rows(const Batch& batch, const Workspace& workspace) {
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
+    merge_rows(workspace, block, first, last, worker);
+    watch.add_to(compute_phase);
+    for (int64_t row = first; row < last; ++row) finish_row(workspace, block, row, worker);
+    watch.add_to(finish_phase);
+  });
 }
 
 void finish_sparse_row(const Workspace& workspace, const RowBlock& block, int64_t row,

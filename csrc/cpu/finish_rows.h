@@ -1,18 +1,19 @@
 // The last stage of a batch: the reservoirs of a row become its results.
 #pragma once
 
+#include "cpu/batch.h"
 #include "cpu/workspace.h"
 
 namespace sparse_transcoder::cpu {
+
+// Writes request.out for a batch's rows: the best features by rank, then the lowest of the others
+// with activation 0.
+void finish_rows(const Batch& batch, const Workspace& workspace);
 
 // Brings the best of the rows [first, last) together, in the reservoirs of worker 0, and computes
 // what is deferred of them, feature by feature.
 void merge_rows(const Workspace& workspace, const RowBlock& block, int64_t first, int64_t last,
                 int64_t worker);
-
-// Writes one merged row of request.out: the best features by rank, then the lowest of the others
-// with activation 0.
-void finish_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker);
 
 // Writes the entries of one row of request.sparse that its WriteCollector has not written: all of a
 // top-k coder's, whose row is merged, and the one of a row that is not finite. A row that has other

@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "bounds.h"
+#include "cpu/batch.h"
 #include "cpu/collectors.h"
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/workspace.h"
@@ -185,7 +186,7 @@ class PanelScan {
     counters().computed += list.size;
     exact_.compute(list, false, [this](const Survivor& pair, float value) {
       counters().ambiguous += pair.ambiguous();
-      if (!(value >= bounds_.min_active[pair.feature()])) {
+      if (!exact_.is_active(pair.feature(), value)) {
         if (!pair.ambiguous()) counters().contradicted = &layer();
         return;
       }
@@ -304,5 +305,13 @@ class PanelScan {
   Stopwatch watch_;
   bool weights_needed_ = false;  // whether most stored weights of the last panel were read
 };
+
+// All features of a batch's blocks.
+template <typename Collector>
+void scan(const Batch& batch, const Workspace& workspace) {
+  batch.for_features([&](int64_t worker, const FeatureRange& range) {
+    PanelScan<Collector>(workspace, range, worker).run();
+  });
+}
 
 }  // namespace sparse_transcoder::cpu

@@ -11,16 +11,10 @@ namespace sparse_transcoder::cpu {
 namespace {
 
 // normed[i] = hidden[row][i] in float32, from any dtype and strides.
-void widen_row(const Hidden& hidden, int64_t size, int64_t row, float* normed) {
-  const int64_t* strides = hidden.strides;
-  const auto bytes = static_cast<int64_t>(c10::elementSize(hidden.dtype));
-  const int64_t offset = row / hidden.tokens * strides[0] + row % hidden.tokens * strides[1];
-  const auto* source = static_cast<const char*>(hidden.data) + offset * bytes;
+void widen_row(Hidden hidden, int64_t size, int64_t row, float* normed) {
   const auto widen = active_kernels().widen[static_cast<int>(dtype_of(hidden.dtype))];
-  if (strides[2] == 1)
-    widen(source, normed, size);
-  else
-    for (int64_t i = 0; i < size; ++i) widen(source + i * strides[2] * bytes, normed + i, 1);
+  if (hidden.strides[2] == 1) return widen(hidden.at(row), normed, size);
+  for (int64_t i = 0; i < size; ++i) widen(hidden.at(row, i), normed + i, 1);
 }
 
 void subtract_bias(const float* bias, int64_t size, float* normed) {
@@ -60,7 +54,7 @@ float product_margin(const PreparedLayer& layer, double squared_norm) {
 }
 
 // Makes the copies of a normed row that the block's screens read, and the margins of their scores.
-void quantise_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
+void make_copies(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const KernelTable& kernels = active_kernels();
   const int64_t size = block.layer->hidden_size;
   const float* normed = normed_row(workspace, block, row);
@@ -84,8 +78,6 @@ void empty_reservoirs(const Workspace& workspace, const RowBlock& block, int64_t
   }
 }
 
-}  // namespace
-
 void prepare_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const PreparedLayer& layer = *block.layer;
   float* normed = normed_row(workspace, block, row);
@@ -96,8 +88,18 @@ void prepare_row(const Workspace& workspace, const RowBlock& block, int64_t row,
   const float per_norm = product_margin(layer, squared_norm);
   margin(workspace, block, row) = {{per_norm, 0}, {per_norm, 0}};
   workspace.workers[worker].counters->fallback_rows += std::isinf(per_norm);
-  quantise_row(workspace, block, row, worker);
+  make_copies(workspace, block, row, worker);
   empty_reservoirs(workspace, block, row);
+}
+
+}  // namespace
+
+void prepare_rows(const Batch& batch, const Workspace& workspace) {
+  batch.for_rows([&](int64_t worker, const RowBlock& block, int64_t first, int64_t last) {
+    Stopwatch watch(*workspace.workers[worker].counters, workspace.timed);
+    for (int64_t row = first; row < last; ++row) prepare_row(workspace, block, row, worker);
+    watch.add_to(prepare_phase);
+  });
 }
 
 }  // namespace sparse_transcoder::cpu

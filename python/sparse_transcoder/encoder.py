@@ -199,18 +199,19 @@ class SparseTranscoderEncoder:
         if not isinstance(hidden_states, Mapping):
             name = type(hidden_states).__name__
             raise TypeError(f"hidden_states must map layers to tensors, got {name}")
-        hidden = {check.integer("layer", layer): rows for layer, rows in hidden_states.items()}
+        hidden_states = _by_layer(hidden_states)
         known = set(self.layers)
-        unknown = [layer for layer in hidden if layer not in known]
+        unknown = [layer for layer in hidden_states if layer not in known]
         if unknown:
             names = ", ".join(map(str, unknown))
             warnings.warn(f"no transcoder for layers {names}: not encoded", stacklevel=2)
-        for layer in known.intersection(hidden):
+        wanted = [layer for layer in hidden_states if layer in known]
+        for layer in wanted:
             self._check_fields(layer)
         encoded = self._engine.encode_all(
-            {layer: check.tensor(layer, hidden[layer]) for layer in hidden if layer in known}
+            {layer: check.tensor(layer, hidden_states[layer]) for layer in wanted}
         )
-        return {layer: _result(layer, encoded[layer]) for layer in hidden if layer in known}
+        return {layer: _result(layer, encoded[layer]) for layer in wanted}
 
     def encode_sparse(self, layer_idx: int, hidden: torch.Tensor) -> torch.Tensor:
         """Every kept feature of every row, however many: ``top_k`` plays no part.
@@ -260,9 +261,9 @@ class SparseTranscoderEncoder:
         """
         if keep not in ("all", "top_k"):
             raise ValueError(f"keep must be all or top_k, got {keep!r}")
-        hidden = {check.integer("layer", layer): rows for layer, rows in hidden_states.items()}
+        hidden_states = _by_layer(hidden_states)
         self._engine.encode_into(
-            {layer: check.tensor(layer, rows) for layer, rows in hidden.items()},
+            {layer: check.tensor(layer, hidden) for layer, hidden in hidden_states.items()},
             sink,
             features=features,
             activations=activations,
@@ -742,6 +743,10 @@ def encode_single_layer(
     encoder = SparseTranscoderEncoder(weights, k, threshold, screening="off")
     result = encoder.encode_layer(0, hidden)
     return result["activations"], result["indices"], result["sparsity"]
+
+
+def _by_layer(hidden_states: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {check.integer("layer", layer): hidden for layer, hidden in hidden_states.items()}
 
 
 def _result(layer: int, features: _C.Features) -> LayerFeatures:
