@@ -842,7 +842,10 @@ def test_bfloat16_product_stays_within_its_bound(kind, size):
 
 
 def test_product_on_tensor_cores_stays_within_its_bound(tmp_path):
-    """|product - exact| <= bound * sum |a b| for every pair, whatever the form of the kernel."""
+    """|product - exact| <= bound * sum |a b| for every pair.
+
+    With 33 rows two blocks share one of 108 to 132 multiprocessors, and with 64 three.
+    """
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not here")
     tests, library = Path(__file__).parent, tmp_path / "products.so"
@@ -854,9 +857,9 @@ def test_product_on_tensor_cores_stays_within_its_bound(tmp_path):
     multiply.argtypes = (pointer, integer, pointer, integer, integer, pointer)
     for kind in ("random", "same sign", "cancelling", "wide"):
         for size in (8, 24, 104, 576, 2048, 5120, 16384):
-            bound = (size / 16 + 84) * 2.0**-24
+            bound = (size // 16 + 84) * 2.0**-24
             for seed, rows in enumerate((5, 16, 20, 32, 33, 64)):
-                a, b = operands(kind, rows, 333 * rows, size, seed)
+                a, b = operands(kind, rows, 600 * rows, size, seed)
                 got = torch.empty(rows, len(b), device=DEVICE)
                 torch.cuda.synchronize()
                 assert not multiply(a.data_ptr(), rows, b.data_ptr(), len(b), size, got.data_ptr())

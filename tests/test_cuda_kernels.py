@@ -438,7 +438,7 @@ def test_bfloat16_products_stay_within_their_bound(kernels, kind, rows, size, fe
     assert got[-1] == -1, "written beyond the end"
     x, W = x.double(), W[first:].double()
     off = (got[:-1].view(rows, features - first).double() - x @ W.T).abs()
-    bound = (size / 16 + 84) * 2.0**-24 * (x.abs() @ W.abs().T)
+    bound = (size // 16 + 84) * 2.0**-24 * (x.abs() @ W.abs().T)
     worst = (off / bound).max().item()
     assert worst <= 1, f"{worst:.3f} of the bound"
     if kind == "one large product" and size < 300:
@@ -613,25 +613,29 @@ def test_calls_without_products_of_torchs_are_replayed(kernels, rows, size, scre
 
 
 @pytest.mark.parametrize(
-    "dtype, size, screening, few, tensor",
+    "dtype, size, rows, input_bias, screening, few, tensor, first",
     [
-        (torch.bfloat16, 64, "int16", "few_rows", "tensor_bf16"),
-        (torch.float32, 64, "int16", "few_rows", "tensor_bf16"),
-        (torch.bfloat16, 65, "int16", "few_rows", "library"),  # a row's bytes are no multiple of 16
-        (torch.float32, 64, "off", "few_rows", "library"),
-        (torch.float16, 65, "int8", "few_rows_int8", "tensor_int8"),
+        (torch.bfloat16, 64, torch.bfloat16, False, "int16", "few_rows", "tensor_bf16", 5),
+        (torch.float32, 64, torch.bfloat16, False, "int16", "few_rows", "tensor_bf16", 5),
+        # Rows that must be rounded.
+        (torch.bfloat16, 64, torch.float32, False, "int16", "few_rows", "tensor_bf16", 9),
+        (torch.bfloat16, 64, torch.bfloat16, True, "int16", "few_rows", "tensor_bf16", 9),
+        # A row's bytes are no multiple of 16.
+        (torch.bfloat16, 65, torch.bfloat16, False, "int16", "few_rows", "library", 9),
+        (torch.float32, 64, torch.bfloat16, False, "off", "few_rows", "library", 9),
+        (torch.float16, 65, torch.float32, True, "int8", "few_rows_int8", "tensor_int8", 5),
     ],
 )
-def test_what_multiplies(kernels, dtype, size, screening, few, tensor):
+def test_what_multiplies(kernels, dtype, size, rows, input_bias, screening, few, tensor, first):
     names = ("few_rows", "few_rows_int8", "tensor_bf16", "tensor_int8", "library")
-    rows = (1, 4, 5, 8, 9, 64, 65)
-    W, number = torch.zeros(130, size, dtype=dtype), SCREENINGS.index(screening)
-    with_them, without = (
-        [names[n] for n in kernels.products(W, number, have, rows)] for have in (True, False)
-    )
-    of_five = few if tensor == "library" else tensor
-    assert with_them == [few, few, of_five, of_five, tensor, tensor, "library"]
-    assert without == [few] * 4 + ["library"] * 3
+    counts = (1, 4, 5, 8, 9, 64, 65)
+    W, hidden = torch.zeros(130, size, dtype=dtype), torch.zeros(1, size, dtype=rows)
+    bias = torch.zeros(size) if input_bias else None
+    for have in (True, False):
+        got = kernels.products(W, bias, SCREENINGS.index(screening), have, hidden, counts)
+        begin, last = (first, 64) if have else (9, 0)
+        want = [few if n < begin else tensor if n <= last else "library" for n in counts]
+        assert [names[n] for n in got] == want
 
 
 @pytest.mark.parametrize("screening", ["int16", "int8"])

@@ -20,7 +20,7 @@ class ExactDot {
         normed_(normed_row(workspace, block, 0)),
         weights_(static_cast<const char*>(block.layer->W_enc.const_data_ptr())),
         bias_(block.layer->bias.const_data_ptr<float>()),
-        min_active_(block.layer->bounds.from(*block.layer, 0).min_active),
+        min_active_(block.layer->min_active.const_data_ptr<float>()),
         size_(block.layer->hidden_size),
         row_bytes_(size_ * block.layer->W_enc.element_size()) {}
 
@@ -46,7 +46,7 @@ class ExactDot {
     return value;
   }
 
-  // What alone decides whether a feature is active.
+  // Whether an exact activation makes its feature active. Nothing else decides it.
   bool is_active(int64_t feature, float activation) const {
     return activation >= min_active_[feature];
   }

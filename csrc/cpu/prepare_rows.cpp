@@ -54,7 +54,7 @@ float product_margin(const PreparedLayer& layer, double squared_norm) {
 }
 
 // Makes the copies of a normed row that the block's screens read, and the margins of their scores.
-void make_copies(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
+void copy_row(const Workspace& workspace, const RowBlock& block, int64_t row, int64_t worker) {
   const KernelTable& kernels = active_kernels();
   const int64_t size = block.layer->hidden_size;
   const float* normed = normed_row(workspace, block, row);
@@ -88,7 +88,7 @@ void prepare_row(const Workspace& workspace, const RowBlock& block, int64_t row,
   const float per_norm = product_margin(layer, squared_norm);
   margin(workspace, block, row) = {{per_norm, 0}, {per_norm, 0}};
   workspace.workers[worker].counters->fallback_rows += std::isinf(per_norm);
-  make_copies(workspace, block, row, worker);
+  copy_row(workspace, block, row, worker);
   empty_reservoirs(workspace, block, row);
 }
 

@@ -37,7 +37,7 @@ class CudaBackend : public Backend {
   void refuse_capture() const;
   CudaRequest prepared(const Request& request) const {
     const cuda::PreparedLayer& layer = layers_.at(request.layer->id);
-    return {request, &layer, cuda::choose_product(layer, request.row_count())};
+    return {request, &layer, cuda::choose_product(layer, request)};
   }
 
   SparseFeatures encode_sparse(const Request& request) const;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "backend.h"
 #include "cuda/kernels/kernels.h"
 #include "cuda/weight_copy.h"
 #include "layer.h"
@@ -28,20 +29,24 @@ inline bool makes_int8(const Layer& layer, const Options& options) {
 
 // What multiplies for the screen of a call: own kernels, which a graph can hold, or torch's.
 enum class Product { few_rows, few_rows_int8, tensor_bf16, tensor_int8, library };
-// From so many rows on tensor cores are as fast as the kernels of few rows on an H100, or faster.
-constexpr int64_t min_tensor_rows = 5;
 
 // Once per call of a layer, since its int8 screen may be on trial.
-inline Product choose_product(const PreparedLayer& layer, int64_t row_count) {
-  const bool few = row_count <= few_rows, tensor = layer.tensor_cores &&
-                                                   row_count >= min_tensor_rows &&
-                                                   row_count <= max_tensor_rows;
-  if (layer.int8.defined() && (few || tensor) && (!layer.int8_trial || layer.int8_trial->next()))
-    return tensor ? Product::tensor_int8 : Product::few_rows_int8;
+inline Product choose_product(const PreparedLayer& layer, const Request& request) {
+  // On an H100 the tensor cores are as fast from 5 rows on as the kernels of few rows, or faster.
+  // These do not round rows to bfloat16, and so let fewer features of other rows through.
+  constexpr int64_t min_rows = 5, min_rounded_rows = few_rows + 1;
+  const int64_t row_count = request.row_count();
+  const bool tensor = layer.tensor_cores && row_count <= max_tensor_rows,
+             few = row_count <= few_rows;
+  if (layer.int8.defined() && (tensor || few) && (!layer.int8_trial || layer.int8_trial->next()))
+    return tensor && row_count >= min_rows ? Product::tensor_int8 : Product::few_rows_int8;
   const at::Tensor& screened = layer.bf16.defined() ? layer.bf16 : layer.W_enc;
   const bool aligned = layer.hidden_size % tensor_inputs == 0 &&
-                       reinterpret_cast<uintptr_t>(screened.const_data_ptr()) % 16 == 0;
-  if (tensor && layer.bf16_screen && aligned) return Product::tensor_bf16;
+                       reinterpret_cast<uintptr_t>(screened.const_data_ptr()) % 16 == 0,
+             rounds = request.hidden.dtype != at::kBFloat16 || layer.input_bias.defined() ||
+                      layer.ln_weight.defined();
+  if (tensor && layer.bf16_screen && aligned && row_count >= (rounds ? min_rounded_rows : min_rows))
+    return Product::tensor_bf16;
   return few ? Product::few_rows : Product::library;
 }
 

@@ -16,7 +16,7 @@ cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DCMA
   >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" >>"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 
-# torch is not instrumented: its pool of threads would look like races, so it gets one thread; the tests' own are as many as ever.
+# torch is not instrumented: its threads would look like races, so its own work gets one. The tests choose theirs, see main.cpp.
 export OMP_NUM_THREADS=1
 export ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1

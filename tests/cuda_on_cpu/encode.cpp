@@ -53,7 +53,7 @@ Layer make_layer(int64_t id, const LayerWeights& weights, const Options& options
 }
 
 CudaRequest chosen(const Request& request, const cuda::PreparedLayer& layer) {
-  return {request, &layer, cuda::choose_product(layer, request.row_count())};
+  return {request, &layer, cuda::choose_product(layer, request)};
 }
 
 // A request with the tensors that it points to.
@@ -146,19 +146,23 @@ std::tuple<at::Tensor, at::Tensor> int8_scores(const at::Tensor& hidden, const a
   return {scores, margin * layer.int8_error};
 }
 
-// What multiplies for calls of so many rows of a layer.
-std::vector<int64_t> products(const at::Tensor& W_enc, int64_t screening, bool tensor_cores,
+// What multiplies for calls of so many rows of a layer, which are like `hidden`.
+std::vector<int64_t> products(const at::Tensor& W_enc, const OptionalTensor& input_bias,
+                              int64_t screening, bool tensor_cores, const at::Tensor& hidden,
                               const std::vector<int64_t>& rows) {
   Options options;
   options.screening = static_cast<Screening>(screening);
   const at::Tensor b_enc = at::zeros({W_enc.size(0)});
-  const Layer layer = make_layer(0, {W_enc, b_enc}, options);
+  LayerWeights weights = {W_enc, b_enc};
+  if (input_bias) weights.input_bias = *input_bias;
+  const Layer layer = make_layer(0, weights, options);
   ::tensor_cores = tensor_cores;
   const cuda::PreparedLayer prepared = cuda::prepare_layer(layer, options, false);
   ::tensor_cores = true;
   std::vector<int64_t> result;
   for (const int64_t count : rows)
-    result.push_back(static_cast<int64_t>(cuda::choose_product(prepared, count)));
+    result.push_back(static_cast<int64_t>(
+        cuda::choose_product(prepared, {&layer, view_of(hidden.expand({count, -1}))})));
   return result;
 }
 
@@ -530,8 +534,10 @@ TORCH_LIBRARY(cuda_on_cpu, library) {
       &sparse_transcoder::int8_product);
   library.def("bf16_product(Tensor x, Tensor W_enc, int first) -> Tensor",
               &sparse_transcoder::bf16_product);
-  library.def("products(Tensor W_enc, int screening, bool tensor_cores, int[] rows) -> int[]",
-              &sparse_transcoder::products);
+  library.def(
+      "products(Tensor W_enc, Tensor? input_bias, int screening, bool tensor_cores, Tensor hidden, "
+      "int[] rows) -> int[]",
+      &sparse_transcoder::products);
   library.def(
       "screening_bytes(Tensor W_enc, int screening, int device_weight_bytes, int failing=-1) -> "
       "int",

@@ -258,6 +258,7 @@ struct Sixteen {
 
 void use_avx512vnni(KernelTable& kernels) {
   kernels.crossovers.fast_int16 = true;
+  kernels.crossovers.max_share_float32 = 0.25;
   kernels.dot[0] = dot<F32>;
   kernels.dot[1] = dot<BF16>;
   kernels.dot[2] = dot<F16>;

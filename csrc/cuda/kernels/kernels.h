@@ -157,7 +157,7 @@ int product_tensor_bf16(const void* x, int64_t rows, const void* w, int64_t firs
 constexpr int64_t tensor_inputs = 8;
 // Proof: an instruction adds up 16 products from zero, which loses at most 20 * 2^-22 of their sum
 // of magnitudes (see product_rounding of chunk.cpp), and (size + 15) / 16 additions round once
-// each.
+// each. The rest pays for the conversion to float.
 constexpr float tensor_rounding(int64_t size) {
   const double terms = static_cast<double>(size / 16 + 84) * 0x1p-24;
   return static_cast<float>(terms / (1 - (terms < 0.5 ? terms : 0.5)));

@@ -45,6 +45,7 @@ int finish(const LayerPointers*, const Margin*, int64_t, int64_t, int64_t, int64
   return no_device;
 }
 int multiprocessors(int*) { return no_device; }
+int shared_memory(int*) { return no_device; }
 int has_tensor_cores(bool*) { return no_device; }
 int allocate_pinned(void**, int64_t) { return no_device; }
 void free_pinned(void*) {}

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_feature = warp / row_warps * warp_features;
   const int first_row = warp % row_warps * warp_rows;
-  // With two stages a thread has no registers for more.
+  // Three blocks with as many sums leave a thread no registers for more.
   constexpr int steps_at_once = stages == 2 ? 1 : 4;
   Sum sums[planes<Sum>][warp_features / side][warp_rows / 8][4] = {};
   const auto multiply_stage = [&](const unsigned char* from) {
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
 }
 
 // Whether the multiprocessor with the most of the grid's blocks has fewer of them where it works on
-// three at once than where it works on two, which share `memory` bytes of it.
+// three at once than where it works on two, or two have no room. Two need `memory` bytes of it.
 int third_block_pays(int64_t blocks, int memory, bool* pays) {
-  constexpr int of_system = 1024;  // bytes of a block's
+  constexpr int of_system = 1024;  // bytes of shared memory that the system takes per block
   int sms = 0, all_memory = 0, status = multiprocessors(&sms);
   if (status == cudaSuccess) status = shared_memory(&all_memory);
   if (status != cudaSuccess) return status;

@@ -54,11 +54,11 @@ __device__ inline void load_matrices(unsigned (&to)[4], const void* line) {
 }
 
 // sums [16, 8] += a [16, 32 bytes] b [8, 32 bytes]^T, of int8 numbers in int32 or of bfloat16
-// numbers in float32. The latter are added up from zero, and then rounded to the nearest with the
-// sums: tensor cores would cut off, each time, bits of the sum so far. Of lane i, a[0] has line i /
-// 4, a[1] line i / 4 + 8, both of bytes 4 (i % 4) to 4 (i % 4) + 3; a[2] and a[3] have the same
-// lines 16 bytes on. b0 and b1 are like a[0] and a[2]. sums[0] and sums[1] are of line i / 4 and
-// columns 2 (i % 4) and 2 (i % 4) + 1; sums[2] and sums[3] are of line i / 4 + 8.
+// numbers in float32. An instruction adds up the latter from zero, and a float32 addition, which
+// rounds to nearest, adds the result: the instruction would cut bits off the sum. Of lane i, a[0]
+// has line i / 4, a[1] line i / 4 + 8, both of bytes 4 (i % 4) to 4 (i % 4) + 3; a[2] and a[3] have
+// the same lines 16 bytes on. b0 and b1 are like a[0] and a[2]. sums[0] and sums[1] are of line i /
+// 4 and columns 2 (i % 4) and 2 (i % 4) + 1; sums[2] and sums[3] are of line i / 4 + 8.
 __device__ inline void multiply_add(int (&sums)[4], const unsigned (&a)[4], unsigned b0,
                                     unsigned b1) {
   asm volatile(
