@@ -45,7 +45,7 @@ class DeferredPairs {
  private:
   void sort_by_feature() {
     for (int shift = 0; block_.layer->features >> shift > 0; shift += SurvivorList::digit_bits) {
-      pairs_.move_by(sorted_, buffers_.positions, [&](const Survivor& pair) {
+      pairs_.move_by(sorted_, buffers_.positions, SurvivorList::digits, [&](const Survivor& pair) {
         return pair.feature() >> shift & (SurvivorList::digits - 1);
       });
       std::swap(pairs_, sorted_);

@@ -54,13 +54,13 @@ struct SurvivorList {
     for (; mask != 0; mask &= mask - 1) push({row, first + __builtin_ctzll(mask), true});
   }
 
-  // Moves the pairs, ordered by digit(pair) < digits. Pairs with one digit keep their order.
-  // positions [digits] is scratch.
+  // Moves the pairs, ordered by digit(pair) < digit_count <= digits. Pairs with one digit keep
+  // their order. positions [digits] is scratch.
   template <typename Digit>
-  void move_by(SurvivorList& to, uint32_t* positions, const Digit& digit) {
-    std::fill(positions, positions + digits, 0);
+  void move_by(SurvivorList& to, uint32_t* positions, int64_t digit_count, const Digit& digit) {
+    std::fill(positions, positions + digit_count, 0);
     for (int64_t i = 0; i < size; ++i) ++positions[digit(pairs[i])];
-    for (int64_t d = 0, sum = 0; d < digits; ++d)
+    for (int64_t d = 0, sum = 0; d < digit_count; ++d)
       sum += std::exchange(positions[d], static_cast<uint32_t>(sum));
     for (int64_t i = 0; i < size; ++i) to.pairs[positions[digit(pairs[i])]++] = pairs[i];
     to.size = std::exchange(size, 0);
@@ -102,8 +102,10 @@ class SurvivorQueue {
   void advance_to_end(Tile tile) { group_incoming(tile, rescreened_); }
 
  private:
+  // to: empty.
   void group_incoming(Tile tile, SurvivorList& to) {
-    incoming_.move_by(to, positions_,
+    if (incoming_.size == 0) return;  // as after most panels of few rows
+    incoming_.move_by(to, positions_, tile.count,
                       [&](const Survivor& pair) { return pair.feature() - tile.first; });
   }
 
