@@ -31,6 +31,7 @@ class DeferredPairs {
 
   // The activations go to the reservoirs of worker 0.
   void compute() {
+    if (pairs_.size == 0) return;
     sort_by_feature();
     Counters& counters = *buffers_.counters;
     counters.computed += pairs_.size;
