@@ -171,12 +171,11 @@ class PanelScan {
       const Gate<Scalar> gate(
           bounds_, feature, score,
           margin_at<Scalar>(margins[row].int16, bounds_.norm, int16_.error, feature));
-      const bool sure = gate.surely_active();
+      const unsigned sure = gate.surely_active();
       list.pairs[kept] = {row, feature, !sure};
-      kept += gate.may_be_active();  // about half of them may be, so without a branch
-      if (!sure) continue;
-      ++collector_.active_count(row);
-      if (!gate.may_reach(collector_.min_value(row))) --kept;
+      collector_.active_count(row) += sure;
+      // About half of them may be active, and are surely active, so without a branch.
+      kept += gate.may_be_active() & (~sure | gate.may_reach(collector_.min_value(row))) & 1;
     }
     list.size = kept;
   }
