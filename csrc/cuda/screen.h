@@ -33,7 +33,7 @@ enum class Product { few_rows, few_rows_int8, tensor_bf16, tensor_int8, library 
 // Once per call of a layer, since its int8 screen may be on trial.
 inline Product choose_product(const PreparedLayer& layer, const Request& request) {
   // On an H100 the tensor cores are as fast from 5 rows on as the kernels of few rows, or faster.
-  // These do not round rows to bfloat16, and so let fewer features of other rows through.
+  // The latter never round rows to bfloat16, and let fewer features through where others would.
   constexpr int64_t min_rows = 5, min_rounded_rows = few_rows + 1;
   const int64_t row_count = request.row_count();
   const bool tensor = layer.tensor_cores && row_count <= max_tensor_rows,
