@@ -20,7 +20,12 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 class TopKCollector {
  public:
   TopKCollector(const Workspace& workspace, const RowBlock& block, int64_t worker)
-      : workspace_(workspace), block_(block), worker_(worker), exact_(workspace, block) {}
+      : workspace_(workspace),
+        block_(block),
+        worker_(worker),
+        reservoirs_(&reservoir(workspace, block, 0, worker)),
+        stride_(workspace.plan.workers),
+        exact_(workspace, block) {}
 
   int64_t& active_count(int64_t row) const { return reservoir_of(row).active_count; }
 
@@ -61,11 +66,13 @@ class TopKCollector {
   }
 
  private:
-  Reservoir& reservoir_of(int64_t row) const { return reservoir(workspace_, block_, row, worker_); }
+  Reservoir& reservoir_of(int64_t row) const { return reservoirs_[row * stride_]; }
 
   const Workspace& workspace_;
   const RowBlock& block_;
   const int64_t worker_;
+  Reservoir* const reservoirs_;  // the worker's of the block's first row; stride_ apart
+  const int64_t stride_;
   const ExactDot exact_;
 };
 

@@ -36,7 +36,7 @@ class ExactDot {
       activations(list.pairs + i, count, values);
       for (int64_t j = 0; j < count; ++j) take(list.pairs[i + j], values[j]);
     }
-    list.size = 0;
+    list.clear();
   }
 
   float activation(int64_t row, int64_t feature) const {

@@ -21,8 +21,8 @@ class DeferredPairs {
         block_(block),
         buffers_(workspace.workers[worker]),
         exact_(workspace, block),
-        pairs_{buffers_.survivors, 0},
-        sorted_{buffers_.survivors + workspace.plan.survivor_capacity(), 0} {}
+        pairs_{buffers_.survivors},
+        sorted_{buffers_.survivors + workspace.plan.survivor_capacity()} {}
 
   void add(int64_t row, int64_t feature) {
     if (pairs_.size == workspace_.plan.survivor_capacity()) compute();

@@ -41,6 +41,7 @@ class PanelScan {
         exact_(workspace, block()),
         buffers_(workspace.workers[worker]),
         queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
+        all_rows_screened_(all_rows_screened()),
         watch_(*buffers_.counters, workspace.timed) {}
 
   void run() {
@@ -75,34 +76,41 @@ class PanelScan {
     plan_prefetches(last ? nullptr : int8_.panel(panel.first + panel_features));
     kernels_.screen_int8({int8_.layout, int8_row(workspace_, block(), 0), block().row_count,
                           screen().planes, weights, bounds_.surely_out_below + panel.first},
-                         buffers_.masks, prefetcher_);
-    take_masks(panel);
+                         buffers_.masks.rows, prefetcher_);
+    if (!all_rows_screened_ || panel.count < panel_features) correct_masks(panel);
+    queue_.incoming().take(buffers_.masks, block().row_count, panel.first);
     watch_.add_to(screen_phase);
     const int64_t pairs = block().row_count * panel.count;
     const int64_t survivors = queue_.incoming().size;
     if (survivors > screen().max_share * static_cast<double>(pairs)) {
-      queue_.incoming().size = 0;
+      queue_.incoming().clear();
       empty_queue();
       screen_densely(panel);
       return false;
     }
     counters().pairs[static_cast<int>(ScreenType::int8)] += pairs;
     counters().survivors += survivors;
-    advance(panel);
+    advance();
     return true;
   }
 
-  // Queues the pairs that the int8 screen let through, and every pair of a row too large to screen.
-  void take_masks(Tile panel) {
+  // Lets every pair of a row through that is too large to screen, and none of a row that is not
+  // finite.
+  void correct_masks(Tile panel) {
     const uint64_t all =
         panel.count == panel_features ? ~uint64_t{0} : (uint64_t{1} << panel.count) - 1;
     const RowMargin* margins = &margin(workspace_, block(), 0);
-    for (int64_t row = 0; row < block().row_count; ++row) {
-      const uint64_t mask = margins[row].is_screened() ? buffers_.masks[row] & all
-                            : margins[row].is_finite() ? all
-                                                       : 0;
-      queue_.incoming().push_bits(row, panel.first, mask);
-    }
+    uint64_t* masks = buffers_.masks.rows;
+    for (int64_t row = 0; row < block().row_count; ++row)
+      masks[row] = margins[row].is_screened() ? masks[row] & all
+                   : margins[row].is_finite() ? all
+                                              : 0;
+  }
+
+  bool all_rows_screened() const {
+    const RowMargin* margins = &margin(workspace_, block(), 0);
+    return std::all_of(margins, margins + block().row_count,
+                       [](const RowMargin& one) { return one.is_screened(); });
   }
 
   // What the next stages of the queue, and the next panel, will read.
@@ -120,30 +128,26 @@ class PanelScan {
       prefetcher_.add(next_panel, int8_.layout.panel_bytes());
   }
 
-  // Adds the weights of every feature of a list, whose pairs are of one panel.
+  // Adds the weights of every feature of a list.
   void prefetch_features(const SurvivorList& list, const char* weights, int64_t row_bytes) {
-    uint64_t added = 0;
-    for (int64_t i = 0; i < list.size; ++i) {
-      const int64_t feature = list.pairs[i].feature();
-      const uint64_t bit = uint64_t{1} << feature % panel_features;
-      if (!(added & bit)) prefetcher_.add(weights + feature * row_bytes, row_bytes);
-      added |= bit;
-    }
+    for (uint64_t bits = list.features; bits != 0; bits &= bits - 1)
+      prefetcher_.add(weights + (list.first_feature + __builtin_ctzll(bits)) * row_bytes,
+                      row_bytes);
   }
 
   // Computes the pairs that were rescreened, moves the queue on, and rescreens those that were
-  // screened. The pairs coming in are of this tile.
-  void advance(Tile tile) {
+  // screened.
+  void advance() {
     compute_exact(queue_.rescreened());
     watch_.add_to(compute_phase);
-    queue_.advance(tile);
+    queue_.advance();
     if (int16_.rows != nullptr) rescreen(queue_.rescreened());
     watch_.add_to(rescreen_phase);
   }
 
   void empty_queue() {
-    advance({0, 0});
-    advance({0, 0});
+    advance();
+    advance();
   }
 
   // Makes the int16 products of a list's pairs.
@@ -164,6 +168,7 @@ class PanelScan {
     const RowMargin* margins = &margin(workspace_, block(), 0);
     const Int16Scale* scales = &int16_scale(workspace_, block(), 0);
     int64_t kept = 0;
+    uint64_t features = 0;
     for (int64_t i = 0; i < list.size; ++i) {
       const int64_t row = list.pairs[i].row(), feature = list.pairs[i].feature();
       const float score =
@@ -175,9 +180,13 @@ class PanelScan {
       list.pairs[kept] = {row, feature, !sure};
       collector_.active_count(row) += sure;
       // About half of them may be active, and are surely active, so without a branch.
-      kept += gate.may_be_active() & (~sure | gate.may_reach(collector_.min_value(row))) & 1;
+      const unsigned keep =
+          gate.may_be_active() & (~sure | gate.may_reach(collector_.min_value(row))) & 1;
+      features |= uint64_t{keep} << feature % panel_features;
+      kept += keep;
     }
     list.size = kept;
+    list.features = features;
   }
 
   // Computes the pairs exactly, and gives those that are active to the collector.
@@ -286,7 +295,7 @@ class PanelScan {
   }
 
   void compute_incoming(Tile tile) {
-    queue_.advance_to_end(tile);
+    queue_.group(tile);
     compute_exact(queue_.rescreened());
   }
 
@@ -299,6 +308,7 @@ class PanelScan {
   const Int16Rows int16_;
   const ExactDot exact_;
   const WorkerBuffers& buffers_;
+  const bool all_rows_screened_;
   SurvivorQueue queue_;
   Prefetcher prefetcher_;
   Stopwatch watch_;

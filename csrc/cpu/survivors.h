@@ -31,27 +31,58 @@ struct Tile {
   int64_t first, count;
 };
 
+// Turns 64 rows of 64 bits into 64 columns: bit r of bits[c] was bit c of bits[r].
+inline void transpose(uint64_t* bits) {
+  // Each pass swaps the two off-diagonal quarters of every square of 2 * half bits.
+  uint64_t low = 0xffffffff;
+  for (int half = 32; half > 0; half /= 2, low ^= low << half)
+    for (int first = 0; first < 64; first += 2 * half)
+      for (int i = first; i < first + half; ++i) {
+        const uint64_t swapped = (bits[i] >> half ^ bits[i + half]) & low;
+        bits[i] ^= swapped << half;
+        bits[i + half] ^= swapped;
+      }
+}
+
+// Masks of this many rows: whole blocks, to be transposed.
+constexpr int64_t mask_count(int64_t rows) { return (rows + 63) / 64 * 64; }
+
+// Bit r of `bits` says whether row + r and the feature are a pair.
+struct FeatureRows {
+  uint64_t bits;
+  int64_t row, feature;
+};
+
+// What the int8 screen lets through of a panel, and scratch.
+struct SurvivorMasks {
+  uint64_t* rows;         // [mask_count(max_block_rows)], overwritten as they are taken
+  FeatureRows* features;  // [mask_count(max_block_rows) + 1] scratch
+};
+
 struct SurvivorList {
   // Of one pass of move_by; a tile has no more features.
   static constexpr int digit_bits = 9;
   static constexpr int64_t digits = 1 << digit_bits;
 
   Survivor* pairs;
-  int64_t size;
+  int64_t size = 0;
+  // Where the pairs are of one panel: its first feature, and which features have pairs.
+  int64_t first_feature = 0;
+  uint64_t features = 0;
 
   void push(Survivor pair) { pairs[size++] = pair; }
+  void clear() { size = 0, features = 0; }
 
-  // Adds a row and the features first + bit, ambiguous, for every bit that is set. Most masks have
-  // few, in numbers that no processor foresees, so the first ones are added without a branch. That
-  // writes to the place behind the last pair, too.
-  void push_bits(int64_t row, int64_t first, uint64_t mask) {
-    constexpr int few = 4;
-    constexpr uint64_t last = uint64_t{1} << (panel_features - 1);
-    for (int i = 0; i < few; ++i, mask &= mask - 1) {
-      pairs[size] = {row, first + __builtin_ctzll(mask | last), true};
-      size += mask != 0;
-    }
-    for (; mask != 0; mask &= mask - 1) push({row, first + __builtin_ctzll(mask), true});
+  // Takes the pairs of a panel, by feature and ambiguous, into an empty list. Bit f of
+  // masks.rows[row] says whether row and feature first + f are a pair.
+  void take(const SurvivorMasks& masks, int64_t row_count, int64_t first) {
+    // More rows are transposed.
+    constexpr int64_t few_rows = 16;
+    uint64_t any = 0;
+    for (int64_t row = 0; row < row_count; ++row) any |= masks.rows[row];
+    first_feature = first;
+    features = any;
+    size = row_count <= few_rows ? take_few(masks, row_count) : take_many(masks, row_count);
   }
 
   // Moves the pairs, ordered by digit(pair) < digit_count <= digits. Pairs with one digit keep
@@ -73,6 +104,48 @@ struct SurvivorList {
     while (length < max && pairs[i + length].feature() == feature) ++length;
     return length;
   }
+
+ private:
+  // Both write without a branch, because no processor foresees which bits are set.
+
+  int64_t take_few(const SurvivorMasks& masks, int64_t row_count) const {
+    Survivor* out = pairs;
+    for (uint64_t left = features; left != 0; left &= left - 1) {
+      const int bit = __builtin_ctzll(left);
+      for (int64_t row = 0; row < row_count; ++row) {
+        *out = {row, first_feature + bit, true};
+        out += masks.rows[row] >> bit & 1;
+      }
+    }
+    return out - pairs;
+  }
+
+  int64_t take_many(const SurvivorMasks& masks, int64_t row_count) const {
+    const int64_t end = mask_count(row_count);
+    std::fill(masks.rows + row_count, masks.rows + end, 0);
+    for (int64_t row = 0; row < end; row += 64) transpose(masks.rows + row);
+    // The words that have a bit, then a word that has none.
+    FeatureRows* words = masks.features;
+    for (uint64_t left = features; left != 0; left &= left - 1) {
+      const int bit = __builtin_ctzll(left);
+      for (int64_t row = 0; row < end; row += 64) {
+        *words = {masks.rows[row + bit], row, first_feature + bit};
+        words += words->bits != 0;
+      }
+    }
+    *words = {0, 0, 0};
+
+    Survivor* out = pairs;
+    const FeatureRows* word = masks.features;
+    for (uint64_t bits = word->bits; bits != 0;) {
+      *out++ = {word->row + __builtin_ctzll(bits), word->feature, true};
+      bits &= bits - 1;
+      const uint64_t done = bits == 0;
+      bits |= word[1].bits & -done;
+      word += done;
+    }
+    return out - pairs;
+  }
 };
 
 // The survivors of the last panels. What the screen lets through is `incoming`. One panel later it
@@ -83,9 +156,9 @@ class SurvivorQueue {
   // storage [3, capacity]; positions [SurvivorList::digits] is scratch.
   SurvivorQueue(Survivor* storage, int64_t capacity, uint32_t* positions)
       : capacity_(capacity),
-        incoming_{storage, 0},
-        screened_{storage + capacity, 0},
-        rescreened_{storage + 2 * capacity, 0},
+        incoming_{storage},
+        screened_{storage + capacity},
+        rescreened_{storage + 2 * capacity},
         positions_(positions) {}
 
   SurvivorList& incoming() { return incoming_; }
@@ -93,22 +166,20 @@ class SurvivorQueue {
   SurvivorList& rescreened() { return rescreened_; }
   bool has_room(int64_t count) const { return incoming_.size + count <= capacity_; }
 
-  // Moves every pair one stage on. The pairs coming in are of this tile; none may be rescreened.
-  void advance(Tile tile) {
-    group_incoming(tile, rescreened_);
+  // Moves every pair one stage on. None may be rescreened.
+  void advance() {
     std::swap(rescreened_, screened_);
+    std::swap(screened_, incoming_);
   }
-  // Moves the pairs coming in to the last stage at once. No other pair may be in the queue.
-  void advance_to_end(Tile tile) { group_incoming(tile, rescreened_); }
 
- private:
-  // to: empty.
-  void group_incoming(Tile tile, SurvivorList& to) {
-    if (incoming_.size == 0) return;  // as after most panels of few rows
-    incoming_.move_by(to, positions_, tile.count,
+  // Groups the pairs coming in, of this tile, by feature, and moves them to the last stage. No
+  // other pair may be in the queue.
+  void group(Tile tile) {
+    incoming_.move_by(rescreened_, positions_, tile.count,
                       [&](const Survivor& pair) { return pair.feature() - tile.first; });
   }
 
+ private:
   const int64_t capacity_;
   SurvivorList incoming_, screened_, rescreened_;
   uint32_t* positions_;

@@ -36,7 +36,7 @@ struct Plan {
   bool lanes_chosen = false;
 
   int64_t survivor_capacity() const {
-    return std::max(max_block_rows * panel_features, tile_features) + 1;  // push_bits
+    return std::max(max_block_rows * panel_features, tile_features);
   }
   int64_t product_count() const { return int16_stride == 0 ? 0 : survivor_capacity(); }
   // Entries of a sparse result that a worker holds: that many per row are few enough to be found
@@ -63,7 +63,7 @@ struct WorkerBuffers {
   int64_t* products;                 // [plan.product_count()] int16 products of the pairs of a list
   uint32_t* candidates;              // [tile_features]
   uint32_t* positions;               // [SurvivorList::digits]
-  uint64_t* masks;                   // [max_block_rows] int8 survivors of a panel
+  SurvivorMasks masks;               // of a RowBlock
   Survivor* survivors;               // [3, plan.survivor_capacity()]
   int16_t* int16_panel;              // [64, int16_stride]
   float* rotated;                    // [int8_inputs]

@@ -1,0 +1,50 @@
+// The lists of survivors, against the pairs that they are made of.
+#include "cpu/survivors.h"
+
+#include <random>
+#include <vector>
+
+#include "check.h"
+
+using namespace sparse_transcoder::cpu;
+
+namespace {
+
+// Masks in which a share of 1 / 2^sparseness of the bits is set.
+std::vector<uint64_t> random_masks(int64_t rows, int sparseness, std::mt19937_64& random) {
+  std::vector<uint64_t> masks(rows, ~uint64_t{0});
+  for (uint64_t& mask : masks)
+    for (int i = 0; i < sparseness; ++i) mask &= random();
+  return masks;
+}
+
+}  // namespace
+
+TEST(survivors_are_taken_by_feature) {
+  std::mt19937_64 random(1);
+  constexpr int64_t most = 256, first = 640;
+  std::vector<Survivor> storage(most * sparse_transcoder::panel_features, {-1, 0, false});
+  std::vector<uint64_t> rows(mask_count(most));
+  std::vector<FeatureRows> features(mask_count(most) + 1);
+  for (int64_t count : {1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256})
+    for (int sparseness : {0, 1, 3, 6, 64}) {
+      const std::vector<uint64_t> masks = random_masks(count, sparseness, random);
+      std::fill(rows.begin(), rows.end(), ~uint64_t{0});
+      std::copy(masks.begin(), masks.end(), rows.begin());
+      SurvivorList list{storage.data()};
+      list.take({rows.data(), features.data()}, count, first);
+      int64_t at = 0;
+      uint64_t any = 0;
+      for (int64_t bit = 0; bit < sparse_transcoder::panel_features; ++bit)
+        for (int64_t row = 0; row < count; ++row) {
+          if (!(masks[row] >> bit & 1)) continue;
+          any |= uint64_t{1} << bit;
+          EXPECT(at < list.size);
+          if (at >= list.size) return;
+          const Survivor& pair = list.pairs[at++];
+          EXPECT(pair.row() == row && pair.feature() == first + bit && pair.ambiguous());
+        }
+      EXPECT_EQUAL(at, list.size);
+      EXPECT(list.features == any && list.first_feature == first);
+    }
+}
