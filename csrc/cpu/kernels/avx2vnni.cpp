@@ -39,7 +39,7 @@ void use_avx2vnni_vex(KernelTable& kernels) {
 void use_avx2vnni_evex(KernelTable& kernels) {
 #endif
   kernels.crossovers.two_planes_rows = 3;
-  kernels.crossovers.max_share_float32 = 0.17;
+  kernels.crossovers.max_share_float32 = 0.20;
   kernels.screen_int8 = screen_int8<Vnni>;
 }
 
