@@ -71,7 +71,7 @@ class TopKCollector {
   const Workspace& workspace_;
   const RowBlock& block_;
   const int64_t worker_;
-  Reservoir* const reservoirs_;  // the worker's of the block's first row; stride_ apart
+  Reservoir* const reservoirs_;  // the worker's, of the block's first row; rows are stride_ apart
   const int64_t stride_;
   const ExactDot exact_;
 };

@@ -40,8 +40,8 @@ class PanelScan {
         int16_(layer().copies.int16_rows()),
         exact_(workspace, block()),
         buffers_(workspace.workers[worker]),
-        queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
         all_rows_screened_(all_rows_screened()),
+        queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
         watch_(*buffers_.counters, workspace.timed) {}
 
   void run() {
@@ -182,7 +182,7 @@ class PanelScan {
       // About half of them may be active, and are surely active, so without a branch.
       const unsigned keep =
           gate.may_be_active() & (~sure | gate.may_reach(collector_.min_value(row))) & 1;
-      features |= uint64_t{keep} << feature % panel_features;
+      features |= uint64_t{keep} << (feature - list.first_feature);
       kept += keep;
     }
     list.size = kept;

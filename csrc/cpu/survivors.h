@@ -48,15 +48,15 @@ inline void transpose(uint64_t* bits) {
 constexpr int64_t mask_count(int64_t rows) { return (rows + 63) / 64 * 64; }
 
 // Bit r of `bits` says whether row + r and the feature are a pair.
-struct FeatureRows {
+struct MaskWord {
   uint64_t bits;
-  int64_t row, feature;
+  int32_t row, feature;
 };
 
 // What the int8 screen lets through of a panel, and scratch.
 struct SurvivorMasks {
-  uint64_t* rows;         // [mask_count(max_block_rows)], overwritten as they are taken
-  FeatureRows* features;  // [mask_count(max_block_rows) + 1] scratch
+  uint64_t* rows;   // [mask_count(max_block_rows)]; SurvivorList::take may overwrite them
+  MaskWord* words;  // [mask_count(max_block_rows) + 1] scratch
 };
 
 struct SurvivorList {
@@ -66,7 +66,7 @@ struct SurvivorList {
 
   Survivor* pairs;
   int64_t size = 0;
-  // Where the pairs are of one panel: its first feature, and which features have pairs.
+  // Of lists that come from masks: the panel's first feature, and which of its features have pairs.
   int64_t first_feature = 0;
   uint64_t features = 0;
 
@@ -76,12 +76,13 @@ struct SurvivorList {
   // Takes the pairs of a panel, by feature and ambiguous, into an empty list. Bit f of
   // masks.rows[row] says whether row and feature first + f are a pair.
   void take(const SurvivorMasks& masks, int64_t row_count, int64_t first) {
-    // More rows are transposed.
+    // Beyond this many rows it is faster to transpose the masks.
     constexpr int64_t few_rows = 16;
     uint64_t any = 0;
     for (int64_t row = 0; row < row_count; ++row) any |= masks.rows[row];
     first_feature = first;
     features = any;
+    if (any == 0) return;
     size = row_count <= few_rows ? take_few(masks, row_count) : take_many(masks, row_count);
   }
 
@@ -125,18 +126,19 @@ struct SurvivorList {
     std::fill(masks.rows + row_count, masks.rows + end, 0);
     for (int64_t row = 0; row < end; row += 64) transpose(masks.rows + row);
     // The words that have a bit, then a word that has none.
-    FeatureRows* words = masks.features;
+    MaskWord* words = masks.words;
     for (uint64_t left = features; left != 0; left &= left - 1) {
       const int bit = __builtin_ctzll(left);
       for (int64_t row = 0; row < end; row += 64) {
-        *words = {masks.rows[row + bit], row, first_feature + bit};
+        *words = {masks.rows[row + bit], static_cast<int32_t>(row),
+                  static_cast<int32_t>(first_feature + bit)};
         words += words->bits != 0;
       }
     }
     *words = {0, 0, 0};
 
     Survivor* out = pairs;
-    const FeatureRows* word = masks.features;
+    const MaskWord* word = masks.words;
     for (uint64_t bits = word->bits; bits != 0;) {
       *out++ = {word->row + __builtin_ctzll(bits), word->feature, true};
       bits &= bits - 1;
@@ -166,7 +168,7 @@ class SurvivorQueue {
   SurvivorList& rescreened() { return rescreened_; }
   bool has_room(int64_t count) const { return incoming_.size + count <= capacity_; }
 
-  // Moves every pair one stage on. None may be rescreened.
+  // Moves every pair one stage on. rescreened() must be empty.
   void advance() {
     std::swap(rescreened_, screened_);
     std::swap(screened_, incoming_);
@@ -175,6 +177,7 @@ class SurvivorQueue {
   // Groups the pairs coming in, of this tile, by feature, and moves them to the last stage. No
   // other pair may be in the queue.
   void group(Tile tile) {
+    if (incoming_.size == 0) return;
     incoming_.move_by(rescreened_, positions_, tile.count,
                       [&](const Survivor& pair) { return pair.feature() - tile.first; });
   }

@@ -22,17 +22,17 @@ std::vector<uint64_t> random_masks(int64_t rows, int sparseness, std::mt19937_64
 
 TEST(survivors_are_taken_by_feature) {
   std::mt19937_64 random(1);
-  constexpr int64_t most = 256, first = 640;
-  std::vector<Survivor> storage(most * sparse_transcoder::panel_features, {-1, 0, false});
-  std::vector<uint64_t> rows(mask_count(most));
-  std::vector<FeatureRows> features(mask_count(most) + 1);
+  constexpr int64_t first = 640;
   for (int64_t count : {1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256})
     for (int sparseness : {0, 1, 3, 6, 64}) {
       const std::vector<uint64_t> masks = random_masks(count, sparseness, random);
-      std::fill(rows.begin(), rows.end(), ~uint64_t{0});
+      // No more than is promised, so that a sanitizer sees what is written beyond.
+      std::vector<Survivor> storage(count * sparse_transcoder::panel_features, {-1, 0, false});
+      std::vector<uint64_t> rows(mask_count(count), ~uint64_t{0});
+      std::vector<MaskWord> words(mask_count(count) + 1);
       std::copy(masks.begin(), masks.end(), rows.begin());
       SurvivorList list{storage.data()};
-      list.take({rows.data(), features.data()}, count, first);
+      list.take({rows.data(), words.data()}, count, first);
       int64_t at = 0;
       uint64_t any = 0;
       for (int64_t bit = 0; bit < sparse_transcoder::panel_features; ++bit)
