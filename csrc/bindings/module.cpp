@@ -176,7 +176,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("layer"), py::arg("hidden"), release_gil(), "Encodes one layer's hidden states.")
       .def("encode_all",
            py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode, py::const_),
-           py::arg("hidden"), release_gil(), "Encodes the hidden states of many layers at once.")
+           py::arg("hidden_states"), release_gil(),
+           "Encodes the hidden states of many layers at once.")
       .def("encode_sparse",
            py::overload_cast<int64_t, const at::Tensor&>(&Engine::encode_sparse, py::const_),
            py::arg("layer"), py::arg("hidden"), release_gil(),
@@ -190,13 +191,13 @@ PYBIND11_MODULE(_C, m) {
             engine.encode_sparse(hidden, [&](const SparseRows& rows) { sink(rows); },
                                  {features, activations, only_top_k});
           },
-          py::arg("hidden"), py::arg("sink"), py::kw_only(), py::arg("features"),
+          py::arg("hidden_states"), py::arg("sink"), py::kw_only(), py::arg("features"),
           py::arg("activations"), py::arg("only_top_k"),
           "Encodes the hidden states of many layers at once, chunk by chunk into a sink.")
       .def("encode_sparse_all",
            py::overload_cast<const std::map<int64_t, at::Tensor>&>(&Engine::encode_sparse,
                                                                    py::const_),
-           py::arg("hidden"), release_gil(), "Every active feature of many layers at once.")
+           py::arg("hidden_states"), release_gil(), "Every active feature of many layers at once.")
       .def("check_unchanged", &Engine::check_unchanged, py::arg("layer"), release_gil(),
            "Raises ValueError where a layer's weights were changed since the engine was built.")
       .def(

@@ -22,10 +22,9 @@ class TopKCollector {
   TopKCollector(const Workspace& workspace, const RowBlock& block, int64_t worker)
       : workspace_(workspace),
         block_(block),
-        worker_(worker),
         reservoirs_(&reservoir(workspace, block, 0, worker)),
         stride_(workspace.plan.workers),
-        exact_(workspace, block) {}
+        exact_(workspace, block, worker) {}
 
   int64_t& active_count(int64_t row) const { return reservoir_of(row).active_count; }
 
@@ -50,18 +49,12 @@ class TopKCollector {
   // Turns the deferred features of one of the row's reservoirs into keys.
   void compute_deferred(int64_t row, Reservoir& reservoir) const {
     const DeferredFeature* deferred = reservoir.deferred;
-    Counters& counters = *workspace_.workers[worker_].counters;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
       if (i + 1 < reservoir.deferred_count)
         prefetch(exact_.weights(deferred[i + 1].feature), exact_.row_bytes());
-      const int64_t feature = deferred[i].feature;
-      const float value = exact_.activation(row, feature);
-      if (exact_.is_active(feature, value))
-        reservoir.add(make_key(value, feature));
-      else  // it was surely active
-        counters.contradicted = block_.layer;
+      const Survivor pair(row, deferred[i].feature, false);
+      exact_.compute(&pair, 1, *this);
     }
-    counters.computed += reservoir.deferred_count;
     reservoir.deferred_count = 0;
   }
 
@@ -70,7 +63,6 @@ class TopKCollector {
 
   const Workspace& workspace_;
   const RowBlock& block_;
-  const int64_t worker_;
   Reservoir* const reservoirs_;  // the worker's, of the block's first row; rows are stride_ apart
   const int64_t stride_;
   const ExactDot exact_;

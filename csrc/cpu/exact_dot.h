@@ -1,4 +1,4 @@
-// The exact activations of a block's rows.
+// The exact activations of a block's rows, and what they decide.
 #pragma once
 
 #include <type_traits>
@@ -15,47 +15,58 @@ inline void prefetch(const void* begin, int64_t bytes) {
 
 class ExactDot {
  public:
-  ExactDot(const Workspace& workspace, const RowBlock& block)
+  // Counts what it does as the worker's.
+  ExactDot(const Workspace& workspace, const RowBlock& block, int64_t worker)
       : dot_(active_kernels().dot[static_cast<int>(block.layer->dtype)]),
         normed_(normed_row(workspace, block, 0)),
         weights_(static_cast<const char*>(block.layer->W_enc.const_data_ptr())),
         bias_(block.layer->bias.const_data_ptr<float>()),
         min_active_(block.layer->min_active.const_data_ptr<float>()),
         size_(block.layer->hidden_size),
-        row_bytes_(size_ * block.layer->W_enc.element_size()) {}
+        row_bytes_(size_ * block.layer->W_enc.element_size()),
+        layer_(block.layer),
+        counters_(*workspace.workers[worker].counters) {}
 
-  // Computes the pairs of a list and empties it: take(pair, activation). Consecutive pairs of one
-  // feature share what is read of it. fetches: brings the next feature's weights into the cache.
-  template <typename Take>
-  void compute(SurvivorList& list, bool fetches, const Take& take) const {
+  // Computes the pairs of a list and empties it. Those that are active go to the collector.
+  // Consecutive pairs of one feature share what is read of it. fetches: brings the next feature's
+  // weights into the cache.
+  template <typename Collector>
+  void compute(SurvivorList& list, bool fetches, const Collector& collector) const {
     for (int64_t i = 0, count = 0; i < list.size; i += count) {
       count = list.run_length(i);
       if (fetches && i + count < list.size)
         prefetch(weights(list.pairs[i + count].feature()), row_bytes_);
-      float values[dot_rows];
-      activations(list.pairs + i, count, values);
-      for (int64_t j = 0; j < count; ++j) take(list.pairs[i + j], values[j]);
+      compute(list.pairs + i, count, collector);
     }
     list.clear();
   }
 
-  float activation(int64_t row, int64_t feature) const {
-    const Survivor pair(row, feature, false);
-    float value;
-    activations(&pair, 1, &value);
-    return value;
-  }
-
-  // Whether an exact activation makes its feature active. Nothing else decides it.
-  bool is_active(int64_t feature, float activation) const {
-    return activation >= min_active_[feature];
+  // The same of up to dot_rows pairs, all of one feature.
+  template <typename Collector>
+  void compute(const Survivor* pairs, int64_t count, const Collector& collector) const {
+    float values[dot_rows];
+    activations(pairs, count, values);
+    counters_.computed += count;
+    for (int64_t i = 0; i < count; ++i) decide(pairs[i], values[i], collector);
   }
 
   const char* weights(int64_t feature) const { return weights_ + feature * row_bytes_; }
   int64_t row_bytes() const { return row_bytes_; }
 
  private:
-  // The activations of up to dot_rows pairs, all of one feature.
+  // The exact activation alone says whether a feature is active.
+  template <typename Collector>
+  void decide(const Survivor& pair, float activation, const Collector& collector) const {
+    counters_.ambiguous += pair.ambiguous();
+    if (activation >= min_active_[pair.feature()]) {
+      // The surely active ones are counted already.
+      collector.active_count(pair.row()) += pair.ambiguous();
+      collector.add(pair.row(), pair.feature(), activation);
+    } else if (!pair.ambiguous()) {  // it was surely active
+      counters_.contradicted = layer_;
+    }
+  }
+
   void activations(const Survivor* pairs, int64_t count, float* values) const {
     const int64_t feature = pairs->feature();
     const float* x[dot_rows];
@@ -71,6 +82,8 @@ class ExactDot {
   const float* bias_;
   const float* min_active_;
   int64_t size_, row_bytes_;
+  const Layer* layer_;
+  Counters& counters_;
 };
 
 }  // namespace sparse_transcoder::cpu

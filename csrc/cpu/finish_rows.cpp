@@ -20,7 +20,8 @@ class DeferredPairs {
       : workspace_(workspace),
         block_(block),
         buffers_(workspace.workers[worker]),
-        exact_(workspace, block),
+        exact_(workspace, block, worker),
+        best_(workspace, block, 0),
         pairs_{buffers_.survivors},
         sorted_{buffers_.survivors + workspace.plan.survivor_capacity()} {}
 
@@ -33,14 +34,7 @@ class DeferredPairs {
   void compute() {
     if (pairs_.size == 0) return;
     sort_by_feature();
-    Counters& counters = *buffers_.counters;
-    counters.computed += pairs_.size;
-    exact_.compute(pairs_, true, [&](const Survivor& pair, float value) {
-      if (exact_.is_active(pair.feature(), value))
-        reservoir(workspace_, block_, pair.row(), 0).add(make_key(value, pair.feature()));
-      else  // it was surely active
-        counters.contradicted = block_.layer;
-    });
+    exact_.compute(pairs_, true, best_);
   }
 
  private:
@@ -57,6 +51,7 @@ class DeferredPairs {
   const RowBlock& block_;
   const WorkerBuffers& buffers_;
   const ExactDot exact_;
+  const TopKCollector best_;
   SurvivorList pairs_, sorted_;
 };
 

@@ -38,7 +38,7 @@ class PanelScan {
         bounds_(layer().bounds.from(layer(), 0)),
         int8_(layer().copies.int8_panels(layer().hidden_size)),
         int16_(layer().copies.int16_rows()),
-        exact_(workspace, block()),
+        exact_(workspace, block(), worker),
         buffers_(workspace.workers[worker]),
         all_rows_screened_(all_rows_screened()),
         queue_(buffers_.survivors, workspace.plan.survivor_capacity(), buffers_.positions),
@@ -138,7 +138,7 @@ class PanelScan {
   // Computes the pairs that were rescreened, moves the queue on, and rescreens those that were
   // screened.
   void advance() {
-    compute_exact(queue_.rescreened());
+    exact_.compute(queue_.rescreened(), false, collector_);
     watch_.add_to(compute_phase);
     queue_.advance();
     if (int16_.rows != nullptr) rescreen(queue_.rescreened());
@@ -187,21 +187,6 @@ class PanelScan {
     }
     list.size = kept;
     list.features = features;
-  }
-
-  // Computes the pairs exactly, and gives those that are active to the collector.
-  void compute_exact(SurvivorList& list) {
-    counters().computed += list.size;
-    exact_.compute(list, false, [this](const Survivor& pair, float value) {
-      counters().ambiguous += pair.ambiguous();
-      if (!exact_.is_active(pair.feature(), value)) {
-        if (!pair.ambiguous()) counters().contradicted = &layer();
-        return;
-      }
-      // The surely active ones are counted already.
-      collector_.active_count(pair.row()) += pair.ambiguous();
-      collector_.add(pair.row(), pair.feature(), value);
-    });
   }
 
   // Screens in the arithmetic whose speed does not depend on how many pairs survive. The queue must
@@ -296,7 +281,7 @@ class PanelScan {
 
   void compute_incoming(Tile tile) {
     queue_.group(tile);
-    compute_exact(queue_.rescreened());
+    exact_.compute(queue_.rescreened(), false, collector_);
   }
 
   const Workspace& workspace_;

@@ -242,11 +242,11 @@ class Engine:
         """
         Encodes one layer's hidden states.
         """
-    def encode_all(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, Features]:
+    def encode_all(self, hidden_states: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, Features]:
         """
         Encodes the hidden states of many layers at once.
         """
-    def encode_into(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor], sink: collections.abc.Callable[[SparseRows], None], *, features: torch.dtype, activations: torch.dtype, only_top_k: bool) -> None:
+    def encode_into(self, hidden_states: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor], sink: collections.abc.Callable[[SparseRows], None], *, features: torch.dtype, activations: torch.dtype, only_top_k: bool) -> None:
         """
         Encodes the hidden states of many layers at once, chunk by chunk into a sink.
         """
@@ -254,7 +254,7 @@ class Engine:
         """
         Every active feature of one layer's hidden states.
         """
-    def encode_sparse_all(self, hidden: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, SparseFeatures]:
+    def encode_sparse_all(self, hidden_states: collections.abc.Mapping[typing.SupportsInt | typing.SupportsIndex, torch.Tensor]) -> dict[int, SparseFeatures]:
         """
         Every active feature of many layers at once.
         """

@@ -11,17 +11,15 @@ namespace sparse_transcoder::cpu {
 namespace {
 
 template <typename Element>
-void dot(const float* const* rows, int64_t count, const void* weights, int64_t size,
-         double* totals) {
+void dot(const float* const* x, int64_t rows, const void* weights, int64_t size, double* totals) {
   const auto* w = static_cast<const typename Element::type*>(weights);
-  for (int64_t r = 0; r < count; ++r) {
-    const float* x = rows[r];
+  for (int64_t r = 0; r < rows; ++r) {
     double sums[32] = {};
     int64_t i = 0;
     for (; i + 32 <= size; i += 32)
       for (int lane = 0; lane < 32; ++lane)
-        sums[lane] += double{x[i + lane]} * Element::widen(w[i + lane]);
-    for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[i]} * Element::widen(w[i]);
+        sums[lane] += double{x[r][i + lane]} * Element::widen(w[i + lane]);
+    for (int lane = 0; i < size; ++i, ++lane) sums[lane] += double{x[r][i]} * Element::widen(w[i]);
     totals[r] = fold(sums);
   }
 }
