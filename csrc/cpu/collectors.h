@@ -20,8 +20,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 class TopKCollector {
  public:
   TopKCollector(const Workspace& workspace, const RowBlock& block, int64_t worker)
-      : workspace_(workspace),
-        block_(block),
+      : block_(block),
         reservoirs_(&reservoir(workspace, block, 0, worker)),
         stride_(workspace.plan.workers),
         exact_(workspace, block, worker) {}
@@ -61,7 +60,6 @@ class TopKCollector {
  private:
   Reservoir& reservoir_of(int64_t row) const { return reservoirs_[row * stride_]; }
 
-  const Workspace& workspace_;
   const RowBlock& block_;
   Reservoir* const reservoirs_;  // the worker's, of the block's first row; rows are stride_ apart
   const int64_t stride_;
