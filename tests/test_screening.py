@@ -523,8 +523,8 @@ def test_explained(recorded, cpu, screening):
             assert told["computed"] >= 3 * features, name
         else:
             assert told["fallback_rows"] == 0, name
-        if name == "broken, few active":
-            assert told["computed"] < features, name
+        if name in ("too large, few active", "broken, few active"):
+            assert told["computed"] < (told["fallback_rows"] + 1) * features, name
         if name.endswith("few active") and screening in ("auto", "int8"):
             in_int8 = 0 if cpu in ("portable", "neon") else rows * features
             assert told["pairs_int8"] == in_int8, name

@@ -35,9 +35,8 @@ class TopKCollector {
   }
 
   bool defer(int64_t row, const DeferredFeature& feature) const {
-    Reservoir& reservoir = reservoir_of(row);
-    if (reservoir.defer(feature)) return true;
-    compute_deferred(row, reservoir);
+    if (reservoir_of(row).defer(feature)) return true;
+    compute_deferred(row);
     return false;
   }
 
@@ -45,8 +44,12 @@ class TopKCollector {
     reservoir_of(row).add(make_key(value, feature));
   }
 
-  // Turns the deferred features of one of the row's reservoirs into keys.
-  void compute_deferred(int64_t row, Reservoir& reservoir) const {
+ private:
+  Reservoir& reservoir_of(int64_t row) const { return reservoirs_[row * stride_]; }
+
+  // Turns the deferred features of a row into keys.
+  void compute_deferred(int64_t row) const {
+    Reservoir& reservoir = reservoir_of(row);
     const DeferredFeature* deferred = reservoir.deferred;
     for (int64_t i = 0; i < reservoir.deferred_count; ++i) {
       if (i + 1 < reservoir.deferred_count)
@@ -56,9 +59,6 @@ class TopKCollector {
     }
     reservoir.deferred_count = 0;
   }
-
- private:
-  Reservoir& reservoir_of(int64_t row) const { return reservoirs_[row * stride_]; }
 
   const RowBlock& block_;
   Reservoir* const reservoirs_;  // the worker's, of the block's first row; rows are stride_ apart

@@ -15,7 +15,7 @@ inline void prefetch(const void* begin, int64_t bytes) {
 
 class ExactDot {
  public:
-  // Counts what it does as the worker's.
+  // It counts in the worker's counters.
   ExactDot(const Workspace& workspace, const RowBlock& block, int64_t worker)
       : dot_(active_kernels().dot[static_cast<int>(block.layer->dtype)]),
         normed_(normed_row(workspace, block, 0)),
@@ -27,7 +27,8 @@ class ExactDot {
         layer_(block.layer),
         counters_(*workspace.workers[worker].counters) {}
 
-  // Computes the pairs of a list and empties it. Those that are active go to the collector.
+  // Computes the pairs of a list and empties it. Those that are active go to the collector, see
+  // collectors.h.
   // Consecutive pairs of one feature share what is read of it. fetches: brings the next feature's
   // weights into the cache.
   template <typename Collector>
@@ -41,7 +42,7 @@ class ExactDot {
     list.clear();
   }
 
-  // The same of up to dot_rows pairs, all of one feature.
+  // Computes up to dot_rows pairs, all of one feature.
   template <typename Collector>
   void compute(const Survivor* pairs, int64_t count, const Collector& collector) const {
     float values[dot_rows];

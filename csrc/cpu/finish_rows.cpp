@@ -13,6 +13,13 @@ namespace {
 
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
+// Takes what is computed late to the row's merged reservoir.
+struct MergedCollector : RowCollector {
+  void add(int64_t row, int64_t feature, float value) const {
+    reservoir(workspace, block, row, worker).add(make_key(value, feature));
+  }
+};
+
 // What is deferred of some rows, and is computed feature by feature.
 class DeferredPairs {
  public:
@@ -21,7 +28,7 @@ class DeferredPairs {
         block_(block),
         buffers_(workspace.workers[worker]),
         exact_(workspace, block, worker),
-        best_(workspace, block, 0),
+        merged_{{workspace, block, 0}},
         pairs_{buffers_.survivors},
         sorted_{buffers_.survivors + workspace.plan.survivor_capacity()} {}
 
@@ -34,7 +41,7 @@ class DeferredPairs {
   void compute() {
     if (pairs_.size == 0) return;
     sort_by_feature();
-    exact_.compute(pairs_, true, best_);
+    exact_.compute(pairs_, true, merged_);
   }
 
  private:
@@ -51,7 +58,7 @@ class DeferredPairs {
   const RowBlock& block_;
   const WorkerBuffers& buffers_;
   const ExactDot exact_;
-  const TopKCollector best_;
+  const MergedCollector merged_;
   SurvivorList pairs_, sorted_;
 };
 
