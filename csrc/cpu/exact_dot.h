@@ -27,10 +27,9 @@ class ExactDot {
         layer_(block.layer),
         counters_(*workspace.workers[worker].counters) {}
 
-  // Computes the pairs of a list and empties it. Those that are active go to the collector, see
-  // collectors.h.
-  // Consecutive pairs of one feature share what is read of it. fetches: brings the next feature's
-  // weights into the cache.
+  // Computes the pairs of a list and empties it. Those that are active go to the collector (see
+  // collectors.h). Consecutive pairs of one feature share what is read of it. fetches: brings the
+  // next feature's weights into the cache.
   template <typename Collector>
   void compute(SurvivorList& list, bool fetches, const Collector& collector) const {
     for (int64_t i = 0, count = 0; i < list.size; i += count) {
