@@ -78,12 +78,14 @@ class PanelScan {
                           screen().planes, weights, bounds_.surely_out_below + panel.first},
                          buffers_.masks.rows, prefetcher_);
     if (!all_rows_screened_ || panel.count < panel_features) correct_masks(panel);
-    queue_.incoming().take(buffers_.masks, block().row_count, panel.first);
+    SurvivorList& incoming = queue_.incoming();
+    incoming.take(panel.first, kernels_.list_survivors(buffers_.masks, block().row_count,
+                                                       panel.first, incoming.pairs));
     watch_.add_to(screen_phase);
     const int64_t pairs = block().row_count * panel.count;
-    const int64_t survivors = queue_.incoming().size;
+    const int64_t survivors = incoming.size;
     if (survivors > screen().max_share * static_cast<double>(pairs)) {
-      queue_.incoming().clear();
+      incoming.clear();
       empty_queue();
       screen_densely(panel);
       return false;

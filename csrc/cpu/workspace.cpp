@@ -32,7 +32,7 @@ void place(WorkerBuffers& worker, const Plan& plan, Arena& arena) {
   arena.take(worker.candidates, plan.tile_features);
   arena.take(worker.positions, SurvivorList::digits);
   arena.take(worker.masks.rows, mask_count(plan.max_block_rows));
-  arena.take(worker.masks.words, mask_count(plan.max_block_rows) + 1);
+  arena.take(worker.masks.words, mask_count(plan.max_block_rows) + 2);
   arena.take(worker.survivors, 3 * plan.survivor_capacity());
   arena.take(worker.int16_panel, panel_features * plan.int16_stride);
   arena.take(worker.rotated, plan.int8_inputs);

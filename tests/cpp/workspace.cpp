@@ -85,7 +85,7 @@ TEST(workspace_buffers_are_apart) {
       add(worker.positions, sparse_transcoder::cpu::SurvivorList::digits);
       const int64_t masks = sparse_transcoder::cpu::mask_count(plan.max_block_rows);
       add(worker.masks.rows, masks);
-      add(worker.masks.words, masks + 1);
+      add(worker.masks.words, masks + 2);
       add(worker.survivors, 3 * plan.survivor_capacity());
       add(worker.int16_panel, sparse_transcoder::panel_features * plan.int16_stride);
       add(worker.rotated, plan.int8_inputs);

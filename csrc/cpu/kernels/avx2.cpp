@@ -8,6 +8,7 @@
 #include "cpu/kernels/element-inl.h"
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/list-inl.h"
 #include "cpu/kernels/quantise-inl.h"
 #include "cpu/kernels/screen_avx2-inl.h"
 #include "cpu/kernels/sort-inl.h"
@@ -249,6 +250,7 @@ void use_avx2(KernelTable& kernels) {
   kernels.screen_int8 = screen_int8<Widen>;
   kernels.quantise_int16 = quantise_int16;
   kernels.dot_int16 = dot_int16;
+  kernels.list_survivors = list_survivors<transpose>;
   kernels.sort_keys = sort_keys;
 }
 

@@ -5,6 +5,7 @@
 #include "cpu/kernels/element-inl.h"
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/list-inl.h"
 #include "cpu/kernels/quantise-inl.h"
 #include "cpu/kernels/screen_avx512-inl.h"
 #include "cpu/kernels/sort-inl.h"
@@ -75,6 +76,44 @@ void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t 
   std::fill(sums, sums + rows, int64_t{0});
   const int64_t part = int16_part_size(size);
   for (int64_t i = 0; i < size; i += part) parts[rows - 1](x, w, i, std::min(i + part, size), sums);
+}
+
+// One pass of the transposition of 64 rows of 64 bits, eight rows in each vector: as in list-inl.h
+// the two off-diagonal quarters of every square of 2 * half bits are swapped. The square's first
+// rows keep their low bits, the last ones their high bits. The other bits are those of the row
+// `half` further, turned by as many bits.
+template <int half>
+void swap_quarters(__m512i (&rows)[8]) {
+  constexpr uint64_t low = ~uint64_t{0} / ((uint64_t{1} << half) + 1);
+  constexpr __mmask8 last_in_vector = half == 4 ? 0xf0 : half == 2 ? 0xcc : 0xaa;
+  const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i further = _mm512_xor_si512(lanes, _mm512_set1_epi64(half));
+  __m512i from[8];
+  std::copy_n(rows, 8, from);
+#pragma GCC unroll 8
+  for (int v = 0; v < 8; ++v) {
+    const __mmask8 last = half < 8 ? last_in_vector : v & half / 8 ? 0xff : 0;
+    const __m512i other =
+        half < 8 ? _mm512_permutexvar_epi64(further, from[v]) : from[v ^ half / 8];
+    const __m512i turn = _mm512_mask_set1_epi64(_mm512_set1_epi64(half), last, 64 - half);
+    const __m512i keep = _mm512_mask_set1_epi64(_mm512_set1_epi64(low), last, ~low);
+    constexpr int choose_bits = 0xca;  // keep ? rows : other
+    rows[v] = _mm512_ternarylogic_epi64(keep, from[v], _mm512_rolv_epi64(other, turn), choose_bits);
+  }
+}
+
+void transpose_in_vectors(uint64_t* bits) {
+  __m512i rows[8];
+#pragma GCC unroll 8
+  for (int v = 0; v < 8; ++v) rows[v] = _mm512_loadu_si512(bits + 8 * v);
+  swap_quarters<32>(rows);
+  swap_quarters<16>(rows);
+  swap_quarters<8>(rows);
+  swap_quarters<4>(rows);
+  swap_quarters<2>(rows);
+  swap_quarters<1>(rows);
+#pragma GCC unroll 8
+  for (int v = 0; v < 8; ++v) _mm512_storeu_si512(bits + 8 * v, rows[v]);
 }
 
 __m512d load8(const float* w, F32) { return _mm512_cvtps_pd(_mm256_loadu_ps(w)); }
@@ -269,6 +308,7 @@ void use_avx512vnni(KernelTable& kernels) {
   kernels.quantise_int16 = quantise_int16;
   kernels.dot_int16 = dot_int16;
   kernels.product_int16 = product_int16;
+  kernels.list_survivors = list_survivors<transpose_in_vectors>;
   kernels.sort_keys = sort_keys;
 }
 

@@ -81,6 +81,44 @@ class Prefetcher {
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
+// A row and a feature. The pair is ambiguous while the feature is too near its gate to be counted
+// without being computed.
+class Survivor {
+ public:
+  Survivor(int64_t row, int64_t feature, bool ambiguous)
+      : row_(static_cast<int32_t>(row)),
+        feature_(static_cast<uint32_t>(feature << 1) | ambiguous) {}
+
+  int64_t row() const { return row_; }  // of its RowBlock
+  int64_t feature() const { return feature_ >> 1; }
+  bool ambiguous() const { return feature_ & 1; }
+
+ private:
+  int32_t row_;
+  uint32_t feature_;  // << 1 | ambiguous
+};
+
+// Masks of this many rows: whole blocks, to be transposed.
+constexpr int64_t mask_count(int64_t rows) { return (rows + 63) / 64 * 64; }
+
+// Bit r of `bits` says whether row + r and the feature are a pair.
+struct MaskWord {
+  uint64_t bits;
+  int32_t row, feature;
+};
+
+// What the int8 screen lets through of a panel: bit f of rows[r] says whether row r and the panel's
+// feature f are a pair.
+struct SurvivorMasks {
+  uint64_t* rows;   // [mask_count(row_count)]
+  MaskWord* words;  // [mask_count(row_count) + 2] scratch
+};
+
+struct ListedSurvivors {
+  int64_t count;
+  uint64_t features;  // bit f: whether feature f of the panel has a pair
+};
+
 // What turns a row of int16 numbers q back: x is about scale * q.
 struct Int16Scale {
   float scale;
@@ -177,6 +215,10 @@ struct KernelTable {
   // Bit f of masks[r] says whether row r's dot product with feature f may reach
   // surely_out_below[f].
   void (*screen_int8)(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher);
+  // Lists the pairs of a panel whose first feature is `first`, ambiguous, by feature and row. The
+  // masks are scratch afterwards.
+  ListedSurvivors (*list_survivors)(const SurvivorMasks& masks, int64_t row_count, int64_t first,
+                                    Survivor* pairs);
 
   // Fills q [int16_stride(size)]: the numbers, then zeros.
   Int16Scale (*quantise_int16)(const float* x, int64_t size, int16_t* q);

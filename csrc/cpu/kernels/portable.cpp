@@ -5,6 +5,7 @@
 #include "cpu/kernels/element-inl.h"
 #include "cpu/kernels/gate-inl.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/list-inl.h"
 #include "cpu/kernels/quantise-inl.h"
 
 namespace sparse_transcoder::cpu {
@@ -147,6 +148,7 @@ void use_portable(KernelTable& kernels) {
   kernels.quantise_int16 = quantise_int16;
   kernels.dot_int16 = dot_int16;
   kernels.product_int16 = product_int16;
+  kernels.list_survivors = list_survivors<transpose>;
   kernels.sort_keys = sort_keys;
 }
 
