@@ -28,7 +28,7 @@ struct SurvivorList {
   void push(Survivor pair) { pairs[size++] = pair; }
   void clear() { size = 0, features = 0; }
 
-  // Says what has been listed into `pairs` of the panel whose first feature is `first`.
+  // Records what has been listed into `pairs` of the panel whose first feature is `first`.
   void take(int64_t first, const ListedSurvivors& listed) {
     size = listed.count;
     first_feature = first;

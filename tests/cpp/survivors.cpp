@@ -29,7 +29,7 @@ TEST(survivors_are_listed_by_feature) {
         // No more than is promised, so that a sanitizer sees what is written beyond.
         std::vector<Survivor> pairs(count * sparse_transcoder::panel_features, {-1, 0, false});
         std::vector<uint64_t> rows(mask_count(count), ~uint64_t{0});
-        std::vector<MaskWord> words(mask_count(count) + 2);
+        std::vector<MaskWord> words(mask_count(count) + 2, {~uint64_t{0}, -1, -1});
         std::copy(masks.begin(), masks.end(), rows.begin());
         const ListedSurvivors listed =
             kernels.list_survivors({rows.data(), words.data()}, count, first, pairs.data());

@@ -80,21 +80,20 @@ void dot_int16(const int16_t* const* x, int64_t rows, const int16_t* w, int64_t 
 
 // One pass of the transposition of 64 rows of 64 bits, eight rows in each vector: as in list-inl.h
 // the two off-diagonal quarters of every square of 2 * half bits are swapped. The square's first
-// rows keep their low bits, the last ones their high bits. The other bits are those of the row
-// `half` further, turned by as many bits.
+// rows keep their low bits, the last ones their high bits. The other bits come from the row `half`
+// away, turned by as many bits.
 template <int half>
 void swap_quarters(__m512i (&rows)[8]) {
   constexpr uint64_t low = ~uint64_t{0} / ((uint64_t{1} << half) + 1);
   constexpr __mmask8 last_in_vector = half == 4 ? 0xf0 : half == 2 ? 0xcc : 0xaa;
   const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i further = _mm512_xor_si512(lanes, _mm512_set1_epi64(half));
+  const __m512i away = _mm512_xor_si512(lanes, _mm512_set1_epi64(half));
   __m512i from[8];
   std::copy_n(rows, 8, from);
 #pragma GCC unroll 8
   for (int v = 0; v < 8; ++v) {
     const __mmask8 last = half < 8 ? last_in_vector : v & half / 8 ? 0xff : 0;
-    const __m512i other =
-        half < 8 ? _mm512_permutexvar_epi64(further, from[v]) : from[v ^ half / 8];
+    const __m512i other = half < 8 ? _mm512_permutexvar_epi64(away, from[v]) : from[v ^ half / 8];
     const __m512i turn = _mm512_mask_set1_epi64(_mm512_set1_epi64(half), last, 64 - half);
     const __m512i keep = _mm512_mask_set1_epi64(_mm512_set1_epi64(low), last, ~low);
     constexpr int choose_bits = 0xca;  // keep ? rows : other

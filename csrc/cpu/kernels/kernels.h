@@ -215,8 +215,8 @@ struct KernelTable {
   // Bit f of masks[r] says whether row r's dot product with feature f may reach
   // surely_out_below[f].
   void (*screen_int8)(const Int8ScreenArgs& args, uint64_t* masks, Prefetcher& prefetcher);
-  // Lists the pairs of a panel whose first feature is `first`, ambiguous, by feature and row. The
-  // masks are scratch afterwards.
+  // Lists the pairs of a panel whose first feature is `first`, ambiguous, by feature and row.
+  // pairs [64 * row_count] is scratch behind them, and so are the masks.
   ListedSurvivors (*list_survivors)(const SurvivorMasks& masks, int64_t row_count, int64_t first,
                                     Survivor* pairs);
 

@@ -37,12 +37,12 @@ void list_few_rows(const SurvivorMasks& masks, int64_t row_count, int64_t first,
 }
 
 // The words that have a bit, by feature and row. The masks are transposed.
-int64_t collect_words(const SurvivorMasks& masks, int64_t mask_count, int64_t first,
-                      uint64_t features, MaskWord* words) {
+int64_t collect_words(const SurvivorMasks& masks, int64_t end, int64_t first, uint64_t features,
+                      MaskWord* words) {
   MaskWord* out = words;
   for (; features != 0; features &= features - 1) {
     const int bit = std::countr_zero(features);
-    for (int64_t row = 0; row < mask_count; row += 64) {
+    for (int64_t row = 0; row < end; row += 64) {
       *out = {masks.rows[row + bit], static_cast<int32_t>(row), static_cast<int32_t>(first + bit)};
       out += out->bits != 0;
     }
@@ -52,7 +52,7 @@ int64_t collect_words(const SurvivorMasks& masks, int64_t mask_count, int64_t fi
 
 // Lists the pairs of the words. What a step does waits for the step before it, so two lists grow at
 // once: one from the first pair up, one from the last pair down. One word before the first and one
-// behind the last are read.
+// behind the last are read, whatever they hold.
 void list_words(const MaskWord* words, int64_t word_count, int64_t count, Survivor* pairs) {
   const MaskWord *up = words, *down = words + word_count - 1;
   uint64_t up_bits = up->bits, down_bits = down->bits;
@@ -79,7 +79,7 @@ void list_words(const MaskWord* words, int64_t word_count, int64_t count, Surviv
   if (count % 2 != 0) list_up();
 }
 
-template <void (*transpose)(uint64_t*)>
+template <void (*transpose_block)(uint64_t*)>
 ListedSurvivors list_survivors(const SurvivorMasks& masks, int64_t row_count, int64_t first,
                                Survivor* pairs) {
   constexpr int64_t few_rows = 16;
@@ -94,7 +94,7 @@ ListedSurvivors list_survivors(const SurvivorMasks& masks, int64_t row_count, in
   } else if (count > 0) {
     const int64_t end = mask_count(row_count);
     std::fill(masks.rows + row_count, masks.rows + end, 0);
-    for (int64_t row = 0; row < end; row += 64) transpose(masks.rows + row);
+    for (int64_t row = 0; row < end; row += 64) transpose_block(masks.rows + row);
     MaskWord* words = masks.words + 1;
     list_words(words, collect_words(masks, end, first, features, words), count, pairs);
   }
