@@ -109,7 +109,12 @@ def screens(results):
 def phases(results):
     """Where the time goes: shares of the workers' time, and of the instructions' peaks."""
     names = ["prepare", "screen", "rescreen", "compute", "finish"]
-    peaks = ["screen", "rescreen", "compute"]
+    peaks = {
+        "screen": "screen, of its peak",
+        "screen_loop": "screen, of its loop",
+        "rescreen": "rescreen, of its peak",
+        "compute": "compute, of its peak",
+    }
     lines = []
     for record in results["cases"]:
         if not record["brief"]:
@@ -117,7 +122,7 @@ def phases(results):
             of = record.get("share_of_peak", {})
             cells = [f"{of[name]:.0%}" if name in of else "" for name in peaks]
             lines.append([record["case"], *(f"{one / sum(ms):.0%}" for one in ms), *cells])
-    return markdown(["case", *names, *(f"{name}, of its peak" for name in peaks)], lines)
+    return markdown(["case", *names, *peaks.values()], lines)
 
 
 def grid(title, records, row, column, ratio, columns):
@@ -420,6 +425,7 @@ def tables():
         "survivors": survivors(cpu),
         "screens": screens(cpu),
         "phases": phases(cpu),
+        "one_thread_phases": phases(read["cpu_one_thread"]),
         "shares": shares(crossovers),
         "planes": planes(crossovers),
         "rows": rows(crossovers),
