@@ -617,7 +617,7 @@ def main():
         merged = [(kept | records)[case.name] for case in cases if case.name in kept | records]
         for record in merged:
             for name, rate in record.get("peaks", {}).items():
-                machine[name] = max(machine[name], rate)
+                machine[name] = max(machine.get(name, 0), rate)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"machine": machine, "cases": merged}, indent=1) + "\n")
         print(f"written: {out}")
